@@ -1,0 +1,28 @@
+"""Gradient regularization as an optimizer wrapper (arXiv 2602.18037).
+
+``import gradreg_optim`` needs torch alone; what stands on other libraries is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gradreg_optim.config import GradRegConfig
+from gradreg_optim.optimizer import GradRegOptimizer
+
+if TYPE_CHECKING:
+    from gradreg_optim.trainer import attach, detach
+
+__version__ = "0.1.0"
+__all__ = ["GradRegConfig", "GradRegOptimizer", "attach", "detach"]
+
+_LAZY = {"attach": "gradreg_optim.trainer", "detach": "gradreg_optim.trainer"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the part that provides ``name``."""
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

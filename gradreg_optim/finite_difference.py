@@ -1,0 +1,119 @@
+"""Gradient regularization by a finite difference: the mathematics, on lists of tensors.
+
+Objective (Ackermann et al. 2026, arXiv 2602.18037; Karakida et al. 2023, arXiv 2210.02720)
+
+    L(θ) + (γ/2)·‖∇L(θ)‖²        with gradient        ∇L + γ·H∇L
+
+Estimator, one extra gradient, a forward difference along the gradient
+
+    g1 = ∇L(θ)        d = clip(g1)        θ' = θ + ε·d        g2 = ∇L(θ')
+    g  = g1 + (γ/ε)·(g2 − g1)
+
+Error: g = g1 + γ·H·d + O(γ·ε·‖d‖²), zero on a quadratic at any ε.
+
+Symbols in the code: ``strength`` is γ, ``eps`` is ε, ``radius`` is ρ = ‖θ' − θ‖ = ε·‖d‖, ``weight`` is γ/ε, and
+``delta`` is g2 − g1. Everything below is free of state. Sums run in float32 for half precision tensors and in the
+tensors' own precision otherwise; scalars are 0-d tensors on the device of the data, so that nothing here waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["clip_coefficient", "combine_", "difference_moments", "norm_squared", "ratio", "scale_", "shift_"]
+
+Scalar = float | Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums over tensors of ``dtype`` run in: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def norm_squared(tensors: Sequence[Tensor]) -> Tensor:
+    """Σ‖x‖² over all ``tensors`` as one 0-d tensor (0 for an empty list).
+
+    >>> norm_squared([torch.tensor([3.0]), torch.tensor([[4.0]])])
+    tensor(25.)
+    """
+    if not tensors:
+        return torch.zeros(())
+    wide = max((accumulation_dtype(x.dtype) for x in tensors), key=lambda dtype: dtype.itemsize)
+    norms = torch._foreach_norm(list(tensors), 2, dtype=wide)
+    return torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum()
+
+
+def difference_moments(start: Sequence[Tensor], end: Sequence[Tensor], along: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """⟨end − start, along⟩ and ‖end − start‖², summed over the lists, as two 0-d tensors.
+
+    The difference is taken element by element before anything is summed: inner products of the two gradients
+    would cancel to noise when θ' is close to θ. It lives for one tensor at a time, which also keeps it in cache.
+
+    >>> difference_moments([torch.tensor([1.0])], [torch.tensor([3.0])], [torch.tensor([5.0])])
+    (tensor(10.), tensor(4.))
+    """
+    if not start:
+        return torch.zeros(()), torch.zeros(())
+    home = start[0].device
+    inner, squares = [], []
+    for a, b, x in zip(start, end, along, strict=True):
+        wide = accumulation_dtype(a.dtype)
+        delta = b.to(wide).sub(a).flatten() if b.dtype == wide else b.to(wide).sub_(a).flatten()
+        inner.append(torch.dot(delta, x.flatten().to(wide)).to(home))
+        squares.append(torch.dot(delta, delta).to(home))
+    return torch.stack(inner).sum(), torch.stack(squares).sum()
+
+
+def ratio(numerator: Scalar, denominator: Tensor) -> Tensor:
+    """``numerator / denominator``, and 0 where the denominator is 0 (a vanishing gradient has no direction)."""
+    return torch.where(denominator == 0, torch.zeros_like(denominator), numerator / denominator)
+
+
+def clip_coefficient(norm: Tensor, max_norm: float | None) -> Tensor:
+    """The factor min(1, max_norm / (norm + 1e-6)) of :func:`torch.nn.utils.clip_grad_norm_`; 1 without a bound."""
+    if max_norm is None:
+        return torch.ones_like(norm)
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def readable(value: Scalar) -> Scalar:
+    """A Python number where reading costs nothing (CPU), and the 0-d tensor itself where it would stall a device."""
+    return value.item() if isinstance(value, Tensor) and value.device.type == "cpu" else value
+
+
+def scale_(tensors: Sequence[Tensor], factor: Scalar) -> None:
+    """``x ← factor·x`` in place; free when the factor is known to be 1."""
+    if tensors and not (isinstance(factor, float) and factor == 1.0):
+        torch._foreach_mul_(list(tensors), factor)
+
+
+def shift_(weights: Sequence[Tensor], direction: Sequence[Tensor], *, eps: Scalar) -> None:
+    """``θ ← θ + ε·d`` in place, each element rounded to the nearest value of the weights' dtype.
+
+    >>> w = torch.tensor([1.0]); shift_([w], [torch.tensor([2.0])], eps=0.5); w
+    tensor([2.])
+    """
+    if isinstance(eps, Tensor):  # ``alpha=`` takes Python numbers only
+        torch._foreach_add_(list(weights), torch._foreach_mul(list(direction), eps))
+    elif weights:
+        torch._foreach_add_(list(weights), list(direction), alpha=eps)
+
+
+def combine_(g1: Sequence[Tensor], g2: Sequence[Tensor], *, weight: Scalar) -> None:
+    """``g2 ← g1 + weight·(g2 − g1)`` in place.
+
+    Written as g2 + (1 − weight)·(g1 − g2), so that weight 1 (γ = ε, sharpness-aware minimization) leaves exactly g2
+    and weight 0 exactly g1.
+
+    >>> g = torch.tensor([3.0]); combine_([torch.tensor([1.0])], [g], weight=10.0); g
+    tensor([21.])
+    """
+    if isinstance(weight, Tensor):  # a scalar that nobody has read yet: three passes instead of one
+        torch._foreach_sub_(list(g2), list(g1))
+        torch._foreach_mul_(list(g2), weight)
+        torch._foreach_add_(list(g2), list(g1))
+    elif g2:
+        torch._foreach_lerp_(list(g2), list(g1), 1.0 - weight)

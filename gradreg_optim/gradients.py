@@ -1,0 +1,80 @@
+"""The tensors of one step: which gradients are regularized, which are kept, and what the arithmetic may touch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradreg_optim.finite_difference import Scalar, ratio
+
+__all__ = ["FirstGradient", "Share", "owned", "real", "stack_scalars"]
+
+
+@dataclass
+class Share:
+    """One parameter group's regularized tensors within one step, and what is known about them so far.
+
+    ``weights`` and ``g1`` are what the arithmetic runs on: real views of complex tensors, local shards of distributed ones.
+    ``g1_squared`` is ‖g1‖² after clipping, ``arrived`` is ⟨θ'_real − θ, g1⟩.
+    """
+
+    strength: float
+    parameters: list[Tensor]
+    gradients: list[Tensor]
+    weights: list[Tensor]
+    g1: list[Tensor]
+    eps: Scalar = 0.0
+    g1_squared: Tensor = field(default_factory=lambda: torch.zeros(()))
+    arrived: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    @property
+    def weight(self) -> Scalar:
+        """γ/ε, and 0 if there was no step (ε derived from the radius of a vanishing gradient)."""
+        if isinstance(self.eps, Tensor):
+            return ratio(self.strength, self.eps)
+        return self.strength / self.eps if self.eps else 0.0
+
+
+@dataclass
+class FirstGradient:
+    """Everything taken out of ``.grad`` after the first pass: shares to regularize, and gradients kept as they are."""
+
+    shares: list[Share]
+    kept: list[tuple[Tensor, Tensor | None]]
+
+
+def stack_scalars(values: list[Any], like: Tensor | None = None) -> Tensor:
+    """Python numbers and 0-d tensors as one vector, on the device and in the widest dtype of its tensors or of ``like``."""
+    tensors = [value for value in values if isinstance(value, Tensor)] if like is None else [like]
+    dtype = max((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.itemsize)
+    # An empty share's 0 may lie on the CPU: the device is that of anything elsewhere.
+    device = next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), torch.device("cpu"))
+    return torch.stack([torch.as_tensor(value, dtype=dtype, device=device) for value in values])
+
+
+def owned(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """The gradient itself, or a copy if the second pass would overwrite it; an error for layouts without arithmetic."""
+    if gradient.layout != torch.strided:
+        raise ValueError(
+            f"the gradient of a parameter of shape {tuple(parameter.shape)} has layout {gradient.layout}: only dense "
+            "gradients are regularized. Use sparse=False, or leave the parameter out with exclude=."
+        )
+    gradient = gradient.resolve_conj()
+    local = local_shard(gradient)
+    # A view into a larger buffer, such as a bucket of DistributedDataParallel, which the next backward fills again.
+    shared = local.untyped_storage().nbytes() > local.numel() * local.element_size()
+    return gradient.clone() if shared else gradient
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def real(tensor: Tensor) -> Tensor:
+    """What the arithmetic runs on: shares memory with ``tensor``, and has one element per real number in it."""
+    local = local_shard(tensor.detach())
+    return torch.view_as_real(local) if local.is_complex() else local

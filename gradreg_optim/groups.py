@@ -1,0 +1,105 @@
+"""What a parameter group knows about its regularization: the ``gradreg_*`` keys beside ``lr`` and ``weight_decay``.
+
+Living there, hyperparameters are saved with the optimizer, can differ between groups and can be scheduled. ``strength``,
+``eps`` and ``radius`` are read group by group; the other settings and the step count hold for the whole optimizer, are
+written to every group and read from the first. ``gradreg_excluded`` lists positions in ``group["params"]``: positions
+survive FSDP2 and tensor parallelism, which put other tensors there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from gradreg_optim.config import check_settings
+
+__all__ = ["PER_GROUP", "adopt_group", "excluded_positions", "missing_keys", "parameter_names"]
+
+Group = dict[str, Any]
+
+PER_GROUP = ("strength", "eps", "radius")
+SHARED = ("warmup_steps", "schedule", "schedule_steps", "g1_clip", "g2_clip", "max_penalty_ratio")
+KEYS = tuple(f"gradreg_{name}" for name in (*PER_GROUP, *SHARED, "step", "excluded"))
+
+
+def missing_keys(group: Group) -> list[str]:
+    """The ``gradreg_*`` keys that ``group`` lacks."""
+    return [key for key in KEYS if key not in group]
+
+
+def adopt_group(group: Group, settings: dict[str, Any], *, step: int, excluded: list[int]) -> None:
+    """Fill in every ``gradreg_*`` key that ``group`` does not bring itself.
+
+    A group that brings ``gradreg_eps`` does not inherit a radius, and one with ``gradreg_radius`` no eps.
+    """
+    own = {name: group[f"gradreg_{name}"] for name in PER_GROUP if group.get(f"gradreg_{name}") is not None}
+    check_settings(**own)
+    values = {name: settings[name] for name in PER_GROUP}
+    if "radius" in own or "eps" in own:
+        values["eps"] = values["radius"] = None
+    values |= own
+    if values["radius"] is not None:
+        values["eps"] = None
+    group.update({f"gradreg_{name}": value for name, value in values.items()})
+    for name in SHARED:
+        group.setdefault(f"gradreg_{name}", settings[name])
+    group.setdefault("gradreg_step", step)
+    group.setdefault("gradreg_excluded", excluded)
+
+
+def check_group(group: Group) -> None:
+    """Raise ``ValueError`` if the settings a user or a scheduler wrote into ``group`` since break their rules."""
+    check_settings(**{name: group[f"gradreg_{name}"] for name in PER_GROUP})
+    if group["gradreg_eps"] is None and group["gradreg_radius"] is None:
+        raise ValueError(
+            "gradreg_eps=None and gradreg_radius=None: one of them must set the length of the step. "
+            "Write a number into group['gradreg_eps'] or group['gradreg_radius']."
+        )
+
+
+def parameter_names(groups: Iterable[Group], model: nn.Module | None) -> dict[int, list[str]]:
+    """Every name of every parameter, by ``id``: from the model, or from an optimizer built on named parameters.
+
+    A tied parameter has several names. Empty if neither source has any.
+    """
+    names: dict[int, list[str]] = {}
+    if model is not None:
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+    else:
+        for group in groups:
+            for name, parameter in zip(group.get("param_names", ()), group["params"], strict=False):
+                names.setdefault(id(parameter), []).append(name)
+    return names
+
+
+def excluded_positions(
+    groups: list[Group], patterns: tuple[str, ...], model: nn.Module | None, *, must_match: bool = True
+) -> list[list[int]]:
+    """For each group the positions of the parameters whose names contain one of ``patterns``.
+
+    Raises:
+        ValueError: there are patterns but no names, or a pattern is part of no name.
+    """
+    if not patterns:
+        return [[] for _ in groups]
+    names = parameter_names(groups, model)
+    if not names:
+        raise ValueError(
+            f"exclude={patterns!r}: parameter names are not known. Pass model=<the module>, or build the optimizer on "
+            "model.named_parameters()."
+        )
+    known = [name for group in groups for parameter in group["params"] for name in names.get(id(parameter), ())]
+    for pattern in patterns:
+        if must_match and not any(pattern in name for name in known):
+            raise ValueError(
+                f"exclude={patterns!r}: {pattern!r} is part of no parameter name, and a pattern has to match. "
+                f"Names look like {', '.join(map(repr, known[:3]))}."
+            )
+
+    def matches(parameter: Tensor) -> bool:
+        return any(pattern in name for name in names.get(id(parameter), ()) for pattern in patterns)
+
+    return [[i for i, parameter in enumerate(group["params"]) if matches(parameter)] for group in groups]
