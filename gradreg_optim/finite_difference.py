@@ -96,9 +96,11 @@ def shift_(weights: Sequence[Tensor], direction: Sequence[Tensor], *, eps: Scala
     >>> w = torch.tensor([1.0]); shift_([w], [torch.tensor([2.0])], eps=0.5); w
     tensor([2.])
     """
+    if not weights:  # torch._foreach_* refuses empty lists, which a group without gradients has
+        return
     if isinstance(eps, Tensor):  # ``alpha=`` takes Python numbers only
         torch._foreach_add_(list(weights), torch._foreach_mul(list(direction), eps))
-    elif weights:
+    else:
         torch._foreach_add_(list(weights), list(direction), alpha=eps)
 
 
@@ -111,9 +113,11 @@ def combine_(g1: Sequence[Tensor], g2: Sequence[Tensor], *, weight: Scalar) -> N
     >>> g = torch.tensor([3.0]); combine_([torch.tensor([1.0])], [g], weight=10.0); g
     tensor([21.])
     """
+    if not g2:
+        return
     if isinstance(weight, Tensor):  # a scalar that nobody has read yet: three passes instead of one
         torch._foreach_sub_(list(g2), list(g1))
         torch._foreach_mul_(list(g2), weight)
         torch._foreach_add_(list(g2), list(g1))
-    elif g2:
+    else:
         torch._foreach_lerp_(list(g2), list(g1), 1.0 - weight)

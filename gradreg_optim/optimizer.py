@@ -151,7 +151,7 @@ class GradRegOptimizer(OptimizerWrapper):
         """
         if closure is None:
             return self._step_without_closure()
-        closure = torch.enable_grad()(closure)
+        closure = self._prepared(closure)
         if not self.regularizes:
             return self._plain_step(closure)
         random = RandomState(self._devices())
@@ -181,18 +181,27 @@ class GradRegOptimizer(OptimizerWrapper):
 
     # The phases. Variants override where gradients and weights live, and how sums run over ranks.
 
-    def _take_gradients(self, first: FirstGradient) -> None:
-        """Move every ``.grad`` out of the way of the second pass: nothing is copied, nothing can be zeroed in place."""
+    def _prepared(self, closure: Closure) -> Closure:
+        """The closure as each pass calls it."""
+        return torch.enable_grad()(closure)
+
+    def _empty_shares(self) -> list[Share]:
+        """One share a group, with its strength and ε in the step that begins here."""
         strengths = self._strengths()
         self._metrics = {"strength": next(filter(None, strengths), 0.0)}
-        for group, strength in zip(self.param_groups, strengths, strict=True):
-            eps = group["gradreg_eps"] if group["gradreg_radius"] is None else 0.0
-            share = Share(strength, [], [], [], [], eps)
-            first.shares.append(share)
+        return [
+            Share(strength, [], [], [], [], group["gradreg_eps"] if group["gradreg_radius"] is None else 0.0)
+            for group, strength in zip(self.param_groups, strengths, strict=True)
+        ]
+
+    def _take_gradients(self, first: FirstGradient) -> None:
+        """Move every ``.grad`` out of the way of the second pass: nothing is copied, nothing can be zeroed in place."""
+        first.shares += self._empty_shares()
+        for group, share in zip(self.param_groups, first.shares, strict=True):
             excluded = set(group["gradreg_excluded"])
             for position, parameter in enumerate(group["params"]):
                 gradient = parameter.grad
-                if strength == 0 or position in excluded or not parameter.requires_grad:
+                if share.strength == 0 or position in excluded or not parameter.requires_grad:
                     first.kept.append((parameter, gradient))
                 elif gradient is not None:
                     gradient = owned(gradient, parameter)
@@ -205,7 +214,7 @@ class GradRegOptimizer(OptimizerWrapper):
     def _choose_step(self, first: FirstGradient) -> bool:
         """Clip g1 and fix ε; False if there is no gradient, or it is known not to be finite."""
         shares, unscale = first.shares, 1.0 / self._loss_scale()
-        if not any(share.g1 for share in shares):
+        if not self._has_gradient(shares):
             return False
         squares = self._sum_over_ranks(stack_scalars([norm_squared(share.g1) for share in shares]))
         norm = squares.sum().sqrt() * unscale
@@ -251,8 +260,8 @@ class GradRegOptimizer(OptimizerWrapper):
             second.append(real(parameter.grad))
         return second
 
-    def _combine(self, first: FirstGradient) -> None:
-        """Write g1 + (γ/ε)·(g2 − g1) over g2; excluded parameters get g1 back."""
+    def _second_gradients(self, first: FirstGradient) -> list[list[Tensor]]:
+        """g2, share by share; excluded parameters get g1 back."""
         shares = first.shares
         for parameter, gradient in first.kept:
             parameter.grad = gradient
@@ -262,7 +271,11 @@ class GradRegOptimizer(OptimizerWrapper):
                 "The second call of the closure left no gradient on any regularized parameter, the first one did. "
                 "Let the closure clear the gradients and run forward and backward each time it is called."
             )
-        second = [self._second_gradient(share, group) for share, group in zip(shares, self.param_groups, strict=True)]
+        return [self._second_gradient(share, group) for share, group in zip(shares, self.param_groups, strict=True)]
+
+    def _combine(self, first: FirstGradient) -> None:
+        """Write g1 + (γ/ε)·(g2 − g1) over g2."""
+        shares, second = first.shares, self._second_gradients(first)
         inner, squares, arrived = self._moments(shares, second)
         g1_squared, eps = (
             stack_scalars([share.g1_squared for share in shares]),
@@ -292,13 +305,13 @@ class GradRegOptimizer(OptimizerWrapper):
         }
         if finite is not True:
             self._skipped = self._skipped + (1 if finite is False else (~torch.as_tensor(finite)).long())
-        if finite is False and self._scaler is None:
+        if finite is False and not self._overflow_skips_step:
             self._put_back(first)
             return
         for share, g2, weight in zip(shares, second, weights, strict=True):
             scale_(g2, readable(c))
             combine_(share.g1, g2, weight=weight)
-            if isinstance(finite, Tensor) and self._scaler is None:  # nobody has read it: choose on the device
+            if isinstance(finite, Tensor) and not self._overflow_skips_step:  # nobody has read it: choose on the device
                 for a, b in zip(share.g1, g2, strict=True):
                     torch.where(finite, b, a, out=b)
 
@@ -318,9 +331,18 @@ class GradRegOptimizer(OptimizerWrapper):
             for parameter, gradient in zip(share.parameters, share.gradients, strict=True):
                 parameter.grad = gradient
 
+    def _has_gradient(self, shares: list[Share]) -> bool:
+        """Whether there is anything to regularize; the same answer on every rank."""
+        return any(share.g1 for share in shares)
+
     def _sum_over_ranks(self, sums: Tensor) -> Tensor:
         """Sums over this process's tensors, completed over all ranks that hold parts of them; here all is local."""
         return sums
+
+    @property
+    def _overflow_skips_step(self) -> bool:
+        """Whether whoever scales the loss skips a step whose gradient is not finite: the combined one then has to show it."""
+        return self._scaler is not None
 
     def _loss_scale(self) -> float:
         """The factor that ``.grad`` carries: the GradScaler's."""
@@ -354,4 +376,5 @@ class GradRegOptimizer(OptimizerWrapper):
                 "Pass a closure that clears the gradients, runs forward and backward and returns the loss, "
                 "or let a Trainer drive the optimizer (optimizers=(optimizer, None), or gradreg_optim.attach(trainer))."
             )
-        self._base_step()
+        self.optimizer.step()  # whoever drives the loop has unscaled the gradients: under a scaler, it called this step
+        self._advance()

@@ -1,46 +1,43 @@
 """Trainers: the micro-batches that a Transformers or TRL trainer has just run become the closure.
 
 A trainer calls ``optimizer.step()`` without a closure, after many micro-batches and its own gradient clipping. The
-attachment therefore listens at two of the trainer's methods: ``compute_loss`` tells the *prepared* inputs and the random
-state of each micro-batch, and ``accelerator.backward`` tells when the last gradient of the window is complete. At that
-moment, before anything is clipped, the recorded micro-batches run once more at θ' through the Trainer's own
-``training_step``, which scales the loss as the installed version does. Nothing is generated or scored again, and whatever
-the second pass counts or logs on the trainer is dropped.
+attachment therefore listens: ``optimizer.train()`` opens a micro-batch, ``compute_loss`` tells its *prepared* inputs and
+random state, and ``accelerator.backward`` tells when the last gradient of the window is complete. At that moment, before
+anything is clipped, the recorded micro-batches run once more at θ' through the Trainer's own ``training_step``, which
+scales the loss as the installed version does. Nothing is generated or scored again, and whatever the second pass counts or
+logs on the trainer is dropped.
 
 Relied upon (transformers 4.57 to 5.23): ``Trainer.training_step`` calls ``optimizer.train()``, ``_prepare_inputs``,
-``compute_loss`` and ``accelerator.backward`` in this order, and ``accelerator.sync_gradients`` marks the last micro-batch
-of a window. ``tests/test_trainer.py`` fails when one of these changes.
+``compute_loss`` and ``accelerator.backward`` in this order; ``accelerator.sync_gradients`` marks the last micro-batch of a
+window, and ``accelerator.gradient_state._set_sync_gradients`` sets it, as the Trainer itself does. The tests of trainers
+fail when one of these changes.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
+import inspect
 import sys
 import time
-from collections import UserDict, deque
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
-from gradreg_optim.config import GradRegConfig
+from gradreg_optim.config import GradRegConfig, check_settings, exclude_patterns
+from gradreg_optim.exclusion import default_exclusion
 from gradreg_optim.optimizer import GradRegOptimizer
 from gradreg_optim.perturbation import RandomState
+from gradreg_optim.snapshot import copied, counters, untouched
 
-__all__ = ["Attachment", "attach", "attach_to_caller", "default_exclusion", "detach"]
-
-HEADS = ("score", "classifier", "v_head", "value_head", "reward_head")
-"""Attributes under which Transformers and TRL keep value, reward and classification heads."""
-
-_WRAPPED = ("module", "_orig_mod", "base_model", "model", "pretrained_model")
-_DATA = ("train_dataset", "eval_dataset", "_buffered_inputs")
+__all__ = ["Attachment", "attach", "attach_to_caller", "detach", "find_wrapper"]
 
 
 def attach(trainer: Trainer, config: GradRegConfig | None = None, **settings: Any) -> None:
@@ -55,14 +52,20 @@ def attach(trainer: Trainer, config: GradRegConfig | None = None, **settings: An
         settings: keyword arguments of :class:`GradRegOptimizer`; they override ``config``.
 
     Raises:
-        TypeError: ``trainer`` is not a ``transformers.Trainer``.
-        RuntimeError: the trainer is attached already.
-        ValueError: settings are given, but the trainer's optimizer is a :class:`GradRegOptimizer` with its own.
+        TypeError: ``trainer`` is not a ``transformers.Trainer``, ``config`` not a ``GradRegConfig``, or a setting unknown.
+        ValueError: a setting breaks its rule, or settings are given although the trainer's optimizer is a
+            :class:`GradRegOptimizer` with its own.
+        RuntimeError: the trainer is attached already, or trains under DeepSpeed.
     """
     if not isinstance(trainer, Trainer):
         raise TypeError(
             f"trainer={trainer!r} is a {type(trainer).__name__}: attach() works on transformers.Trainer and TRL trainers. "
             "In a loop of your own, call optimizer.step(closure) instead."
+        )
+    if config is not None and not isinstance(config, GradRegConfig):
+        raise TypeError(
+            f"config={config!r} is a {type(config).__name__}: settings come in a GradRegConfig or by name. "
+            "Call, for example, attach(trainer, strength=1e-2)."
         )
     if _attachment(trainer) is not None:
         raise RuntimeError("attach: this trainer is attached already. Call detach(trainer) first.")
@@ -73,6 +76,7 @@ def attach(trainer: Trainer, config: GradRegConfig | None = None, **settings: An
             f"attach got {sorted(settings)}, but the trainer's optimizer is a GradRegOptimizer with settings of its own. "
             "Give them to one of the two."
         )
+    _check(settings)
     Attachment(trainer, optimizer, settings)
 
 
@@ -89,12 +93,17 @@ def detach(trainer: Trainer) -> None:
 
 
 def attach_to_caller(optimizer: Optimizer) -> None:
-    """Attach ``optimizer`` to the trainer whose ``training_step`` is calling it; do nothing if there is none."""
+    """Open a micro-batch of the trainer whose ``training_step`` is calling, attached first if need be; else do nothing."""
     frame = sys._getframe(1)
     while frame is not None:
         trainer = frame.f_locals.get("self")
         if isinstance(trainer, Trainer) and (found := find_wrapper(trainer.optimizer)) is optimizer:
-            Attachment(trainer, found, {})
+            attachment = _attachment(trainer)
+            if attachment is None or attachment.optimizer is not optimizer:
+                if attachment is not None:  # the trainer was given another wrapper since
+                    attachment.release()
+                attachment = Attachment(trainer, found, {})
+            attachment.begin_micro_batch()
             return
         frame = frame.f_back  # type: ignore[assignment]
 
@@ -104,22 +113,6 @@ def find_wrapper(optimizer: Any) -> GradRegOptimizer | None:
     while optimizer is not None and not isinstance(optimizer, GradRegOptimizer):
         optimizer = getattr(optimizer, "optimizer", None)
     return optimizer
-
-
-def default_exclusion(model: Any) -> list[nn.Parameter]:
-    """Parameters of the input and output embeddings and of value, reward and classification heads, found as modules."""
-    layers: list[nn.Module] = [model]
-    found: list[Any] = []
-    for layer in layers:  # grows while it is walked: PEFT, value heads, DDP and compilation all wrap the real model
-        for name in _WRAPPED:
-            inner = getattr(layer, name, None)
-            if isinstance(inner, nn.Module) and all(inner is not known for known in layers):
-                layers.append(inner)
-        found += [getattr(layer, name, None) for name in HEADS]
-        for name in ("get_input_embeddings", "get_output_embeddings"):
-            with suppress(AttributeError, NotImplementedError):  # Transformers models without such embeddings
-                found.append(getattr(layer, name)())
-    return [parameter for module in found if isinstance(module, nn.Module) for parameter in module.parameters()]
 
 
 @dataclass
@@ -138,62 +131,80 @@ class Attachment:
     """The tie between one trainer and one wrapper: records micro-batches, repeats them at θ', logs ``grad_reg/*``."""
 
     def __init__(self, trainer: Trainer, optimizer: GradRegOptimizer | None, settings: dict[str, Any]) -> None:
+        if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise RuntimeError("GradRegOptimizer does not run under DeepSpeed yet. Train without a DeepSpeed configuration.")
         self.trainer = trainer
+        self.optimizer: Any = None  # until the trainer has created it
         self._settings = settings
+        self._groups_before: list[dict[str, Any]] = []
         self._undo: list[Callable[[], None]] = []
         self._micro_batches: list[MicroBatch] = []
+        self._awaits: str | None = None
         self._replaying = False
         self._consulted = False
         self._logged: dict[str, list[Any]] = {}
+        if optimizer is not None:
+            self._adopt(optimizer)
+        else:
+            if trainer.optimizer is not None:
+                self._wrap()
+            self._listen(trainer, "create_optimizer", self._create_optimizer)
         self._listen(trainer, "compute_loss", self._compute_loss)
         self._listen(trainer, "_prepare_inputs", self._prepare_inputs)
         self._listen(trainer, "log", self._log)
         self._listen(trainer.accelerator, "backward", self._backward)
-        if optimizer is not None:
-            self._adopt(optimizer)
-        elif trainer.optimizer is not None:
-            self._wrap_existing(trainer)
-        else:
-            self._listen(trainer, "create_optimizer", self._create_optimizer)
+        beginning = _Beginning(self)
+        trainer.add_callback(beginning)
+        self._undo.append(functools.partial(trainer.remove_callback, beginning))
         trainer._gradreg_attachment = self  # type: ignore[attr-defined]
+        self._undo.append(functools.partial(delattr, trainer, "_gradreg_attachment"))
 
     def detach(self) -> None:
         """Give the trainer its methods and its optimizer back."""
-        for undo in reversed(self._undo):
-            undo()
-        del self.trainer._gradreg_attachment  # type: ignore[attr-defined]
+        self.release()
         holder: Any = self.trainer
-        while holder.optimizer is not None and holder.optimizer is not self.optimizer:
-            holder = holder.optimizer
-        if holder.optimizer is not None:
-            holder.optimizer = self.optimizer.optimizer
-            self.optimizer._attachment = None
+        while holder is not None and (inner := getattr(holder, "optimizer", None)) is not self.optimizer:
+            holder = inner
+        if self.optimizer is not None and holder is not None:
+            _exchange(holder, self.optimizer.optimizer)
+            for group, before in zip(self.optimizer.param_groups, self._groups_before, strict=False):
+                for key in [key for key in group if key.startswith("gradreg_")]:
+                    del group[key]
+                group.update(before)
+
+    def release(self) -> None:
+        """Give the trainer its methods back, and the wrapper, which stays its optimizer, its freedom."""
+        while self._undo:
+            self._undo.pop()()
 
     # Making the wrapper the trainer's.
 
     def _create_optimizer(self, create: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        created = create(*args, **kwargs)
-        if find_wrapper(created) is None:
-            self._wrap_existing(self.trainer)
+        create(*args, **kwargs)
+        if find_wrapper(self.trainer.optimizer) is None:
+            self._wrap()
         return self.trainer.optimizer
 
-    def _wrap_existing(self, holder: Any) -> None:
-        while getattr(holder.optimizer, "optimizer", None) is not None:  # Accelerate's wrapper of an earlier training
+    def _wrap(self) -> None:
+        holder: Any = self.trainer
+        while isinstance(holder.optimizer, AcceleratedOptimizer):  # from an earlier training
             holder = holder.optimizer
-        holder.optimizer = GradRegOptimizer(holder.optimizer, model=self.trainer.model, **self._settings)
-        self._adopt(holder.optimizer)
+        groups = holder.optimizer.param_groups
+        self._groups_before = [{key: group[key] for key in group if key.startswith("gradreg_")} for group in groups]
+        optimizer = GradRegOptimizer(holder.optimizer, **{"model": self.trainer.model, **self._settings})
+        self._adopt(optimizer)
+        _exchange(holder, optimizer)
 
     def _adopt(self, optimizer: GradRegOptimizer) -> None:
-        accelerator = self.trainer.accelerator
-        if accelerator.distributed_type == DistributedType.DEEPSPEED:
-            raise RuntimeError("GradRegOptimizer does not run under DeepSpeed yet. Train without a DeepSpeed configuration.")
-        self.optimizer = optimizer
-        if optimizer._model is None:
-            optimizer._model = self.trainer.model
         if not optimizer.exclude:
             optimizer.leave_out(default_exclusion(self.trainer.model))
-        optimizer._scaler = accelerator.scaler
-        optimizer._attachment = self
+        if optimizer._attachment is not None:  # to another trainer, which gets it back when it trains again
+            optimizer._attachment.release()
+        model = self.trainer.model if optimizer._model is None else optimizer._model
+        for name, value in (("_model", model), ("_scaler", self.trainer.accelerator.scaler), ("_attachment", self)):
+            self._undo.append(functools.partial(setattr, optimizer, name, getattr(optimizer, name)))
+            setattr(optimizer, name, value)
+        self.optimizer = optimizer
 
     def _listen(self, owner: Any, name: str, listener: Callable[..., Any]) -> None:
         """Let ``listener(original, ...)`` answer calls of ``owner.name``."""
@@ -210,25 +221,50 @@ class Attachment:
 
     # Listening to the first pass.
 
+    def begin_training(self) -> None:
+        """Forget what an interrupted training left, and make sure that this one is regularized."""
+        self._micro_batches.clear()
+        self._logged.clear()
+        self._awaits, self._consulted = None, False
+        if find_wrapper(self.trainer.optimizer) is None:
+            raise RuntimeError(
+                "The trainer's optimizer is not the GradRegOptimizer that was attached any more: it would train without "
+                "the penalty. Call detach(trainer), or give it a GradRegOptimizer."
+            )
+
+    def begin_micro_batch(self) -> None:
+        """Called through ``optimizer.train()``: what follows is one ``compute_loss`` and one ``backward``."""
+        if not self._replaying:
+            self._awaits = "compute_loss" if self._regularizes() else None
+
     def _compute_loss(
         self, compute_loss: Callable[..., Any], model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        if not self._replaying and torch.is_grad_enabled() and self._regularizes():
+        listening = not self._replaying and torch.is_grad_enabled()  # evaluation runs without gradients
+        if listening and self._awaits == "backward":
+            raise RuntimeError(self._not_repeatable("compute_loss was called twice in one micro-batch"))
+        if listening and self._awaits == "compute_loss":
+            self._awaits = "backward"
             self._micro_batches.append(
                 MicroBatch(
                     model=model,
-                    inputs=_copied(inputs),
+                    inputs=copied(inputs),
                     num_items_in_batch=kwargs.get("num_items_in_batch", args[1] if len(args) > 1 else None),
                     random=RandomState(self.optimizer._devices()),
-                    counters=_counters(self.trainer),
+                    counters=counters(self.trainer),
                     is_last=self.trainer.accelerator.sync_gradients,
                 )
             )
         return compute_loss(model, inputs, *args, **kwargs)
 
     def _backward(self, backward: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if not self._replaying and self._awaits in ("compute_loss", "train"):
+            raise RuntimeError(self._not_repeatable("accelerator.backward got a loss that is not compute_loss's"))
         backward(loss, *args, **kwargs)
-        if self._micro_batches and self._micro_batches[-1].is_last and not self._replaying:
+        if self._replaying or self._awaits is None:
+            return
+        self._awaits = "train"
+        if self._micro_batches[-1].is_last:
             start = time.perf_counter()
             try:
                 self.optimizer.regularize_(self._replay)
@@ -237,15 +273,22 @@ class Attachment:
             self._note("second_pass_time", time.perf_counter() - start)
             self._consulted = True
 
-    def _prepare_inputs(self, prepare: Callable[..., Any], inputs: Any) -> Any:
-        return inputs if self._replaying else prepare(inputs)
+    def _prepare_inputs(self, prepare: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return args[0] if self._replaying else prepare(*args, **kwargs)
 
     def _regularizes(self) -> bool:
-        if self.optimizer.param_groups[0]["gradreg_schedule_steps"] is None:
-            rise = self.trainer.state.max_steps - self.optimizer.param_groups[0]["gradreg_warmup_steps"]
-            for group in self.optimizer.param_groups:
-                group["gradreg_schedule_steps"] = max(1, rise)
-        return self.optimizer.regularizes
+        groups, max_steps = self.optimizer.param_groups, self.trainer.state.max_steps
+        if groups[0]["gradreg_schedule_steps"] is None and max_steps > 0:
+            for group in groups:
+                group["gradreg_schedule_steps"] = max(1, max_steps - groups[0]["gradreg_warmup_steps"])
+        return bool(self.optimizer.regularizes)
+
+    def _not_repeatable(self, what: str) -> str:
+        return (
+            f"{type(self.trainer).__name__}: {what}. A second pass repeats micro-batches of one compute_loss and one "
+            "accelerator.backward each; with anything else the step would not be regularized, or wrongly. "
+            "Call optimizer.step(closure) in a training loop of your own, or train without GradRegOptimizer."
+        )
 
     # The second pass.
 
@@ -253,7 +296,7 @@ class Attachment:
         """Run the recorded micro-batches again, each from where it started, through the Trainer's own training step."""
         accelerator, trainer = self.trainer.accelerator, self.trainer
         with (
-            _untouched(trainer),
+            untouched(trainer),
             RandomState(self.optimizer._devices()).replayed(),
             torch.enable_grad(),
             ExitStack() as done,
@@ -274,11 +317,7 @@ class Attachment:
     def check_consulted(self) -> None:
         """Called by the optimizer's step: raise if the window that ends here had no second pass; note its metrics."""
         if self._regularizes() and not self._consulted:
-            raise RuntimeError(
-                f"{type(self.trainer).__name__} reached its optimizer step, but its gradients did not come from "
-                "compute_loss and accelerator.backward: they are not regularized. This trainer has a training loop of its own; call "
-                "optimizer.step(closure) in it, or train without GradRegOptimizer."
-            )
+            raise RuntimeError(self._not_repeatable("the optimizer's step was reached without compute_loss and backward"))
         self._consulted = False
         for name, value in self.optimizer.metrics.items():
             self._note(name, value)
@@ -287,6 +326,8 @@ class Attachment:
         self._logged.setdefault(f"grad_reg/{name}", []).append(value)
 
     def _log(self, log: Callable[..., None], logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self._replaying:
+            return
         if "loss" in logs:  # the figures of training; evaluation and the summary at the end have other keys
             for name, values in self._logged.items():
                 counts_up = name == "grad_reg/skipped"
@@ -295,43 +336,29 @@ class Attachment:
         log(logs, *args, **kwargs)
 
 
+class _Beginning(TrainerCallback):
+    """Tells an attachment when its trainer begins to train."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self._attachment = attachment
+
+    def on_train_begin(self, *_args: Any, **_kwargs: Any) -> None:
+        self._attachment.begin_training()
+
+
 def _attachment(trainer: Trainer) -> Attachment | None:
     return getattr(trainer, "_gradreg_attachment", None)
 
 
-def _copied(value: Any) -> Any:
-    """Copies of the containers, the tensors themselves inside: losses pop keys and append to lists."""
-    if isinstance(value, (dict, list, deque)):
-        copied: Any = copy.copy(value)
-        for key in range(len(copied)) if isinstance(copied, (list, deque)) else list(copied):
-            copied[key] = _copied(copied[key])
-        return copied
-    if isinstance(value, UserDict):
-        copied = copy.copy(value)
-        copied.data = _copied(value.data)
-        return copied
-    return copy.copy(value) if isinstance(value, set) else value
+def _check(settings: dict[str, Any]) -> None:
+    """Raise now what :class:`GradRegOptimizer` would raise about its settings when the trainer creates the optimizer."""
+    inspect.signature(GradRegOptimizer).bind(None, **settings)
+    exclude_patterns(settings.get("exclude"))
+    check_settings(**settings)
 
 
-def _counters(trainer: Trainer) -> dict[str, Any]:
-    """The trainer's attributes that a loss can rebind: numbers, strings, tensors, ``None``."""
-    return {
-        name: value
-        for name, value in vars(trainer).items()
-        if value is None or isinstance(value, (bool, int, float, str, Tensor))
-    }
-
-
-@contextmanager
-def _untouched(trainer: Trainer) -> Iterator[None]:
-    """Let the block work on copies of the trainer's metrics, counters and buffers, and put the originals back after it."""
-    before = dict(vars(trainer))
-    for name, value in before.items():
-        if isinstance(value, (dict, list, deque, set)) and name not in _DATA:
-            setattr(trainer, name, _copied(value))
-    trainer.state = copy.copy(trainer.state)
-    try:
-        yield
-    finally:
-        vars(trainer).clear()
-        vars(trainer).update(before)
+def _exchange(holder: Any, optimizer: Optimizer) -> None:
+    """Make ``optimizer`` the one that ``holder``, a trainer or Accelerate's wrapper, holds."""
+    holder.optimizer = optimizer
+    if isinstance(holder, AcceleratedOptimizer):
+        holder.__setstate__({})  # under a GradScaler it keeps the step method of the optimizer that it holds

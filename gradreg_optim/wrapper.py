@@ -52,7 +52,8 @@ class OptimizerWrapper(Optimizer):
         # The step-hook machinery of Optimizer, without Optimizer.__init__, which would build groups of its own.
         self.__setstate__({})
         patterns = () if self.exclude == NOTHING else self.exclude
-        for group, excluded in zip(self.param_groups, excluded_positions(self.param_groups, patterns, model), strict=True):
+        positions = excluded_positions(self._parameter_groups(), patterns, model)
+        for group, excluded in zip(self.param_groups, positions, strict=True):
             if "gradreg_step" in group:  # wrapped before, or loaded from a checkpoint: these settings count, and its step
                 group = _without(group, PER_GROUP)
             adopt_group(group, self._settings, step=0, excluded=excluded)
@@ -104,10 +105,14 @@ class OptimizerWrapper(Optimizer):
         groups = self.param_groups
         if any(missing_keys(group) for group in groups):
             patterns = () if self.exclude == NOTHING else self.exclude
-            positions = excluded_positions(groups, patterns, self._model, must_match=False)
+            positions = excluded_positions(self._parameter_groups(), patterns, self._model, must_match=False)
             for group, excluded in zip(groups, positions, strict=True):
                 if missing_keys(group):
                     adopt_group(group, self._settings, step=self.step_count, excluded=excluded)
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """Groups whose ``params`` are the model's parameters, to which ``exclude`` and its positions refer."""
+        return self.param_groups
 
     def leave_out(self, parameters: Iterable[Tensor]) -> None:
         """Exclude ``parameters`` as ``exclude`` does.
@@ -117,10 +122,10 @@ class OptimizerWrapper(Optimizer):
         """
         unwanted = {id(parameter) for parameter in parameters}
         left = 0
-        for group in self.param_groups:
-            positions = {i for i, parameter in enumerate(group["params"]) if id(parameter) in unwanted}
+        for group, named in zip(self.param_groups, self._parameter_groups(), strict=True):
+            positions = {i for i, parameter in enumerate(named["params"]) if id(parameter) in unwanted}
             group["gradreg_excluded"] = sorted(positions | set(group["gradreg_excluded"]))
-            left += len(group["params"]) - len(group["gradreg_excluded"])
+            left += len(named["params"]) - len(group["gradreg_excluded"])
         if not left:
             raise ValueError(
                 "Every parameter of the optimizer is excluded: nothing is left to regularize. "
@@ -201,11 +206,9 @@ class OptimizerWrapper(Optimizer):
     # Trainers.
 
     def train(self) -> None:
-        """Called by trainers before each micro-batch: lets an unattached wrapper find the trainer that drives it."""
-        if self._attachment is None and "transformers" in sys.modules:
-            from gradreg_optim.trainer import (
-                attach_to_caller,
-            )  # upwards, hence here: only trainers ever need it
+        """Called by trainers before each micro-batch: there the wrapper finds the trainer that drives it."""
+        if "transformers" in sys.modules:
+            from gradreg_optim.trainer import attach_to_caller  # upwards, hence here: only trainers ever need it
 
             attach_to_caller(self)
         inner = getattr(self.optimizer, "train", None)  # schedule-free optimizers have one

@@ -1,0 +1,91 @@
+# Each target builds the environment it needs, from nothing when that is missing and again when pyproject.toml or
+# the constraints change. Variables go on the command line:
+#
+#   make test PYTEST_ARGS="-k quadratic -x"      make test WORKERS=0      make demo ARGS=--help      make PYTHON=python3.12 test
+#
+# torch==2.13.0 from PyPI is the CUDA build on Linux. For the much smaller CPU build:
+#
+#   export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+# What the development environment holds: `EXTRAS=dev,deepspeed` adds DeepSpeed.
+EXTRAS ?= dev
+# Processes that share the tests; 0 runs them in one, where a debugger can be attached.
+WORKERS ?= 2
+PYTEST_ARGS ?=
+ARGS ?=
+
+PY := $(VENV)/bin/python
+DEV := $(VENV)/.stamp-$(EXTRAS)
+DEMO := $(VENV)/.stamp-demo
+PIP_INSTALL := $(PY) -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
+CHECK := build/wheel-check
+
+.PHONY: help
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: $(DEMO)  ## Train a small language model by GRPO with gradient regularization (ARGS="...")
+	$(PY) benchmarks/grpo.py $(ARGS)
+
+.PHONY: test
+test: $(DEV)  ## Run the tests (PYTEST_ARGS="...", WORKERS=2)
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+.PHONY: test-pinned
+test-pinned:  ## Run the tests with the library versions that the published implementation recommends
+	$(MAKE) test VENV=.venv-pinned CONSTRAINTS=constraints-published.txt EXTRAS=dev,deepspeed
+
+.PHONY: lint
+lint: $(DEV)  ## Check style (ruff)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+.PHONY: types
+types: $(DEV)  ## Check types (mypy)
+	$(PY) -m mypy
+
+.PHONY: bench
+bench: $(DEV)  ## Measure what a step costs (ARGS="...")
+	$(PY) benchmarks/step_cost.py $(ARGS)
+
+.PHONY: wheel-check
+wheel-check: $(DEV)  ## Build the wheel and try it in an environment that holds torch alone
+	rm -rf $(CHECK)
+	$(PY) -m build --quiet --outdir $(CHECK)
+	$(PYTHON) -m venv $(CHECK)/venv
+	$(CHECK)/venv/bin/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) $(CHECK)/*.whl
+	$(CHECK)/venv/bin/python -I -W "ignore:Failed to initialize NumPy" .ci/wheel_smoke.py
+
+.PHONY: ci
+ci:  ## Everything that has to pass: lint, types, test, wheel-check
+	+@.ci/run
+
+.PHONY: env
+env: $(DEV)  ## Build the development environment and nothing else
+
+.PHONY: clean
+clean:  ## Remove build products and caches; the environments stay
+	rm -rf build dist *.egg-info .coverage .coverage.* coverage.xml htmlcov
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name '.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+# torch comes first and alone: it decides how large the environment is, and a wrong build shows at once.
+$(VENV)/.stamp-torch: $(CONSTRAINTS)
+	@echo "Building $(VENV), which takes some minutes"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) torch
+	@touch $@
+
+# The stem is the list of extras. The dev extra contains the demo extra, so it serves both.
+$(VENV)/.stamp-%: $(VENV)/.stamp-torch pyproject.toml $(CONSTRAINTS)
+	$(PIP_INSTALL) --editable ".[$*]"
+	@touch $@ $(if $(filter dev%,$*),$(DEMO))

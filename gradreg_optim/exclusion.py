@@ -1,0 +1,32 @@
+"""What trainers leave out by default: embeddings and heads, found as modules, not by names that happen to match."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+from torch import nn
+
+__all__ = ["default_exclusion"]
+
+HEADS = ("score", "classifier", "v_head", "value_head", "reward_head")
+"""Attributes under which Transformers and TRL keep value, reward and classification heads."""
+
+_INSIDE = ("module", "_orig_mod", "base_model", "model", "pretrained_model")
+"""Attributes under which DDP, compilation, PEFT, Transformers and value-head models keep the model that they wrap."""
+
+
+def default_exclusion(model: Any) -> list[nn.Parameter]:
+    """Parameters of the input and output embeddings and of value, reward and classification heads, found as modules."""
+    layers: list[nn.Module] = [model]
+    found: list[Any] = []
+    for layer in layers:  # grows while it is walked: PEFT, value heads, DDP and compilation all wrap the real model
+        for name in _INSIDE:
+            inner = getattr(layer, name, None)
+            if isinstance(inner, nn.Module) and all(inner is not known for known in layers):
+                layers.append(inner)
+        found += [getattr(layer, name, None) for name in HEADS]
+        for name in ("get_input_embeddings", "get_output_embeddings"):
+            with suppress(AttributeError, NotImplementedError):  # Transformers models without such embeddings
+                found.append(getattr(layer, name)())
+    return [parameter for module in found if isinstance(module, nn.Module) for parameter in module.parameters()]

@@ -1,0 +1,67 @@
+"""What a loss leaves behind on its trainer, kept from the second pass: metrics, counters, buffers, the trainer's state.
+
+Losses append to lists of metrics, count tokens, adapt coefficients and pop keys from their inputs. The second pass works
+on copies of all that; tensors are shared wherever nobody writes into them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import UserDict, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["copied", "counters", "untouched"]
+
+_DATA = ("train_dataset", "eval_dataset", "_buffered_inputs")
+"""Attributes that hold data: long, and only read by losses."""
+
+
+def copied(value: Any) -> Any:
+    """Copies of the containers, the tensors themselves inside.
+
+    >>> inputs = {"labels": [1, 2]}
+    >>> copied(inputs)["labels"].append(3); inputs
+    {'labels': [1, 2]}
+    """
+    if isinstance(value, (dict, list, deque)):
+        container: Any = copy.copy(value)
+        for key in range(len(container)) if isinstance(container, (list, deque)) else list(container):
+            container[key] = copied(container[key])
+        return container
+    if isinstance(value, UserDict):
+        wrapper = copy.copy(value)
+        wrapper.data = copied(value.data)
+        return wrapper
+    return copy.copy(value) if isinstance(value, set) else value
+
+
+def counters(owner: Any) -> dict[str, Any]:
+    """The attributes of ``owner`` that a loss can count with: numbers, strings, ``None``, and copies of tensors."""
+    found: dict[str, Any] = {}
+    for name, value in vars(owner).items():
+        if isinstance(value, Tensor):
+            if not value.requires_grad:  # a running mean, say, written in place; what is trained belongs to the model
+                found[name] = value.clone()
+        elif value is None or isinstance(value, (bool, int, float, str)):
+            found[name] = value
+    return found
+
+
+@contextmanager
+def untouched(trainer: Any) -> Iterator[None]:
+    """Let the block work on copies of the trainer's metrics, counters and buffers; afterwards the originals are back."""
+    before = dict(vars(trainer))
+    for name, value in before.items():
+        if isinstance(value, (dict, list, deque, set)) and name not in _DATA:
+            setattr(trainer, name, copied(value))
+    vars(trainer).update(counters(trainer))
+    trainer.state = copy.copy(trainer.state)
+    try:
+        yield
+    finally:
+        vars(trainer).clear()
+        vars(trainer).update(before)

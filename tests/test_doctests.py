@@ -1,0 +1,30 @@
+"""The examples in the docstrings."""
+
+import doctest
+import importlib
+import pathlib
+
+import pytest
+
+import gradreg_optim
+
+MODULES = sorted(
+    f"gradreg_optim.{path.stem}"
+    for path in pathlib.Path(gradreg_optim.__file__).parent.glob("*.py")
+    if ">>> " in path.read_text(encoding="utf-8")  # modules without examples, and their libraries, are not loaded
+)
+
+
+def test_the_core_has_examples():
+    """A search that finds nothing would pass."""
+    assert {"gradreg_optim.config", "gradreg_optim.finite_difference", "gradreg_optim.optimizer"} <= set(MODULES)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_hold(name):
+    """Every docstring example prints what it says."""
+    result = doctest.testmod(
+        importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS, raise_on_error=False
+    )
+    assert result.attempted > 0
+    assert result.failed == 0

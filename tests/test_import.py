@@ -1,0 +1,45 @@
+"""What importing the package brings, and what it does not."""
+
+import subprocess
+import sys
+
+import pytest
+
+import gradreg_optim
+
+FOREIGN = ("transformers", "trl", "accelerate", "deepspeed", "datasets", "peft", "numpy.testing", "pytorch_optimizer")
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+def test_importing_needs_torch_alone():
+    """A fresh process that imports the package, and takes a step, has loaded no other library."""
+    step = (
+        "import sys, torch, gradreg_optim\n"
+        "w = torch.nn.Parameter(torch.ones(2))\n"
+        "optimizer = gradreg_optim.GradRegOptimizer(torch.optim.SGD([w], lr=0.1))\n"
+        "optimizer.train()\n"
+        "def closure():\n"
+        "    optimizer.zero_grad()\n"
+        "    loss = w.square().sum()\n"
+        "    loss.backward()\n"
+        "    return loss\n"
+        "optimizer.step(closure)\n"
+        f"print(sorted(set({FOREIGN!r}) & set(sys.modules)))\n"
+    )
+    assert run(step).strip() == "[]"
+
+
+def test_public_names():
+    """Every promised name is there, those of the trainers loaded when they are first used."""
+    assert {"GradRegConfig", "GradRegOptimizer", "attach", "detach"} <= set(gradreg_optim.__all__)
+    pytest.importorskip("transformers", reason="attach and detach stand on Transformers")
+    for name in gradreg_optim.__all__:
+        assert getattr(gradreg_optim, name).__name__ == name
+
+
+def test_unknown_names_are_attribute_errors():
+    """hasattr and from-imports behave as on any module."""
+    assert not hasattr(gradreg_optim, "no_such_name")

@@ -1,0 +1,148 @@
+"""The second point: there, and back without a trace."""
+
+import random
+
+import numpy
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules import module as nn_module
+
+from gradreg_optim.perturbation import RandomState, batch_norm_statistics_kept, shifted
+from problems import assert_same
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inside_the_block_the_weights_stand_at_the_second_point(dtype):
+    """θ' = θ + ε·d with each group's own ε; the block gets copies of θ."""
+    theta = [torch.randn(3, 2).to(dtype), torch.randn(4).to(dtype)]
+    d = [torch.randn(3, 2).to(dtype), torch.randn(4).to(dtype)]
+    before = [weight.clone() for weight in theta]
+    with shifted([[theta[0]], [theta[1]], []], [[d[0]], [d[1]], []], [0.5, 0.25, 1.0]) as at_theta:
+        assert_same(theta, [torch.add(before[0], d[0], alpha=0.5), torch.add(before[1], d[1], alpha=0.25)])
+        assert_same(at_theta, [[before[0]], [before[1]], []])
+    assert_same(theta, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adding_and_subtracting_would_not_restore(dtype):
+    """The weights come back by copy: for these numbers θ + ε·d − ε·d is not θ."""
+    theta, d = torch.randn(1000).to(dtype), torch.randn(1000).to(dtype)
+    before = theta.clone()
+    assert (torch.add(torch.add(theta, d, alpha=0.1), d, alpha=-0.1) != theta).any()
+    with shifted([[theta]], [[d]], [0.1]):
+        pass
+    assert_same(theta, before)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_exception_restores(error):
+    """Whatever leaves the block, the weights are back, and the exception goes on."""
+    theta = torch.randn(3)
+    before = theta.clone()
+    with pytest.raises(error), shifted([[theta]], [[torch.randn(3)]], [0.1]):
+        raise error
+    assert_same(theta, before)
+
+
+def test_a_shift_that_fails_halfway_restores():
+    """An error in the second group's shift takes the first group's back."""
+    theta = [torch.randn(3), torch.randn(3)]
+    before = [weight.clone() for weight in theta]
+    with pytest.raises(RuntimeError), shifted([[theta[0]], [theta[1]]], [[torch.randn(3)], [torch.randn(7)]], [0.1, 0.1]):
+        pass
+    assert_same(theta, before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_direction_that_is_not_finite_restores(value):
+    """NaN + x − NaN would stay NaN; a copy does not."""
+    theta = torch.randn(3)
+    before = theta.clone()
+    with shifted([[theta]], [[torch.full((3,), value)]], [0.1]):
+        assert not theta.isfinite().any()
+    assert_same(theta, before)
+
+
+def draw():
+    return random.random(), numpy.random.rand(), torch.rand(()).item()
+
+
+def test_the_same_random_numbers_again():
+    """Python's, NumPy's and torch's generators give the second pass what they gave the first."""
+    state = RandomState()
+    first = draw()
+    with state.replayed():
+        assert draw() == first
+        draw()  # the second pass may draw more than the first did
+
+
+def test_after_the_block_the_generators_go_on_as_if_it_had_not_been():
+    """Training goes on with the numbers it would have had without a second pass."""
+    draw()
+    expected = draw()
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+    state = RandomState()
+    draw()
+    with pytest.raises(KeyboardInterrupt), state.replayed():
+        draw()
+        raise KeyboardInterrupt
+    assert draw() == expected
+
+
+def test_restoring_twice():
+    """A recorded state can be returned to as often as there are micro-batches."""
+    state = RandomState()
+    first = draw()
+    for _ in range(2):
+        state.restore()
+        assert draw() == first
+
+
+LAYERS = {
+    "BatchNorm1d": (lambda: nn.BatchNorm1d(3), (5, 3)),
+    "BatchNorm2d": (lambda: nn.BatchNorm2d(3), (5, 3, 2, 2)),
+    "BatchNorm3d": (lambda: nn.BatchNorm3d(3), (5, 3, 2, 2, 2)),
+    "cumulative average": (lambda: nn.BatchNorm1d(3, momentum=None), (5, 3)),
+    "without statistics": (lambda: nn.BatchNorm1d(3, track_running_stats=False), (5, 3)),
+}
+
+
+@pytest.mark.parametrize(("build", "shape"), LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("known", [True, False], ids=["model given", "model found"])
+def test_statistics_stay(build, shape, known):
+    """Running mean, variance and the batch count are those from before the block; outside of it they move."""
+    model = nn.Sequential(nn.Sequential(build()), nn.Identity())
+    x = torch.randn(shape) + 1
+    model(x)
+    before = [buffer.clone() for buffer in model.buffers()]
+    with batch_norm_statistics_kept(model if known else None):
+        model(x)
+        model(x)
+    assert_same(list(model.buffers()), before)
+    model(2 * x)
+    assert all((now != then).any() for now, then in zip(model.buffers(), before, strict=True))
+
+
+def test_the_hook_does_not_outlive_the_block():
+    """Finding BatchNorm layers leaves no hook behind, also after an exception."""
+    count = len(nn_module._global_forward_pre_hooks)
+    with pytest.raises(ValueError, match="stop"), batch_norm_statistics_kept():
+        assert len(nn_module._global_forward_pre_hooks) == count + 1
+        raise ValueError("stop")
+    assert len(nn_module._global_forward_pre_hooks) == count
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["model given", "model found"])
+def test_statistics_come_back_after_an_exception(known):
+    """A second pass that fails in the middle has not moved the statistics either."""
+    model = nn.BatchNorm1d(3)
+    before = [buffer.clone() for buffer in model.buffers()]
+    with pytest.raises(KeyboardInterrupt), batch_norm_statistics_kept(model if known else None):
+        model(torch.randn(5, 3))
+        raise KeyboardInterrupt
+    assert_same(list(model.buffers()), before)

@@ -1,0 +1,66 @@
+"""The README: its code runs, its defaults are the signatures', its length is bounded."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from gradreg_optim import GradRegConfig, GradRegOptimizer
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROWS = re.findall(r"^\| `(\w+)` \| (?:`--(\w+)` )?\| (\S+) \|", README, re.MULTILINE)
+
+
+def test_length():
+    """It stays within 200 lines."""
+    assert README.count("\n") <= 200
+
+
+def test_loop_examples_run():
+    """The blocks without a trainer run one after the other, and the assertion in them holds."""
+    blocks = [block for block in BLOCKS if "trainer" not in block]
+    assert len(blocks) == 2
+    exec("\n".join(blocks), {})
+
+
+def test_trainer_examples_run(tmp_path):
+    """The trainer blocks run on a tiny model, and each logs its grad_reg figures."""
+    pytest.importorskip("trl", reason="trainers come with the extra [trl]")
+    from trainers import Reward, dataset, llama, tokenizer
+    from trl import GRPOConfig
+
+    blocks = [block for block in BLOCKS if "trainer" in block]
+    assert len(blocks) == 2
+    names = {"GradRegOptimizer": GradRegOptimizer, "tokenizer": tokenizer(), "dataset": dataset("grpo"), "reward": Reward()}
+    for number, block in enumerate(blocks):
+        names["model"] = llama()
+        names["args"] = GRPOConfig(
+            output_dir=str(tmp_path / str(number)),
+            max_steps=1,
+            per_device_train_batch_size=2,
+            num_generations=2,
+            max_completion_length=4,
+            logging_steps=1,
+            report_to="none",
+            save_strategy="no",
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+        )
+        exec(block, names)
+        assert "grad_reg/penalty_ratio" in names["trainer"].state.log_history[0]
+
+
+def test_settings_table_is_complete():
+    """Each argument of the constructor has its row, with the default of the signature and the flag of the config."""
+    parameters = dict(inspect.signature(GradRegOptimizer).parameters)
+    del parameters["optimizer"]
+    assert [name for name, _, _ in ROWS] == list(parameters)
+    for name, _, default in ROWS:
+        assert default == str(parameters[name].default), name
+    assert {flag for _, flag, _ in ROWS if flag} == {field.name for field in fields(GradRegConfig)}
