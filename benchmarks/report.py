@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import matplotlib
@@ -27,30 +27,40 @@ PANELS = {
     "grad_reg/perturbation_fidelity": "perturbation fidelity",
     "grad_reg/second_pass_time": "second pass, seconds",
 }
+RELATIVE = tuple(f"grad_reg/{name}" for name in ("penalty_ratio", "curvature", "cosine", "perturbation_fidelity"))
+MEANS = ("reward", "grad_reg/second_pass_time")
 PACKAGES = ("torch", "transformers", "trl", "reasoning-gym")
 
 
 def training_rows(history: list[Row]) -> list[Row]:
-    """The log rows of training steps; evaluations and the summary at the end have no ``reward``."""
-    return [row for row in history if "reward" in row]
+    """The log rows of training steps; evaluations and the summary at the end have no ``reward``.
+
+    Where all answers to each task earned the same, the gradient is 0, and what is relative to it is left out.
+    """
+    return [
+        {key: value for key, value in row.items() if key not in RELATIVE or row["grad_reg/g1_norm"] > 0}
+        for row in history
+        if "reward" in row
+    ]
 
 
 def series(rows: list[Row], key: str) -> list[float]:
-    """The finite or missing-free values of ``key``, in order."""
+    """The values of ``key`` in order, without the rows that lack it."""
     return [float(row[key]) for row in rows if row.get(key) is not None]
 
 
 def summarize(history: list[Row]) -> dict[str, dict[str, float]]:
-    """For each figure its mean over the first and the last quarter of the steps and over all of them.
+    """For each figure its average over the first and the last quarter of the steps and over all of them.
 
-    Two figures exist for the whole run only: the wall-clock time of a step, and the share that the second pass had in
-    it. A figure that was not logged is left out.
+    Rewards and times are averaged by the mean, the ``grad_reg`` figures by the median: single steps reach a multiple of
+    what is usual. Two figures exist for the whole run only: the wall-clock time of a step, and the share that the second
+    pass had in it. A figure that was not logged is left out.
     """
     rows = training_rows(history)
     quarter = max(1, len(rows) // 4)
     parts = {"first": rows[:quarter], "last": rows[-quarter:], "all": rows}
     summary = {
-        key: {part: fmean(values) for part, of in parts.items() if (values := series(of, key))}
+        key: {part: (fmean if key in MEANS else median)(values) for part, of in parts.items() if (values := series(of, key))}
         for key in ("reward", *PANELS)
     }
     seconds = [row["train_runtime"] / row["step"] for row in history if "train_runtime" in row and row["step"]]
@@ -58,24 +68,24 @@ def summarize(history: list[Row]) -> dict[str, dict[str, float]]:
         summary["seconds per step"] = {"all": seconds[-1]}
         if second_pass := summary["grad_reg/second_pass_time"]:
             summary["share of the second pass"] = {"all": second_pass["all"] / seconds[-1]}
-    return {key: means for key, means in summary.items() if means}
+    return {key: averages for key, averages in summary.items() if averages}
 
 
 def table(summary: dict[str, dict[str, float]]) -> Table:
     """The summary to print."""
     out = Table("", *(f"{part} quarter" if part != "all" else "all steps" for part in ("first", "last", "all")))
     names = {
-        "reward": "reward",
-        "grad_reg/g1_norm": "g1_norm",
-        "grad_reg/penalty_ratio": "penalty_ratio",
-        "grad_reg/curvature": "curvature",
+        "reward": "reward, mean",
+        "grad_reg/g1_norm": "g1_norm, median",
+        "grad_reg/penalty_ratio": "penalty_ratio, median",
+        "grad_reg/curvature": "curvature, median",
         "seconds per step": "seconds per step",
         "share of the second pass": "share of the second pass",
     }
     for key, name in names.items():
-        means = summary.get(key, {})
-        missing = {"first": "", "last": "", "all": "" if means else "n/a"}
-        out.add_row(name, *(f"{means[part]:.3g}" if part in means else missing[part] for part in missing))
+        averages = summary.get(key, {})
+        missing = {"first": "", "last": "", "all": "" if averages else "n/a"}
+        out.add_row(name, *(f"{averages[part]:.3g}" if part in averages else missing[part] for part in missing))
     for column in out.columns[1:]:
         column.justify = "right"
     return out
@@ -93,6 +103,8 @@ def figure(history: list[Row], path: Path, title: str) -> None:
         axes = drawing.add_subplot(grid[1 + place // 3, place % 3])
         logged = [row for row in rows if row.get(key) is not None]
         axes.plot([row["step"] for row in logged], series(logged, key), color="tab:gray", linewidth=1)
+        if key == "grad_reg/perturbation_fidelity":  # 1 to many digits in fp32: not to be magnified
+            axes.set_ylim(0, 1.1 * max(series(logged, key)))
         _finish(axes, PANELS[key])
     drawing.suptitle(title)
     drawing.savefig(path, dpi=150)

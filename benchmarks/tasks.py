@@ -18,12 +18,19 @@ class InputError(ValueError):
     """Something the user gave does not work; the message names the value, the rule and the remedy."""
 
 
+EASIER = {"chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}}
+"""Settings that stand in for a dataset's own where the latter are beyond a model of 135M parameters."""
+
+
 @dataclass
 class TaskArguments:
     """What to train on."""
 
     task: str = field(default="chain_sum", metadata={"help": "Name of a reasoning-gym dataset."})
-    task_config: str = field(default="{}", metadata={"help": "Settings of that dataset, a JSON object."})
+    task_config: str | None = field(
+        default=None,
+        metadata={"help": "Settings of that dataset, a JSON object. Default: its own; of chain_sum, two single digits."},
+    )
     task_size: int = field(default=512, metadata={"help": "Number of tasks to draw."})
     task_seed: int = field(default=0, metadata={"help": "Seed of the tasks, apart from that of the training."})
     system_prompt: str | None = field(
@@ -56,6 +63,8 @@ def load_tasks(arguments: TaskArguments) -> ProceduralDataset:
 
 def _settings(arguments: TaskArguments) -> dict[str, Any]:
     """``task_config`` as keyword arguments of the dataset's configuration."""
+    if arguments.task_config is None:
+        return EASIER.get(arguments.task, {})
     known = sorted({setting.name for setting in fields(DATASETS[arguments.task][1])} - {"seed", "size"})
     rule = f"task_config={arguments.task_config!r} must be a JSON object with settings of {arguments.task}"
     try:
@@ -78,10 +87,10 @@ def prompts(tasks: ProceduralDataset, system_prompt: str | None) -> Dataset:
     return Dataset.from_list([{"prompt": prompt(tasks[index]["question"]), "index": index} for index in range(len(tasks))])
 
 
-def reward(tasks: ProceduralDataset) -> Callable[..., list[float]]:
+def reward(tasks: ProceduralDataset) -> Callable[..., list[float | None]]:
     """The reward function: reasoning-gym's own score, between 0 and 1, of the completion without outer blanks."""
 
-    def score(completions: list[Any], index: list[int], **_: Any) -> list[float]:
+    def score(completions: list[Any], index: list[int], **_: Any) -> list[float | None]:
         texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
         return [float(tasks.score_answer(text.strip(), tasks[i])) for text, i in zip(texts, index, strict=True)]
 

@@ -12,11 +12,16 @@ from gradreg_optim.optimizer import GradRegOptimizer
 
 if TYPE_CHECKING:
     from gradreg_optim.trainer import attach, detach
+    from gradreg_optim.zero import ZeroGradRegOptimizer
 
 __version__ = "0.1.0"
-__all__ = ["GradRegConfig", "GradRegOptimizer", "attach", "detach"]
+__all__ = ["GradRegConfig", "GradRegOptimizer", "ZeroGradRegOptimizer", "attach", "detach"]
 
-_LAZY = {"attach": "gradreg_optim.trainer", "detach": "gradreg_optim.trainer"}
+_LAZY = {
+    "ZeroGradRegOptimizer": "gradreg_optim.zero",
+    "attach": "gradreg_optim.trainer",
+    "detach": "gradreg_optim.trainer",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradreg_optim.finite_difference import Scalar, ratio
 
-__all__ = ["FirstGradient", "Share", "owned", "real", "stack_scalars"]
+__all__ = ["FirstGradient", "Share", "dense", "owned", "real", "stack_scalars"]
 
 
 @dataclass
@@ -40,10 +40,14 @@ class Share:
 
 @dataclass
 class FirstGradient:
-    """Everything taken out of ``.grad`` after the first pass: shares to regularize, and gradients kept as they are."""
+    """Everything taken out of ``.grad`` after the first pass: shares to regularize, and gradients kept as they are.
+
+    ``absent`` are the parameters to regularize that had no gradient.
+    """
 
     shares: list[Share]
     kept: list[tuple[Tensor, Tensor | None]]
+    absent: list[Tensor] = field(default_factory=list)
 
 
 def stack_scalars(values: list[Any], like: Tensor | None = None) -> Tensor:
@@ -55,14 +59,20 @@ def stack_scalars(values: list[Any], like: Tensor | None = None) -> Tensor:
     return torch.stack([torch.as_tensor(value, dtype=dtype, device=device) for value in values])
 
 
-def owned(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """The gradient itself, or a copy if the second pass would overwrite it; an error for layouts without arithmetic."""
+def dense(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """The gradient, ready for arithmetic; an error for layouts without it."""
     if gradient.layout != torch.strided:
         raise ValueError(
             f"the gradient of a parameter of shape {tuple(parameter.shape)} has layout {gradient.layout}: only dense "
             "gradients are regularized. Use sparse=False, or leave the parameter out with exclude=."
         )
-    gradient = gradient.resolve_conj()
+    return gradient.resolve_conj()
+
+
+def owned(gradient: Tensor | None) -> Tensor | None:
+    """The gradient itself, or a copy if the second pass would overwrite it."""
+    if gradient is None or gradient.layout != torch.strided:
+        return gradient
     local = local_shard(gradient)
     # A view into a larger buffer, such as a bucket of DistributedDataParallel, which the next backward fills again.
     shared = local.untyped_storage().nbytes() > local.numel() * local.element_size()

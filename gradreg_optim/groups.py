@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gradreg_optim.config import check_settings
 
-__all__ = ["PER_GROUP", "adopt_group", "excluded_positions", "missing_keys", "parameter_names"]
+__all__ = ["KEYS", "PER_GROUP", "SHARED", "adopt_group", "excluded_positions", "missing_keys", "parameter_names"]
 
 Group = dict[str, Any]
 
@@ -35,13 +35,15 @@ def adopt_group(group: Group, settings: dict[str, Any], *, step: int, excluded: 
     A group that brings ``gradreg_eps`` does not inherit a radius, and one with ``gradreg_radius`` no eps.
     """
     own = {name: group[f"gradreg_{name}"] for name in PER_GROUP if group.get(f"gradreg_{name}") is not None}
-    check_settings(**own)
+    check_settings(**own, **{name: group[f"gradreg_{name}"] for name in SHARED if f"gradreg_{name}" in group})
     values = {name: settings[name] for name in PER_GROUP}
     if "radius" in own or "eps" in own:
         values["eps"] = values["radius"] = None
     values |= own
     if values["radius"] is not None:
         values["eps"] = None
+    if values["eps"] is not None:
+        values["eps"] = float(values["eps"])  # a checkpoint holds plain numbers: no type of this package, as DEFAULT_EPS has
     group.update({f"gradreg_{name}": value for name, value in values.items()})
     for name in SHARED:
         group.setdefault(f"gradreg_{name}", settings[name])
@@ -51,7 +53,7 @@ def adopt_group(group: Group, settings: dict[str, Any], *, step: int, excluded: 
 
 def check_group(group: Group) -> None:
     """Raise ``ValueError`` if the settings a user or a scheduler wrote into ``group`` since break their rules."""
-    check_settings(**{name: group[f"gradreg_{name}"] for name in PER_GROUP})
+    check_settings(**{name: group[f"gradreg_{name}"] for name in (*PER_GROUP, *SHARED)})
     if group["gradreg_eps"] is None and group["gradreg_radius"] is None:
         raise ValueError(
             "gradreg_eps=None and gradreg_radius=None: one of them must set the length of the step. "

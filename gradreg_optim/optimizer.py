@@ -26,7 +26,7 @@ from gradreg_optim.finite_difference import (
     readable,
     scale_,
 )
-from gradreg_optim.gradients import FirstGradient, Share, owned, real, stack_scalars
+from gradreg_optim.gradients import FirstGradient, Share, dense, owned, real, stack_scalars
 from gradreg_optim.perturbation import RandomState, batch_norm_statistics_kept, shifted
 from gradreg_optim.schedule import Schedule
 from gradreg_optim.wrapper import OptimizerWrapper
@@ -61,7 +61,8 @@ class GradRegOptimizer(OptimizerWrapper):
         exclude: parts of parameter names; matching parameters are neither perturbed nor regularized and are updated with
             g1. ``"none"`` leaves nothing out, in trainers either, which otherwise leave out embeddings and heads.
         model: the module, for the names that ``exclude`` matches (an optimizer built on ``named_parameters()`` needs
-            none) and for its BatchNorm layers (found by a module hook otherwise).
+            none) and for its BatchNorm layers (found by a module hook otherwise, which a compiled *function* never calls:
+            give the model if you compile more than the model).
         scaler: the :class:`torch.amp.GradScaler` that scales the closure's loss, if there is one. It then steps the
             wrapped optimizer, so an overflow in either pass skips the step; calling ``scaler.update()`` is left to you.
 
@@ -200,15 +201,17 @@ class GradRegOptimizer(OptimizerWrapper):
         for group, share in zip(self.param_groups, first.shares, strict=True):
             excluded = set(group["gradreg_excluded"])
             for position, parameter in enumerate(group["params"]):
-                gradient = parameter.grad
+                gradient = owned(parameter.grad)
                 if share.strength == 0 or position in excluded or not parameter.requires_grad:
                     first.kept.append((parameter, gradient))
                 elif gradient is not None:
-                    gradient = owned(gradient, parameter)
+                    gradient = dense(gradient, parameter)
                     share.parameters.append(parameter)
                     share.gradients.append(gradient)
                     share.weights.append(real(parameter))
                     share.g1.append(real(gradient))
+                else:
+                    first.absent.append(parameter)
                 parameter.grad = None
 
     def _choose_step(self, first: FirstGradient) -> bool:
@@ -245,12 +248,11 @@ class GradRegOptimizer(OptimizerWrapper):
                 share.arrived = difference_moments(start, share.weights, share.g1)[0] * unscale
             yield
 
-    def _second_gradient(self, share: Share, group: dict[str, Any]) -> list[Tensor]:
+    def _second_gradient(self, share: Share, group: dict[str, Any], absent: list[Tensor]) -> list[Tensor]:
         """g2 of one share. A parameter that only one of the two passes reached has a gradient of 0 in the other."""
-        known = {id(parameter) for parameter in share.parameters}
-        excluded = set(group["gradreg_excluded"])
-        for position, parameter in enumerate(group["params"]):
-            if share.strength and parameter.grad is not None and id(parameter) not in known and position not in excluded:
+        late = {id(parameter) for parameter in absent if parameter.grad is not None}
+        for parameter in group["params"]:
+            if id(parameter) in late:
                 share.parameters.append(parameter)
                 share.gradients.append(torch.zeros_like(parameter.grad))
                 share.g1.append(real(share.gradients[-1]))
@@ -271,7 +273,9 @@ class GradRegOptimizer(OptimizerWrapper):
                 "The second call of the closure left no gradient on any regularized parameter, the first one did. "
                 "Let the closure clear the gradients and run forward and backward each time it is called."
             )
-        return [self._second_gradient(share, group) for share, group in zip(shares, self.param_groups, strict=True)]
+        return [
+            self._second_gradient(share, group, first.absent) for share, group in zip(shares, self.param_groups, strict=True)
+        ]
 
     def _combine(self, first: FirstGradient) -> None:
         """Write g1 + (γ/ε)·(g2 − g1) over g2."""
@@ -281,19 +285,21 @@ class GradRegOptimizer(OptimizerWrapper):
             stack_scalars([share.g1_squared for share in shares]),
             stack_scalars([share.eps for share in shares], inner),
         )
-        g2_norm = (g1_squared + 2 * inner + squares).sum().sqrt()
+        # A sum that cancels may come out below 0, and its root as NaN: clamp, which lets a NaN of the gradients through.
+        g2_norm = (g1_squared + 2 * inner + squares).sum().clamp(min=0).sqrt()
         finite = readable(torch.isfinite(g2_norm))
         # ‖c·g2 − g1‖² and ⟨c·g2 − g1, g1⟩ of the clipped g2, from c·g2 − g1 = c·(g2 − g1) − (1 − c)·g1.
         settings = self.param_groups[0]
         c = clip_coefficient(g2_norm, settings["gradreg_g2_clip"])
-        squares = c**2 * squares - 2 * c * (1 - c) * inner + (1 - c) ** 2 * g1_squared
+        squares = (c**2 * squares - 2 * c * (1 - c) * inner + (1 - c) ** 2 * g1_squared).clamp(min=0)
         inner = c * inner - (1 - c) * g1_squared
 
         weights: list[Scalar] = [share.weight for share in shares]
         g1_norm = g1_squared.sum().sqrt()
         penalty = (stack_scalars(weights, inner).square() * squares).sum().sqrt()
         if settings["gradreg_max_penalty_ratio"] is not None:
-            bound = ratio(settings["gradreg_max_penalty_ratio"] * g1_norm, penalty).clamp(max=1.0)
+            limit = settings["gradreg_max_penalty_ratio"] * g1_norm
+            bound = torch.where(penalty > limit, limit / penalty, torch.ones_like(penalty))
             weights, penalty = [readable(weight * bound) for weight in weights], penalty * bound
         self._metrics |= {
             "g2_norm": g2_norm,
@@ -330,6 +336,8 @@ class GradRegOptimizer(OptimizerWrapper):
         for share in first.shares:
             for parameter, gradient in zip(share.parameters, share.gradients, strict=True):
                 parameter.grad = gradient
+        for parameter in first.absent:  # the second pass may have reached it, and a zero is not the same as nothing
+            parameter.grad = None
 
     def _has_gradient(self, shares: list[Share]) -> bool:
         """Whether there is anything to regularize; the same answer on every rank."""
@@ -341,8 +349,8 @@ class GradRegOptimizer(OptimizerWrapper):
 
     @property
     def _overflow_skips_step(self) -> bool:
-        """Whether whoever scales the loss skips a step whose gradient is not finite: the combined one then has to show it."""
-        return self._scaler is not None
+        """Whether whoever scales the loss skips a step whose gradient is not finite: the combined one has to show it."""
+        return self._scaler is not None and self._scaler.is_enabled()
 
     def _loss_scale(self) -> float:
         """The factor that ``.grad`` carries: the GradScaler's."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -67,6 +68,11 @@ PRIVATE = {
     "stage 3, offloaded": _STAGE_3_OFFLOAD,
 }
 
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+
+RESCUE_TIMEOUT = timedelta(hours=1)
+"""How long a rank that failed waits for the others, which notice when their own collective times out."""
+
 NO_MICRO_STEP = -1
 """``micro_step_id`` of stages 1 and 2 before the first backward of a window (their ``INITIAL_MICRO_STEP_ID``)."""
 
@@ -119,9 +125,17 @@ class Partitions(ABC):
     def put_back(self) -> None:
         """Make the gradients that were taken the engine's again."""
 
+    def release(self) -> None:
+        """Let go of the gradients that were taken."""
+        self.first = []
+
     @abstractmethod
     def restore(self) -> None:
-        """Bring the model's weights back to the masters, as the engine's step would; every rank has to take part."""
+        """Bring the model's weights back to the masters, as the engine's step would; every rank takes part."""
+
+    def rescue(self) -> None:
+        """Do the same after an exception, when other ranks may still be waiting in a collective of the second pass."""
+        self.restore()
 
     @abstractmethod
     def _master(self, index: int) -> Tensor:
@@ -185,7 +199,8 @@ class Stage12Partitions(Partitions):
     A rank may own parts of two parameters and all of none, or nothing but padding.
 
     Communication beyond the second backward's: one all-gather of the bit16 weights on the way to θ'. The way back is the
-    gather that ends the engine's step.
+    gather that ends the engine's step. After an exception the slices are gathered over a gloo group of their own, where
+    ranks meet that failed at different places: the usual group is not usable any more once a collective timed out in it.
     """
 
     def __init__(self, zero: Any) -> None:
@@ -202,6 +217,7 @@ class Stage12Partitions(Partitions):
         super().__init__(zero, fragments)
         self.offloaded = bool(zero.cpu_offload)
         self._kept: dict[int, Any] = {}
+        self._rescuers = dist.new_group(backend="gloo", timeout=RESCUE_TIMEOUT)
 
     @property
     def parameters(self) -> list[list[nn.Parameter]]:
@@ -248,8 +264,19 @@ class Stage12Partitions(Partitions):
             self.zero.averaged_gradients.update(self._kept)
         self.gradients_written()
 
+    def release(self) -> None:
+        super().release()
+        self._kept = {}
+
     def restore(self) -> None:
         self.zero.update_lp_params()
+
+    def rescue(self) -> None:
+        for index, whole in enumerate(self.zero.bit16_groups_flat):
+            own = self._master(index).to("cpu", whole.dtype)
+            slices = [torch.empty_like(own) for _ in range(dist.get_world_size(self._rescuers))]
+            dist.all_gather(slices, own, group=self._rescuers)
+            whole.copy_(torch.cat(slices))
 
     def _master(self, index: int) -> Tensor:
         return self.zero.single_partition_of_fp32_groups[index].detach()  # type: ignore[no-any-return]
@@ -265,7 +292,7 @@ class Stage12Partitions(Partitions):
         for index, whole in enumerate(self.zero.bit16_groups_flat):
             group = self.zero.real_dp_process_group[index]
             if dist.get_world_size(group) > 1:
-                dist.all_gather_into_tensor(whole, self._own(index), group=group)
+                _all_gather(whole, self._own(index), group=group)
 
 
 class Stage3Partitions(Partitions):
@@ -281,7 +308,8 @@ class Stage3Partitions(Partitions):
     Partition i is a *sub-group*: all slices of one parameter group, or a stretch of them if ``sub_group_size`` is small.
 
     Communication beyond the second forward's and backward's: none, except one all-gather of the *persistent* parameters,
-    those too small to be released after use, which no forward would gather again.
+    those too small to be released after use, which no forward would gather again. The way back needs none: the next
+    forward gathers whatever is partitioned.
 
     Where weights and masters have one dtype and device (fp32 training), DeepSpeed keeps them as one tensor. The model is
     then given a tensor of its own for the time at θ', and the masters stay as they are here too.
@@ -338,12 +366,15 @@ class Stage3Partitions(Partitions):
         torch._foreach_copy_(self.gradients(), self.first)
         self.gradients_written()
 
+    def release(self) -> None:
+        super().release()
+        self._buffers = {}
+
     def restore(self) -> None:
         self.zero._partition_all_parameters()
         for index, weights in enumerate(self.zero.fp16_partitioned_groups_flat):
             weights.copy_(self._master(index))
             self.zero._unflatten_partitioned_parameters(index)
-        self._spread()
 
     def _master(self, index: int) -> Tensor:
         return self.zero.fp32_partitioned_groups_flat[index].detach()  # type: ignore[no-any-return]

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from gradreg_optim.finite_difference import Scalar, shift_
@@ -98,18 +99,20 @@ def batch_norm_statistics_kept(model: nn.Module | None = None) -> Iterator[None]
     def record(module: nn.Module, _inputs: object = None) -> None:
         if module not in statistics:
             for part in module.modules():
-                moving = list(part.buffers(recurse=False)) if isinstance(part, _BatchNorm) else []
+                moving = list(part.buffers(recurse=False)) if isinstance(part, _NormBase) else []
                 statistics.setdefault(part, [(buffer, buffer.clone()) for buffer in moving])
 
-    handle = None
-    if model is None:
-        handle = register_module_forward_pre_hook(record)
-    else:
-        record(model)
-    try:
-        yield
-    finally:
-        if handle is not None:
-            handle.remove()
-        for buffer, saved in (pair for pairs in statistics.values() for pair in pairs):
-            buffer.copy_(saved)
+    with ExitStack() as finding:
+        if model is not None:
+            record(model)
+        else:
+            if "torch._dynamo" in sys.modules:
+                # A compiled module warns that hooks are called on its wrapper too: ``record`` looks once at each module.
+                finding.enter_context(warnings.catch_warnings())
+                warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks")
+            finding.callback(register_module_forward_pre_hook(record).remove)
+        try:
+            yield
+        finally:
+            for buffer, saved in (pair for pairs in statistics.values() for pair in pairs):
+                buffer.copy_(saved)

@@ -167,10 +167,7 @@ class Attachment:
             holder = inner
         if self.optimizer is not None and holder is not None:
             _exchange(holder, self.optimizer.optimizer)
-            for group, before in zip(self.optimizer.param_groups, self._groups_before, strict=False):
-                for key in [key for key in group if key.startswith("gradreg_")]:
-                    del group[key]
-                group.update(before)
+            self._restore(self.optimizer.param_groups)
 
     def release(self) -> None:
         """Give the trainer its methods back, and the wrapper, which stays its optimizer, its freedom."""
@@ -191,13 +188,23 @@ class Attachment:
             holder = holder.optimizer
         groups = holder.optimizer.param_groups
         self._groups_before = [{key: group[key] for key in group if key.startswith("gradreg_")} for group in groups]
-        optimizer = GradRegOptimizer(holder.optimizer, **{"model": self.trainer.model, **self._settings})
-        self._adopt(optimizer)
+        try:
+            optimizer = GradRegOptimizer(holder.optimizer, **{"model": self.trainer.model, **self._settings})
+            self._adopt(optimizer)
+        except BaseException:
+            self._restore(groups)
+            raise
         _exchange(holder, optimizer)
 
+    def _restore(self, groups: list[dict[str, Any]]) -> None:
+        """Take out of ``groups`` what wrapping put there; a wrapper that the trainer was given keeps its own settings."""
+        for group, before in zip(groups, self._groups_before, strict=False):
+            for key in [key for key in group if key.startswith("gradreg_")]:
+                del group[key]
+            group.update(before)
+
     def _adopt(self, optimizer: GradRegOptimizer) -> None:
-        if not optimizer.exclude:
-            optimizer.leave_out(default_exclusion(self.trainer.model))
+        optimizer.leave_out([] if optimizer.exclude else default_exclusion(self.trainer.model))
         if optimizer._attachment is not None:  # to another trainer, which gets it back when it trains again
             optimizer._attachment.release()
         model = self.trainer.model if optimizer._model is None else optimizer._model

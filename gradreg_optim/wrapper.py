@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradreg_optim.config import check_settings, exclude_patterns
-from gradreg_optim.groups import PER_GROUP, adopt_group, check_group, excluded_positions, missing_keys
+from gradreg_optim.groups import KEYS, PER_GROUP, SHARED, adopt_group, check_group, excluded_positions, missing_keys
 from gradreg_optim.schedule import strength_factor
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class OptimizerWrapper(Optimizer):
         positions = excluded_positions(self._parameter_groups(), patterns, model)
         for group, excluded in zip(self.param_groups, positions, strict=True):
             if "gradreg_step" in group:  # wrapped before, or loaded from a checkpoint: these settings count, and its step
-                group = _without(group, PER_GROUP)
+                group = _without(group, (*PER_GROUP, *SHARED))
             adopt_group(group, self._settings, step=0, excluded=excluded)
             group["gradreg_excluded"] = excluded
 
@@ -167,6 +167,7 @@ class OptimizerWrapper(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state dict; its groups carry the ``gradreg_*`` keys. Loads into either of the two."""
+        self._adopt_new_groups()
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         state = self.optimizer.state_dict()
@@ -176,9 +177,10 @@ class OptimizerWrapper(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this wrapper, or of the bare optimizer; for the latter, warn and keep current settings."""
+        self._adopt_new_groups()
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
-        excluded = [group["gradreg_excluded"] for group in self.param_groups]
+        current = [{key: group[key] for key in KEYS if key in group} for group in self.param_groups]
         self.optimizer.load_state_dict(state_dict)
         missing = sorted({key for group in self.param_groups for key in missing_keys(group)} - {"gradreg_excluded"})
         if missing:
@@ -187,9 +189,11 @@ class OptimizerWrapper(Optimizer):
                 "Settings stay as constructed, and warm-up and schedule start at step 0.",
                 stacklevel=2,
             )
-        for group, positions in zip(self.param_groups, excluded, strict=True):
-            group["gradreg_excluded"] = positions  # about this model's parameters, not about the saved run
-            adopt_group(group, self._settings, step=0, excluded=positions)
+        for group, own in zip(self.param_groups, current, strict=True):
+            group["gradreg_excluded"] = own.pop("gradreg_excluded")  # about this model's parameters, not the saved run's
+            own["gradreg_step"] = 0
+            for key, value in own.items():
+                group.setdefault(key, value)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -198,6 +202,7 @@ class OptimizerWrapper(Optimizer):
         hooks_and_foreign = (
             "_model",
             "_attachment",
+            "step",  # an LR scheduler's, which would step the original instead of the copy
             *(name for name in self.__dict__ if name.startswith("_optimizer_")),
         )
         state = {name: value for name, value in self.__dict__.items() if name not in hooks_and_foreign}

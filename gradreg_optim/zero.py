@@ -174,13 +174,10 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
         try:
             yield
         except BaseException:
-            self._back_to_theta()
+            if self._shifted:
+                self._shifted = False
+                self._partitions.rescue()
             raise
-
-    def _back_to_theta(self) -> None:
-        if self._shifted:
-            self._shifted = False
-            self._partitions.restore()
 
     def _second_gradients(self, first: FirstGradient) -> list[list[Tensor]]:
         second: dict[int, list[Tensor]] = {id(share): [] for share in first.shares}
@@ -196,9 +193,12 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
         with self._back_at_theta_if_it_raises():
             super()._combine(first)
             self._partitions.gradients_written()
+            self._partitions.release()
 
     def _put_back(self, first: FirstGradient) -> None:
-        self._partitions.put_back()
+        if self._partitions.first:
+            self._partitions.put_back()
+            self._partitions.release()
 
     def _has_gradient(self, shares: list[Share]) -> bool:
         return True  # a rank that owns nothing has to take part all the same
@@ -217,8 +217,8 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
 
     def _base_step(self) -> None:
         self._final_step()
-        if not self._engine.was_step_applied():  # an overflow: the engine has not copied the masters
-            self._back_to_theta()
+        if self._shifted and not self._engine.was_step_applied():  # an overflow: the engine has not copied the masters
+            self._partitions.restore()
         self._shifted = False
         self._advance()
 
@@ -327,11 +327,15 @@ def _refusals(engine: DeepSpeedEngine) -> Iterator[tuple[bool, str, str]]:
         "mixture of experts",
         "experts have process groups of their own, over which norms are not summed. Use a dense model.",
     )
-    managed = getattr(engine, "managed_gradient_accumulation", lambda: True)  # deepspeed 0.18 knows no other
     yield (
-        not managed(),
+        not getattr(engine, "managed_gradient_accumulation", lambda: True)(),  # deepspeed 0.18 knows no other
         "managed_gradient_accumulation=false",
         "gradients are complete only inside engine.step(). Leave it at true.",
+    )
+    yield (
+        getattr(engine, "mics_shard_size", int)() > 0,  # deepspeed 0.18 has it, 0.19 not any more
+        "MiCS (mics_shard_size)",
+        "its partitions are spread over a part of the ranks, and norms are summed over all. Remove mics_shard_size.",
     )
     yield (
         engine.zero_hpz_partition_size() > 1,

@@ -50,6 +50,7 @@ class Reference:
         self.warmup_steps, self.factor = warmup_steps, factor
         self.g1_clip, self.g2_clip, self.max_penalty_ratio = g1_clip, g2_clip, max_penalty_ratio
         self.taken, self.skipped, self.metrics = 0, 0, {}
+        self.groups = []  # (strength, eps, radius) of each group
         self.settings = []  # (parameter, strength, eps, radius) of each parameter that can be regularized
         for group in optimizer.param_groups:
             own_strength = group.get("gradreg_strength", strength)
@@ -58,6 +59,7 @@ class Reference:
                 own_eps, own_radius = group["gradreg_eps"], None
             if "gradreg_radius" in group:
                 own_eps, own_radius = None, group["gradreg_radius"]
+            self.groups.append((own_strength, own_eps, own_radius))
             for parameter in group["params"]:
                 if not any(parameter is other for other in excluded):
                     self.settings.append((parameter, own_strength, own_eps, own_radius))
@@ -123,6 +125,7 @@ class Reference:
         self.optimizer.step()
 
         if penalty is not None and length > 0 and not any(p.is_complex() for p in parameters):
+            leading = next(group for group in self.groups if group[0] > 0)
             along = [step * x for step, x in zip(eps, d, strict=True)]
             self.metrics = {
                 "g1_norm": g1_norm,
@@ -131,7 +134,7 @@ class Reference:
                 "curvature": sum(inner([x], [y]) / e for x, y, e in zip(d, delta, eps, strict=True)) / length**2,
                 "cosine": inner(d, g2) / (length * norm(g2)),
                 "perturbation_fidelity": inner(moved, along) / norm(along) ** 2,
-                "strength": active[0][1],
-                "eps": eps[0],
+                "strength": leading[0] * factor,
+                "eps": leading[1] if leading[2] is None else leading[2] / length,
             }
         return loss

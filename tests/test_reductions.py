@@ -5,21 +5,22 @@ import copy
 import pytest
 import pytorch_optimizer
 import torch
+from problems import Quadratic, assert_same, closure_of, every_optimizer, regression, twin_of, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradreg_optim import GradRegOptimizer
-from problems import Quadratic, assert_same, closure_of, every_optimizer, regression, twin_of, weights
 
 
 class Operations(TorchDispatchMode):
-    """The name of every operation that reaches torch."""
+    """The name of every operation that reaches torch, the marks of the profiler aside."""
 
     def __init__(self):
         super().__init__()
         self.names = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(str(func))
+        if func.namespace != "profiler":
+            self.names.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
@@ -100,8 +101,8 @@ def test_radius_form_is_sam_of_pytorch_optimizer():
         closure = closure_of(sam, other_loss)
         closure()
         sam.step(closure)
-        # Two ways to sum ‖g1‖, and SAM's 1e-12 beside it.
-        torch.testing.assert_close(weights(model), weights(other), rtol=1e-10, atol=1e-11)
+        # SAM sums ‖g1‖ in float32.
+        torch.testing.assert_close(weights(model), weights(other), rtol=0, atol=1e-7)
 
 
 def test_radius_form_is_the_gradient_norm_penalty():

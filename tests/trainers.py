@@ -1,6 +1,6 @@
 """Trainers of every kind around a random two-layer Llama, small enough for a step to take a few milliseconds."""
 
-import copy
+import gc
 
 import pytest
 import torch
@@ -11,11 +11,15 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
-from transformers import Trainer as PlainTrainer
+from torch.optim import AdamW
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
-from gradreg_optim import GradRegOptimizer, attach
+from gradreg_optim import GradRegOptimizer
+
+# Accelerate collects garbage at the beginning of every train(); what was imported once need not be looked at each time.
+gc.collect()
+gc.freeze()
 
 SPECIAL = ["<pad>", "<eos>", "<unk>"]
 WORDS = [f"w{i}" for i in range(21)]
@@ -25,107 +29,155 @@ KINDS = {
     "grpo": (GRPOTrainer, GRPOConfig),
     "rloo": (RLOOTrainer, RLOOConfig),
 }
-WALL_CLOCK = ("runtime", "per_second", "step_time")
+PLAIN = {
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+    "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 2,
+    "max_steps": 3,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "seed": 7,
+}
+UNCLIPPED = {"g1_clip": None, "g2_clip": None}
+AT_THETA = {"strength": 1e-30, "eps": 1e-30, **UNCLIPPED}
+"""A step too short to move a float32 weight, and γ = ε, which makes g2 the combined gradient: with the second pass at θ
+itself, training is plain training bit for bit, if that pass sees what the first one saw and leaves nothing behind."""
+REAL = {"strength": 0.05, "eps": 0.01, **UNCLIPPED}
+"""A penalty that can be seen."""
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def tokenizer():
-    vocabulary = {word: i for i, word in enumerate(SPECIAL + WORDS)}
-    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(SPECIAL + WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
 def llama(seed=0, **settings):
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        **{
-            "vocab_size": len(SPECIAL + WORDS),
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "max_position_embeddings": 64,
-            "initializer_range": 0.3,  # logits far enough from uniform for curvature to be felt
-            "pad_token_id": 0,
-            "bos_token_id": None,
-            "eos_token_id": 1,
-            **settings,
-        }
-    )
-    return LlamaForCausalLM(config)
+    defaults = {
+        "vocab_size": len(SPECIAL + WORDS),
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,  # far enough from uniform predictions for the curvature to be felt
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**defaults, **settings}))
 
 
-def text(seed, length):
+def sentence(seed, length):
     numbers = torch.randint(len(WORDS), (length,), generator=torch.Generator().manual_seed(seed))
     return " ".join(WORDS[i] for i in numbers)
 
 
-def dataset(kind, count=10):
-    """Sequences of unequal lengths, so that micro-batches of equal weight and tokens of equal weight differ."""
+def dataset(kind, count=16):
+    """Sequences of unequal lengths: equal weight to every token and to every micro-batch are different losses."""
     if kind == "sft":
-        return Dataset.from_dict({"text": [text(i, 4 + i % 5) for i in range(count)]})
-    columns = {"prompt": [text(i, 3) for i in range(count)]}
+        return Dataset.from_dict({"text": [sentence(i, 4 + i % 5) for i in range(count)]})
+    columns = {"prompt": [sentence(i, 3) for i in range(count)]}
     if kind == "dpo":
         for seed, name in ((100, "chosen"), (200, "rejected")):
-            columns[name] = [" " + text(seed + i, 2 + (seed // 100 * i) % 4) for i in range(count)]
+            columns[name] = [" " + sentence(seed + i, 2 + (seed // 100 * i) % 4) for i in range(count)]
     return Dataset.from_dict(columns)
 
 
 class Reward:
-    """Rewards completions by a hash of their words; ``calls`` counts the completions that were scored."""
+    """Rewards a completion by its words; ``scored`` counts completions."""
 
     __name__ = "reward"
 
     def __init__(self):
-        self.calls = 0
+        self.scored = 0
 
     def __call__(self, completions, **_):
-        self.calls += len(completions)
-        return [(sum(map(len, completion.split())) * 7 + len(completion)) % 11 / 10 for completion in completions]
+        self.scored += len(completions)
+        return [len(set(completion.split())) % 5 + len(completion) % 3 / 4 for completion in completions]
 
 
-def build(kind, folder, *, model=None, wrapped=None, plain=False, trainer_class=None, data=None, callbacks=(), **arguments):
-    """A trainer; with ``wrapped``, settings of a GradRegOptimizer that it gets as ``optimizers=``."""
+def adamw(model):
+    return AdamW(model.parameters(), lr=1e-2, weight_decay=0.01)
+
+
+def build(
+    kind, folder, *, model=None, base=adamw, wrapped=None, trainer_class=None, count=16, eval_dataset=None, **arguments
+):
+    """A trainer with ``base(model)`` as its optimizer, inside a ``GradRegOptimizer(**wrapped)`` if that is given."""
     model = llama() if model is None else model
-    defaults = {
-        "output_dir": str(folder),
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 1,
-        "max_steps": 3,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "seed": 7,
-    }
-    extra = {"processing_class": tokenizer()}
+    optimizer = None if base is None else base(model)
+    if wrapped is not None:
+        optimizer = GradRegOptimizer(optimizer, **wrapped)
+    extra = {name: arguments.pop(name) for name in ("callbacks", "peft_config") if name in arguments}
+    defaults = {**PLAIN, "output_dir": str(folder)}
     if kind in ("grpo", "rloo"):
-        defaults |= {"num_generations": 2, "max_completion_length": 6}
         extra["reward_funcs"] = arguments.pop("reward", None) or Reward()
+        defaults |= {"num_generations": 2, "max_completion_length": 6, "beta": 0.0}
     if kind == "dpo":
         extra["ref_model"] = llama(seed=1)
     default_class, config_class = KINDS[kind]
-    optimizers = (None, None)
-    if wrapped is not None:
-        base = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.01)
-        optimizers = (GradRegOptimizer(base, **wrapped), None)
-    elif plain:
-        optimizers = (torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.01), None)
-    return (trainer_class or default_class)(
+    trainer = (trainer_class or default_class)(
         model=model,
         args=config_class(**{**defaults, **arguments}),
-        train_dataset=dataset(kind) if data is None else data,
-        optimizers=optimizers,
-        callbacks=list(callbacks),
+        train_dataset=dataset(kind, count),
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer(),
+        optimizers=(optimizer, None),
         **extra,
     )
+    torch.manual_seed(11)  # training starts from the same random numbers, however much building the trainer drew
+    return trainer
+
+
+def weights(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same(one, other):
+    """Two dictionaries of tensors are equal bit for bit."""
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def own_figures(trainer):
+    """The trainer's log without what depends on the clock or comes from the attachment."""
+    clocks = ("runtime", "per_second", "step_time")
+    return [
+        {key: value for key, value in entry.items() if not key.startswith("grad_reg/") and not key.endswith(clocks)}
+        for entry in trainer.state.log_history
+    ]
+
+
+def penalties(trainer, name):
+    """The values of ``grad_reg/<name>`` over the log."""
+    key = f"grad_reg/{name}"
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+class Spy:
+    """Stands before ``trainer.compute_loss`` and keeps what it is given and what it returns."""
+
+    def __init__(self, trainer):
+        self.inputs, self.losses, self.addresses = [], [], []
+        compute_loss = trainer.compute_loss
+
+        def spy(model, inputs, *args, **kwargs):
+            tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+            self.inputs.append({name: value.clone() for name, value in tensors.items()})
+            self.addresses.append([value.data_ptr() for value in tensors.values()])
+            loss = compute_loss(model, inputs, *args, **kwargs)
+            self.losses.append(loss.detach().clone())
+            return loss
+
+        trainer.compute_loss = spy

@@ -1,0 +1,252 @@
+"""Every error message of the core, in one table: each names the value, the rule and the remedy."""
+
+import ast
+import importlib
+import math
+import pathlib
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from problems import closure_of, regression
+from torch import nn
+
+from gradreg_optim import GradRegConfig, GradRegOptimizer
+
+# Files that need torch alone; those for trainers and DeepSpeed have tests, and messages, of their own.
+CORE = ("config", "finite_difference", "gradients", "groups", "optimizer", "perturbation", "schedule", "wrapper")
+
+
+def sgd(**group):
+    return torch.optim.SGD([{"params": [nn.Parameter(torch.ones(1))], **group}], lr=0.1)
+
+
+def named():
+    return torch.optim.SGD(regression()[0].named_parameters(), lr=0.1)
+
+
+def stepped(**settings):
+    model, loss = regression()
+    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **settings)
+    optimizer.step(closure_of(optimizer, loss))
+
+
+def neither_eps_nor_radius():
+    optimizer = GradRegOptimizer(sgd())
+    optimizer.param_groups[0]["gradreg_eps"] = None
+    optimizer.step(lambda: None)
+
+
+def sparse():
+    embedding = nn.Embedding(3, 2, sparse=True)
+    optimizer = GradRegOptimizer(torch.optim.SGD(embedding.parameters(), lr=0.1))
+    optimizer.step(closure_of(optimizer, lambda: embedding(torch.tensor([0])).sum()))
+
+
+def no_second_gradient():
+    model, loss = regression()
+    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    closure = closure_of(optimizer, loss)
+    optimizer.step(lambda: closure() if closure.calls == 0 else None)
+
+
+def leave_out_everything():
+    optimizer = GradRegOptimizer(named())
+    optimizer.leave_out(optimizer.param_groups[0]["params"])
+
+
+@dataclass
+class Case:
+    provoke: Callable[[], object]
+    error: type[Exception]
+    value: str
+    rule: str
+    remedy: str
+
+
+def setting(name, value, rule, remedy):
+    """The rule of one number, through the optimizer."""
+    return Case(lambda: GradRegOptimizer(sgd(), **{name: value}), ValueError, f"{name}={value!r}", rule, remedy)
+
+
+CASES = {
+    "strength": setting("strength", -1.0, "must be a finite number >= 0", "0 switches off"),
+    "strength, NaN": setting("strength", math.nan, "must be a finite number >= 0", "Published values are 1e-2 and 1e-3"),
+    "eps": setting("eps", 0.0, "must be a finite number > 0", "published value is 1e-3"),
+    "eps, infinite": setting("eps", math.inf, "must be a finite number > 0", "published value is 1e-3"),
+    "radius": setting("radius", -0.1, "must be None or a finite number > 0", "Leave it out to use eps"),
+    "warmup_steps": setting("warmup_steps", 1.5, "must be an integer >= 0", "optimizer steps without the penalty"),
+    "schedule": setting("schedule", "exponential", "one of ('constant', 'linear', 'cosine')", "callable of the step"),
+    "schedule_steps": setting("schedule_steps", 0, "must be None or an integer > 0", "over which the strength rises"),
+    "g1_clip": setting("g1_clip", 0.0, "must be None or a number > 0", "None switches the clip off"),
+    "g2_clip": setting("g2_clip", "10", "must be None or a number > 0", "None switches the clip off"),
+    "max_penalty_ratio": setting(
+        "max_penalty_ratio", -1, "must be None or a number > 0", "None leaves the penalty unbounded"
+    ),
+    "eps and radius": Case(
+        lambda: GradRegOptimizer(sgd(), eps=1e-3, radius=0.02),
+        ValueError,
+        "eps=0.001 and radius=0.02",
+        "both set the length of the same step",
+        "Give eps (a multiple of the gradient) or radius (the length itself), not both",
+    ),
+    "a flag": Case(
+        lambda: GradRegConfig(grad_reg_strength=-1.0),
+        ValueError,
+        "strength=-1.0",
+        "must be a finite number >= 0",
+        "0 switches off",
+    ),
+    "a group's own setting": Case(
+        lambda: GradRegOptimizer(sgd(gradreg_radius=-1.0)),
+        ValueError,
+        "radius=-1.0",
+        "must be None or a finite number > 0",
+        "Leave it out to use eps",
+    ),
+    "exclude": Case(
+        lambda: GradRegOptimizer(named(), exclude=("0.", "")),
+        ValueError,
+        "exclude=('0.', '')",
+        "every pattern must be a non-empty string",
+        "exclude=('embed', 'lm_head')",
+    ),
+    "exclude without names": Case(
+        lambda: GradRegOptimizer(sgd(), exclude="embed"),
+        ValueError,
+        "exclude=('embed',)",
+        "parameter names are not known",
+        "Pass model=<the module>, or build the optimizer on model.named_parameters()",
+    ),
+    "exclude without a match": Case(
+        lambda: GradRegOptimizer(named(), exclude=("0.", "embed")),
+        ValueError,
+        "'embed' is part of no parameter name",
+        "a pattern has to match",
+        "Names look like '0.weight', '0.bias', '2.weight'",
+    ),
+    "everything left out": Case(
+        leave_out_everything,
+        ValueError,
+        "Every parameter of the optimizer is excluded",
+        "nothing is left to regularize",
+        "Pass exclude='none'",
+    ),
+    "neither eps nor radius": Case(
+        neither_eps_nor_radius,
+        ValueError,
+        "gradreg_eps=None and gradreg_radius=None",
+        "one of them must set the length of the step",
+        "Write a number into group['gradreg_eps']",
+    ),
+    "a schedule's factor": Case(
+        lambda: stepped(schedule=lambda step: -0.5),
+        ValueError,
+        "schedule(0) returned -0.5",
+        "a factor on the strength must be a finite number >= 0",
+        "Correct the callable",
+    ),
+    "a schedule without a length": Case(
+        lambda: stepped(schedule="cosine"),
+        ValueError,
+        "schedule_steps is None",
+        "schedule 'cosine' must know over how many steps it rises",
+        "Pass schedule_steps=<int>",
+    ),
+    "no optimizer": Case(
+        lambda: GradRegOptimizer(torch.optim.SGD),
+        TypeError,
+        "optimizer=<class 'torch.optim.sgd.SGD'> is a type",
+        "an instance of torch.optim.Optimizer is wrapped",
+        "Pass, for example, torch.optim.AdamW(model.parameters())",
+    ),
+    "wrapped twice": Case(
+        lambda: GradRegOptimizer(GradRegOptimizer(sgd())),
+        ValueError,
+        "optimizer is a GradRegOptimizer already",
+        "one wrapper regularizes",
+        "Pass the optimizer inside it",
+    ),
+    "LBFGS": Case(
+        lambda: GradRegOptimizer(torch.optim.LBFGS([nn.Parameter(torch.ones(1))])),
+        ValueError,
+        "optimizer=LBFGS",
+        "its step needs a closure of its own",
+        "Use an optimizer that steps on gradients, such as AdamW or SGD",
+    ),
+    "a sparse gradient": Case(
+        sparse,
+        ValueError,
+        "a parameter of shape (3, 2) has layout torch.sparse_coo",
+        "only dense gradients are regularized",
+        "Use sparse=False, or leave the parameter out with exclude=",
+    ),
+    "step without a closure": Case(
+        lambda: GradRegOptimizer(sgd()).step(),
+        RuntimeError,
+        "step() was called without a closure",
+        "needs the loss at a second point",
+        "Pass a closure that clears the gradients",
+    ),
+    "no second gradient": Case(
+        no_second_gradient,
+        RuntimeError,
+        "The second call of the closure left no gradient",
+        "the first one did",
+        "Let the closure clear the gradients and run forward and backward each time",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_message_names_value_rule_and_remedy(case):
+    """Whoever reads it knows what was wrong, what is right, and what to do."""
+    with pytest.raises(case.error) as caught:
+        case.provoke()
+    message = str(caught.value)
+    assert case.value in message
+    assert case.rule in message
+    assert case.remedy in message
+    assert type(caught.value) is case.error  # no subclass that happens to match
+
+
+def raise_statements():
+    """File and lines of every error that the core raises itself, AttributeErrors of missing attributes aside."""
+    found = {}
+    for name in CORE:
+        path = pathlib.Path(importlib.import_module(f"gradreg_optim.{name}").__file__)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Raise) and node.exc is not None and "AttributeError" not in ast.dump(node.exc):
+                found[path.name, node.lineno] = range(node.lineno, node.end_lineno + 1)
+    return found
+
+
+def test_the_table_is_complete():
+    """Every raise statement of the core is provoked by some row; a new one without a row fails here."""
+    reached = set()
+    for case in CASES.values():
+        with pytest.raises(case.error) as caught:
+            case.provoke()
+        frames = traceback.extract_tb(caught.value.__traceback__)
+        reached |= {(pathlib.Path(frame.filename).name, frame.lineno) for frame in frames}
+    missed = [
+        f"{name}:{lineno}"
+        for (name, lineno), lines in raise_statements().items()
+        if not any((name, line) in reached for line in lines)
+    ]
+    assert missed == []
+
+
+def test_a_refused_optimizer_is_left_as_it_was():
+    """What cannot be wrapped is refused before its groups are touched."""
+    inner = named()
+    before = inner.state_dict()
+    with pytest.raises(ValueError, match="embed"):
+        GradRegOptimizer(inner, exclude="embed")
+    assert inner.state_dict() == before
+    lbfgs = torch.optim.LBFGS([nn.Parameter(torch.ones(1))])
+    with pytest.raises(ValueError, match="LBFGS"):
+        GradRegOptimizer(lbfgs)
+    assert not any("gradreg" in key for key in lbfgs.param_groups[0])

@@ -1,0 +1,151 @@
+"""The default exclusion finds embeddings and heads as modules, whatever they are called, and nothing else."""
+
+import pytest
+import torch
+import transformers
+from trainers import AT_THETA, PLAIN, REAL, Spy, assert_same, llama, own_figures, penalties, weights
+
+from gradreg_optim import attach
+from gradreg_optim.exclusion import default_exclusion
+
+SIZES = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+GPT2 = {"vocab_size": 24, "n_embd": 16, "n_layer": 2, "n_head": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+T5 = {"vocab_size": 24, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+
+
+def bert():
+    return transformers.BertForSequenceClassification(transformers.BertConfig(num_labels=3, **SIZES))
+
+
+def gpt2(kind):
+    return kind(transformers.GPT2Config(**GPT2))
+
+
+def t5():
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**T5))
+
+
+class ValueHead(torch.nn.Module):
+    """A model with a value head beside it, as PPO uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.pretrained_model = llama()
+        self.v_head = torch.nn.Linear(16, 1)
+
+
+def lora():
+    peft = pytest.importorskip("peft", reason="LoRA comes with peft")
+    settings = {"r": 2, "target_modules": ["query"], "modules_to_save": ["classifier"], "task_type": "SEQ_CLS"}
+    return peft.get_peft_model(bert(), peft.LoraConfig(**settings))
+
+
+MODELS = {
+    "llama": (llama, ["lm_head.weight", "model.embed_tokens.weight"]),
+    "llama tied": (lambda: llama(tie_word_embeddings=True), ["model.embed_tokens.weight"]),
+    "gpt2": (lambda: gpt2(transformers.GPT2LMHeadModel), ["transformer.wte.weight"]),
+    "gpt2 scores": (
+        lambda: gpt2(transformers.GPT2ForSequenceClassification),
+        ["score.weight", "transformer.wte.weight"],
+    ),
+    "bert": (bert, ["bert.embeddings.word_embeddings.weight", "classifier.bias", "classifier.weight"]),
+    "t5": (t5, ["shared.weight"]),
+    "value head": (
+        ValueHead,
+        ["pretrained_model.lm_head.weight", "pretrained_model.model.embed_tokens.weight", "v_head.bias", "v_head.weight"],
+    ),
+    "compiled": (
+        lambda: torch.compile(llama()),
+        ["_orig_mod.lm_head.weight", "_orig_mod.model.embed_tokens.weight"],
+    ),
+    "no model of theirs": (lambda: torch.nn.Linear(2, 2), []),
+}
+
+
+@pytest.mark.parametrize(("build", "names"), MODELS.values(), ids=MODELS)
+def test_embeddings_and_heads_are_found(build, names):
+    """Exactly the input and output embeddings and the heads: BERT's attention outputs and GPT-2's positions stay in."""
+    model = build()
+    found = {id(parameter) for parameter in default_exclusion(model)}
+    assert sorted(name for name, parameter in model.named_parameters() if id(parameter) in found) == names
+
+
+def test_saved_head_of_an_adapted_model_is_found():
+    """With LoRA the trained copy of the head is left out, and every adapter stays in."""
+    model = lora()
+    found = {id(parameter) for parameter in default_exclusion(model)}
+    trained = {name: id(parameter) in found for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name: "classifier" in name for name in trained}
+    assert sorted(set(trained.values())) == [False, True]
+
+
+class Classified(torch.utils.data.Dataset):
+    """Sentences of eight tokens and their class, for the plain Trainer; or a sentence and its answer, for Seq2SeqTrainer."""
+
+    def __init__(self, answers):
+        numbers = torch.Generator().manual_seed(0)
+        self.rows = torch.randint(2, 24, (16, 8), generator=numbers)
+        self.labels = torch.randint(2, 24, (16, 5), generator=numbers) if answers else self.rows.sum(1) % 3
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        row, label = self.rows[index], self.labels[index]
+        item = {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": label}
+        # Label smoothing takes the labels away, from which T5 would make the inputs of its decoder.
+        return {**item, "decoder_input_ids": label.roll(1)} if label.dim() else item
+
+
+TRAINERS = {
+    "classifier": (transformers.Trainer, transformers.TrainingArguments, bert),
+    "seq2seq": (transformers.Seq2SeqTrainer, transformers.Seq2SeqTrainingArguments, t5),
+}
+
+
+def train(kind, folder, settings, **arguments):
+    trainer_class, arguments_class, build = TRAINERS[kind]
+    torch.manual_seed(3)
+    data = Classified(answers=kind == "seq2seq")
+    trainer = trainer_class(
+        model_init=build,
+        args=arguments_class(output_dir=str(folder), **{**PLAIN, "optim": "sgd", **arguments}),
+        train_dataset=data,
+        eval_dataset=data,
+    )
+    if settings is not None:
+        attach(trainer, **settings)
+    return trainer
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize("arguments", [{}, {"label_smoothing_factor": 0.1}], ids=["", "smoothed"])
+def test_trainers_of_transformers(kind, arguments, tmp_path):
+    """With the second pass at θ both trainers train plainly bit for bit, dropout and labels popped by the loss included."""
+    results = []
+    for settings in (None, AT_THETA, REAL):
+        trainer = train(kind, tmp_path, settings, gradient_accumulation_steps=2, eval_strategy="epoch", **arguments)
+        trainer.train()
+        results.append((weights(trainer.model), own_figures(trainer)))
+    plain, at_theta, real = results
+    assert_same(at_theta[0], plain[0])
+    assert at_theta[1] == plain[1]
+    assert real[1][0]["loss"] == plain[1][0]["loss"]
+    assert real[1][0]["grad_norm"] != plain[1][0]["grad_norm"]
+
+
+def test_model_made_anew_is_wrapped_anew(tmp_path):
+    """A second train() with ``model_init`` creates model and optimizer again; both trainings are regularized."""
+    trainer = train("classifier", tmp_path, REAL)
+    spy, models = Spy(trainer), []
+    for _ in range(2):
+        trainer.train()
+        models.append(weights(trainer.model))
+        assert len(penalties(trainer, "penalty_ratio")) == 3
+        optimizer = trainer._gradreg_attachment.optimizer
+        assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {
+            id(p) for p in trainer.model.parameters()
+        }
+        assert optimizer._model is trainer.model
+    assert len(spy.losses) == 2 * 2 * 3
+    assert_same(*models)

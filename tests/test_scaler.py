@@ -1,0 +1,166 @@
+"""fp16 with torch.amp.GradScaler: ``scaler=``, on the CPU."""
+
+import math
+
+import pytest
+import torch
+from problems import assert_same, closure_of, regression, twin_of, weights
+from torch import nn
+
+from gradreg_optim import GradRegOptimizer
+
+SCALE = 2.0**16
+SETTINGS = {"strength": 0.125, "eps": 0.0625, "g1_clip": None, "g2_clip": None}
+
+
+def scaled(model, base=torch.optim.SGD, enabled=True, **settings):
+    scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, enabled=enabled)
+    flags = {"lr": 0.1} if base is torch.optim.SGD else {"lr": 0.1, "fused": True}
+    optimizer = GradRegOptimizer(base(model.parameters(), **flags), scaler=scaler, **{**SETTINGS, **settings})
+    return optimizer, scaler
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW], ids=["SGD", "fused AdamW"])
+def test_scaling_leaves_no_trace(base):
+    """A power of two as scale cancels exactly: the same bits as without a scaler, and the same metrics."""
+    model, loss = regression()
+    other, other_loss = twin_of(model, loss)
+    optimizer, scaler = scaled(model, base)
+    plain = GradRegOptimizer(base(other.parameters(), **optimizer_flags(base)), **SETTINGS)
+    for _ in range(4):
+        value = optimizer.step(closure_of(optimizer, loss, scaler.scale))
+        scaler.update()
+        assert_same(value, plain.step(closure_of(plain, other_loss)))  # the unscaled loss
+        assert_same(weights(model), weights(other))
+        for name, figure in plain.metrics.items():
+            assert float(optimizer.metrics[name]) == pytest.approx(float(figure), rel=1e-14)  # roots of scaled squares
+    assert scaler.get_scale() == SCALE
+
+
+def optimizer_flags(base):
+    return {"lr": 0.1} if base is torch.optim.SGD else {"lr": 0.1, "fused": True}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"g1_clip": 0.05}, {"g2_clip": 0.05}, {"max_penalty_ratio": 0.01}, {"eps": None, "radius": 0.1}],
+    ids=["g1_clip", "g2_clip", "max_penalty_ratio", "radius"],
+)
+def test_every_length_is_that_of_the_unscaled_gradient(settings):
+    """Clips, bound and radius mean unscaled gradients."""
+    model, loss = regression()
+    other, other_loss = twin_of(model, loss)
+    optimizer, scaler = scaled(model, **settings)
+    plain = GradRegOptimizer(torch.optim.SGD(other.parameters(), lr=0.1), **{**SETTINGS, **settings})
+    for _ in range(3):
+        optimizer.step(closure_of(optimizer, loss, scaler.scale))
+        scaler.update()
+        plain.step(closure_of(plain, other_loss))
+    # The root of a scaled sum of squares, in the coefficient.
+    torch.testing.assert_close(weights(model), weights(other), rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("overflow_in", [1, 2])
+def test_an_overflow_in_either_pass_skips_the_step_and_lowers_the_scale(overflow_in):
+    """The weights stay, the scale is halved by update(), and the step is counted as skipped."""
+    model, loss = regression()
+    optimizer, scaler = scaled(model)
+    before = weights(model)
+    closure = closure_of(optimizer, loss, scaler.scale)
+
+    def overflowing():
+        value = closure()
+        if closure.calls == overflow_in:
+            model[0].weight.grad[0, 0] = math.inf
+        return value
+
+    optimizer.step(overflowing)
+    scaler.update()
+    assert closure.calls == overflow_in
+    assert_same(weights(model), before)
+    assert scaler.get_scale() == SCALE / 2
+    assert optimizer.metrics["skipped"] == 1
+    optimizer.step(closure_of(optimizer, loss, scaler.scale))  # and the next one goes through
+    scaler.update()
+    assert any((a != b).any() for a, b in zip(weights(model), before, strict=True))
+    assert scaler.get_scale() == SCALE / 2
+
+
+@pytest.mark.parametrize(
+    "settings", [{"g2_clip": 1.0}, {"max_penalty_ratio": 0.5}, {"radius": 0.1, "eps": None}, {"strength": 0.0625}]
+)
+def test_nothing_hides_an_overflow_of_the_second_pass(settings):
+    """Clip, bound, radius, and γ = ε let the overflow of g2 through to the scaler."""
+    model, loss = regression()
+    optimizer, scaler = scaled(model, **settings)
+    before = weights(model)
+    closure = closure_of(optimizer, loss, scaler.scale)
+
+    def overflowing():
+        value = closure()
+        if closure.calls == 2:
+            model[0].weight.grad.fill_(-math.inf)
+        return value
+
+    optimizer.step(overflowing)
+    scaler.update()
+    assert_same(weights(model), before)
+    assert scaler.get_scale() == SCALE / 2
+
+
+def test_a_scaler_that_is_off_is_none():
+    """``GradScaler(enabled=False)``, as written in scripts that switch precision by a flag."""
+    model, loss = regression()
+    other, other_loss = twin_of(model, loss)
+    optimizer, scaler = scaled(model, enabled=False)
+    plain = GradRegOptimizer(torch.optim.SGD(other.parameters(), lr=0.1), **SETTINGS)
+    for spoil in (False, True):
+        for current, its_loss, its_model in ((optimizer, loss, model), (plain, other_loss, other)):
+            closure = closure_of(current, its_loss, scaler.scale)
+
+            def spoiled(closure=closure, its_model=its_model, spoil=spoil):
+                value = closure()
+                if spoil and closure.calls == 2:
+                    its_model[0].weight.grad[0, 0] = math.inf
+                return value
+
+            current.step(spoiled)
+        scaler.update()
+        assert_same(weights(model), weights(other))
+    assert optimizer.metrics["skipped"] == 1
+
+
+def test_without_penalty_the_scaler_steps_too():
+    """During the warm-up the step is the scaler's on the base optimizer, bit for bit."""
+    model, loss = regression()
+    other, other_loss = twin_of(model, loss)
+    optimizer, scaler = scaled(model, warmup_steps=3)
+    bare, bare_scaler = torch.optim.SGD(other.parameters(), lr=0.1), torch.amp.GradScaler("cpu", init_scale=SCALE)
+    for _ in range(2):
+        optimizer.step(closure_of(optimizer, loss, scaler.scale))
+        scaler.update()
+        closure_of(bare, other_loss, bare_scaler.scale)()
+        bare_scaler.step(bare)
+        bare_scaler.update()
+    assert_same(weights(model), weights(other))
+
+
+def test_autocast_to_half_precision():
+    """The documented use: autocast forward, scaled loss, one update() a step; the loss falls and nothing is skipped."""
+    model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1))
+    inputs, targets = torch.randn(64, 4), torch.randn(64, 1)
+    optimizer, scaler = scaled(model, eps=0.01)
+
+    def closure():
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = nn.functional.mse_loss(model(inputs).float(), targets)
+        scaler.scale(loss).backward()
+        return loss.detach()
+
+    losses = []
+    for _ in range(40):
+        losses.append(optimizer.step(closure).item())
+        scaler.update()
+    assert losses[-1] < 0.9 * losses[0]
+    assert optimizer.metrics["skipped"] == 0

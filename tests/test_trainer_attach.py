@@ -1,0 +1,257 @@
+"""Attaching and detaching: what is given back, what is refused, and trainers that cannot be regularized."""
+
+import pytest
+from accelerate.utils import DistributedType
+from torch.optim import SGD
+from trainers import AT_THETA, REAL, Spy, adamw, assert_same, build, weights
+from transformers import TrainerCallback
+from trl import SFTTrainer
+
+from gradreg_optim import GradRegConfig, GradRegOptimizer, attach, detach
+
+
+def belongings(trainer):
+    """Everything that attaching may replace: attributes of trainer and accelerator, callbacks, the optimizer's groups."""
+    optimizer = trainer.optimizer
+    groups = (
+        [] if optimizer is None else [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    )
+    return {
+        "trainer": dict(vars(trainer)),
+        "accelerator": dict(vars(trainer.accelerator)),
+        "callbacks": list(trainer.callback_handler.callbacks),
+        "groups": groups,
+    }
+
+
+def assert_identical(one, other):
+    """The same names with the same objects."""
+    assert one["callbacks"] == other["callbacks"]
+    assert one["groups"] == other["groups"]
+    for owner in ("trainer", "accelerator"):
+        assert one[owner].keys() == other[owner].keys()
+        assert [name for name in one[owner] if one[owner][name] is not other[owner][name]] == []
+
+
+@pytest.mark.parametrize("base", [None, adamw], ids=["created", "given"])
+@pytest.mark.parametrize("spied", [False, True], ids=["", "replaced methods"])
+def test_detach_gives_everything_back(base, spied, tmp_path):
+    """Attached and detached, a trainer has the attributes, callbacks, optimizer and groups that it had, the very same."""
+    trainer = build("sft", tmp_path, base=base)
+    if spied:  # a method that someone has replaced on the trainer comes back as well
+        Spy(trainer)
+    before = belongings(trainer)
+    attach(trainer, strength=0.1)
+    assert trainer.compute_loss is not before["trainer"].get("compute_loss")
+    detach(trainer)
+    assert_identical(belongings(trainer), before)
+
+
+@pytest.mark.parametrize("by", ["optimizers", "attach", "attach to created"])
+def test_detached_after_training_trains_plainly(by, tmp_path):
+    """After training at θ itself and detach, a training runs no second pass and ends where two plain ones do."""
+    results = []
+    for settings in (None, AT_THETA):
+        base, wrapped = None if by == "attach to created" else adamw, settings if by == "optimizers" else None
+        trainer = build("sft", tmp_path, base=base, wrapped=wrapped, max_steps=2)
+        if settings and not wrapped:
+            attach(trainer, **settings)
+        trainer.train()
+        if settings:
+            detach(trainer)
+        spy = Spy(trainer)
+        trainer.train()
+        assert len(spy.losses) == 2
+        assert not isinstance(trainer.optimizer.optimizer, GradRegOptimizer)
+        results.append(weights(trainer.model))
+    assert_same(*results)
+
+
+def test_detach_keeps_the_groups_own_keys(tmp_path):
+    """Settings that groups brought themselves outlive the attachment that they steered."""
+
+    def base(model):
+        body, head = list(model.model.parameters()), [model.lm_head.weight]
+        return SGD([{"params": body, "gradreg_strength": 0.0}, {"params": head}], lr=0.1)
+
+    trainer = build("sft", tmp_path, base=base)
+    before = belongings(trainer)
+    attach(trainer, strength=0.1, exclude="none")
+    assert [group["gradreg_strength"] for group in trainer.optimizer.param_groups] == [0.0, 0.1]
+    detach(trainer)
+    assert_identical(belongings(trainer), before)
+
+
+def test_attaching_again_takes_the_new_settings(tmp_path):
+    """Nothing of an earlier attachment's settings is left in the groups that a later one uses."""
+    trainer = build("sft", tmp_path)
+    attach(trainer, g1_clip=1.0, warmup_steps=5, schedule="linear")
+    detach(trainer)
+    attach(trainer, strength=0.3)
+    group = trainer.optimizer.param_groups[0]
+    assert (group["gradreg_strength"], group["gradreg_g1_clip"], group["gradreg_warmup_steps"]) == (0.3, 10.0, 0)
+
+
+def attached(trainer):
+    attach(trainer, strength=0.1)
+    return trainer
+
+
+REFUSED = {
+    "attached twice": (lambda trainer: attach(attached(trainer)), RuntimeError, "attached already.*detach"),
+    "not attached": (lambda trainer: detach(trainer), RuntimeError, "not attached.*attach"),
+    "detached twice": (lambda trainer: [attach(trainer), detach(trainer), detach(trainer)], RuntimeError, "not attached"),
+    "no trainer": (lambda trainer: attach(trainer.model), TypeError, "LlamaForCausalLM.*step\\(closure\\)"),
+    "an optimizer": (lambda trainer: attach(adamw(trainer.model)), TypeError, "trainer=.*AdamW"),
+    "no config": (lambda trainer: attach(trainer, 0.1), TypeError, "config=0.1 is a float.*strength="),
+    "unknown setting": (lambda trainer: attach(trainer, gamma=1.0), TypeError, "gamma"),
+    "broken rule": (lambda trainer: attach(trainer, strength=-1.0), ValueError, "strength=-1.0"),
+    "eps and radius": (
+        lambda trainer: attach(trainer, GradRegConfig(grad_reg_radius=0.1), eps=0.1),
+        ValueError,
+        "not both",
+    ),
+    "empty pattern": (lambda trainer: attach(trainer, exclude=("",)), ValueError, "non-empty"),
+    "no match": (lambda trainer: attach(trainer, exclude="wte"), ValueError, "'wte' is part of no parameter name"),
+    "all excluded": (
+        lambda trainer: attach(trainer, exclude=("model", "lm_head")),
+        ValueError,
+        "nothing is left to regularize",
+    ),
+}
+
+
+@pytest.mark.parametrize(("action", "error", "message"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize("base", [adamw, None], ids=["given", "created"])
+def test_mistakes_are_refused(action, error, message, base, tmp_path):
+    """Each mistake ends in an error that names it: at once, or with names of parameters, when the optimizer is created."""
+    trainer = build("sft", tmp_path, base=base, max_steps=1)
+
+    def act():
+        action(trainer)
+        trainer.create_optimizer()
+
+    with pytest.raises(error, match=message):
+        act()
+
+
+def test_settings_are_given_once(tmp_path):
+    """A trainer whose optimizer brings settings refuses others."""
+    trainer = build("sft", tmp_path, wrapped=REAL)
+    with pytest.raises(ValueError, match=r"attach got \['strength'\].*settings of its own.*one of the two"):
+        attach(trainer, strength=0.1)
+    with pytest.raises(ValueError, match="settings of its own"):
+        attach(trainer, GradRegConfig())
+    attach(trainer)
+
+
+def test_refused_attachment_leaves_nothing(tmp_path):
+    """After an error in attach the trainer has what it had, and trains."""
+    trainer = build("sft", tmp_path, max_steps=1)
+    before = belongings(trainer)
+    with pytest.raises(ValueError, match="nothing is left"):
+        attach(trainer, exclude=("model", "lm_head"))
+    assert_identical(belongings(trainer), before)
+    trainer.train()
+
+
+def test_deepspeed_is_refused(tmp_path, monkeypatch):
+    """Under DeepSpeed nothing would be regularized yet: attaching says so."""
+    trainer = build("sft", tmp_path, wrapped=REAL)
+    monkeypatch.setattr(type(trainer.accelerator), "distributed_type", DistributedType.DEEPSPEED)
+    with pytest.raises(RuntimeError, match="DeepSpeed"):
+        attach(trainer)
+
+
+class Stepless(SFTTrainer):
+    """Computes its loss itself."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = model(input_ids=inputs["input_ids"], labels=inputs["labels"]).loss
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class StepsWithTrain(Stepless):
+    """As before, and tells the optimizer that a micro-batch begins."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.optimizer.train()
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+class OwnBackward(SFTTrainer):
+    """Calls backward on the loss, not on the accelerator."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.optimizer.train()
+        loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        loss.backward()
+        return loss.detach()
+
+
+class TwoLosses(SFTTrainer):
+    """Adds up two calls of compute_loss."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.optimizer.train()
+        inputs = self._prepare_inputs(inputs)
+        loss = self.compute_loss(model, inputs) + self.compute_loss(model, inputs)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class Adversarial(SFTTrainer):
+    """Goes back a second time after the whole ordinary step."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        super().training_step(model, dict(inputs), num_items_in_batch)
+        loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+UNREPEATABLE = {
+    Stepless: "without a closure",
+    StepsWithTrain: "a loss that is not compute_loss's",
+    OwnBackward: "without compute_loss and backward",
+    TwoLosses: "called twice",
+    Adversarial: "a loss that is not compute_loss's",
+}
+
+
+@pytest.mark.parametrize(("trainer_class", "message"), UNREPEATABLE.items())
+def test_steps_that_cannot_be_repeated_are_refused(trainer_class, message, tmp_path):
+    """A trainer whose gradients come from elsewhere raises before it takes a step that is not regularized."""
+    trainer = build("sft", tmp_path, wrapped=REAL, trainer_class=trainer_class)
+    before = weights(trainer.model)
+    with pytest.raises(RuntimeError, match=message):
+        trainer.train()
+    assert_same(weights(trainer.model), before)
+
+
+@pytest.mark.parametrize("trainer_class", list(UNREPEATABLE)[1:])
+def test_they_train_at_strength_zero(trainer_class, tmp_path):
+    """Without a penalty nothing has to be repeated: such a trainer then trains as it does without the wrapper."""
+    results = []
+    for wrapped in (None, {"strength": 0.0}):
+        trainer = build("sft", tmp_path, wrapped=wrapped, trainer_class=trainer_class)
+        trainer.train()
+        results.append(weights(trainer.model))
+    assert_same(*results)
+
+
+def test_other_calls_of_compute_loss_are_ignored(tmp_path):
+    """Losses that a callback computes between steps, gradients enabled, are not taken for micro-batches."""
+
+    class Look(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            batch = trainer.data_collator([trainer.train_dataset[0]])
+            trainer.compute_loss(trainer.model, batch)
+
+    results = []
+    for wrapped in (None, AT_THETA):
+        trainer = build("sft", tmp_path, wrapped=wrapped, callbacks=[Look()])
+        trainer.train()
+        results.append(weights(trainer.model))
+    assert_same(*results)

@@ -1,0 +1,276 @@
+"""ZeRO stages 1, 2 and 3 on real processes, against one float64 process on the whole batch."""
+
+import pytest
+import torch
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
+
+import zero_worker as worker
+from distributed import World
+
+STEPS = 5
+SETTINGS = {"strength": 0.1, "eps": 0.1}
+GROUPINGS = {"all": ({}, 1), "exclude": ({"exclude": ("last", "scale")}, 1), "groups": ({}, 2)}
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def world(request):
+    started = World(request.param)
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
+def pair():
+    started = World(2)
+    yield started
+    started.close()
+
+
+def largest_error(found, expected):
+    return max(float((found[name].double() - expected[name]).abs().max()) for name in found)
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_follows_the_formula(world, stage, precision, micro_batches, grouping):
+    """Every stage, precision, accumulation and grouping walks the path of the formula, and leaves the masters alone."""
+    settings, groups = GROUPINGS[grouping]
+    settings = SETTINGS | settings
+    config = worker.make_config(stage, micro_batches=micro_batches, precision=precision)
+    ranks = world.run(worker.train, config, settings, steps=STEPS, groups=groups)
+    expected = worker.reference(settings, steps=STEPS, micro_batches=micro_batches, world=world.size, groups=groups)
+    tolerance = {
+        "fp32": 1e-6,
+        "bf16": 2**-8,  # one spacing of bf16 weights between 0.5 and 1: forward and gradients are rounded to 8 bits
+        "fp16": 2**-11,  # likewise with 11 bits
+    }[precision]
+    for found in ranks:
+        for step in range(STEPS):
+            assert largest_error(found["masters"][step], expected[step]) < tolerance
+        assert found["touched"] == 0
+        assert found["moved"] == STEPS
+        assert found["rounded"]
+    assert ranks[0]["metrics"] == ranks[1]["metrics"]
+
+
+def test_settings_change_the_path():
+    """The cases above differ from each other by far more than their tolerance."""
+    paths = [
+        worker.reference(SETTINGS | settings, steps=STEPS, micro_batches=1, world=2, groups=groups)[-1]
+        for settings, groups in (*GROUPINGS.values(), ({"strength": 0.0}, 1))
+    ]
+    for index, path in enumerate(paths):
+        for other in paths[:index]:
+            assert largest_error(path, other) > 1e-2
+
+
+@pytest.mark.parametrize(
+    "zero",
+    [
+        {"overlap_comm": True},
+        {"contiguous_gradients": False},
+        {"round_robin_gradients": True},
+        {"reduce_scatter": False},
+        {"reduce_bucket_size": 16},
+        {"offload_optimizer": {"device": "cpu"}},
+    ],
+    ids=lambda zero: next(iter(zero)),
+)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_options_of_zero(pair, stage, zero):
+    """Options that move gradients elsewhere do not change the path."""
+    config = worker.make_config(stage, micro_batches=2, zero=zero)
+    found = pair.run(worker.train, config, SETTINGS, steps=STEPS)[0]
+    expected = worker.reference(SETTINGS, steps=STEPS, micro_batches=2, world=2)
+    # fp32. The model's weights: DeepSpeed's function that reads masters by name mistakes their order under round robin.
+    assert largest_error(found["weights"], expected[-1]) < 1e-6
+    assert found["touched"] == 0
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_fp32_accumulation_of_bf16_gradients(pair, stage):
+    """With data_types.grad_accum_dtype fp32, where DeepSpeed keeps gradients in another structure, the path is the same."""
+    config = worker.make_config(stage, micro_batches=2, precision="bf16", data_types={"grad_accum_dtype": "fp32"})
+    found = pair.run(worker.train, config, SETTINGS, steps=STEPS)[0]
+    expected = worker.reference(SETTINGS, steps=STEPS, micro_batches=2, world=2)
+    assert largest_error(found["masters"][-1], expected[-1]) < 2**-8  # as above
+
+
+def test_small_sub_groups(pair):
+    """In stage 3 one parameter group may be cut into several partitions."""
+    found = pair.run(worker.train, worker.make_config(3, zero={"sub_group_size": 20}), SETTINGS, steps=STEPS, groups=2)[0]
+    expected = worker.reference(SETTINGS, steps=STEPS, micro_batches=1, world=2, groups=2)
+    assert largest_error(found["masters"][-1], expected[-1]) < 1e-6  # fp32
+
+
+@pytest.mark.parametrize("kind", ["tied", "frozen"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_tied_and_frozen_parameters(pair, stage, kind):
+    """A tied parameter counts once, a frozen one not at all."""
+    kinds = {kind: True}
+    found = pair.run(worker.train, worker.make_config(stage), SETTINGS, steps=STEPS, kinds=kinds)[0]
+    expected = worker.reference(SETTINGS, steps=STEPS, micro_batches=1, world=2, kinds=kinds)
+    assert largest_error(found["masters"][-1], expected[-1]) < 1e-6  # fp32
+
+
+@pytest.mark.parametrize("offload", [{}, {"offload_optimizer": {"device": "cpu"}}], ids=["", "offload"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_engine_clips_the_combined_gradient(pair, stage, offload):
+    """``gradient_clipping`` of the engine sees g1 + (γ/ε)·(g2 − g1), also where norms are noted beforehand."""
+    config = worker.make_config(stage, gradient_clipping=0.5, zero=offload)
+    found = pair.run(worker.train, config, SETTINGS, steps=STEPS)[0]
+    expected = worker.reference(SETTINGS, steps=STEPS, micro_batches=1, world=2, max_norm=0.5)
+    assert largest_error(found["masters"][-1], expected[-1]) < 2e-6  # fp32; DeepSpeed adds 1e-6 to the norm elsewhere
+    unclipped = worker.reference(SETTINGS, steps=STEPS, micro_batches=1, world=2)
+    assert largest_error(unclipped[-1], expected[-1]) > 1e-2
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_clips_of_both_gradients(pair, stage):
+    """``g1_clip`` and ``g2_clip`` bound norms over all ranks."""
+    settings = SETTINGS | {"g1_clip": 0.7, "g2_clip": 0.6}
+    found = pair.run(worker.train, worker.make_config(stage), settings, steps=STEPS)[0]
+    expected = worker.reference(settings, steps=STEPS, micro_batches=1, world=2)
+    assert largest_error(found["masters"][-1], expected[-1]) < 1e-6  # fp32
+    assert found["metrics"][0]["g1_clipped"] == found["metrics"][0]["g2_clipped"] == 1.0
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_adamw_and_metrics(pair, stage):
+    """Under AdamW the metrics are those of the plain optimizer on the whole batch."""
+    from gradreg_optim import GradRegOptimizer
+
+    settings = {"strength": 0.1, "radius": 0.05, "max_penalty_ratio": 0.05}
+    found = pair.run(worker.train, worker.make_config(stage), settings, steps=STEPS, kind="adamw")[0]
+    model = worker.make_model().double()
+    optimizer = GradRegOptimizer(worker.make_optimizer(model, 1, "adamw"), **settings)
+    inputs, targets = worker.make_data(steps=STEPS, micro_batches=1, world=2)
+    for step in range(STEPS):
+
+        def closure(x=inputs[step].double().flatten(0, -2), y=targets[step].double().flatten(0, -2)):
+            optimizer.zero_grad()
+            loss = (model(x) - y).square().mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        expected = {name: float(value) for name, value in optimizer.metrics.items()}
+        assert found["metrics"][step] == pytest.approx(expected, rel=1e-4)  # fp32 sums of a difference of gradients
+    assert largest_error(found["masters"][-1], model.state_dict()) < 1e-6  # fp32
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_counts_like_a_plain_engine(pair, stage, micro_batches):
+    """Steps, samples, micro-steps, timers and the LR scheduler advance once per step, as without regularization."""
+    scheduler = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.1, "warmup_num_steps": 10}}
+    config = worker.make_config(stage, micro_batches=micro_batches, scheduler=scheduler)
+    plain = pair.run(worker.count, config, None, steps=3)
+    assert pair.run(worker.count, config, SETTINGS, steps=3) == plain
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_exception_in_the_second_pass(pair, stage, precision):
+    """Weights and masters are whole again, the first gradient is still there, and training goes on."""
+    config = worker.make_config(stage, micro_batches=2, precision=precision)
+    for found in pair.run(worker.interrupt, config, SETTINGS):
+        assert found["raised"] == "Interruption"
+        assert found["untouched"]
+        assert found["whole"]
+        expected = worker.reference({"strength": 0.0}, steps=2, micro_batches=2, world=2)[0]
+        assert largest_error(found["with_g1"], expected) < {"fp32": 1e-6, "bf16": 2**-8}[precision]  # as above
+        assert largest_error(found["after"], found["with_g1"]) > 1e-2
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_exception_on_one_rank(stage):
+    """The others notice when their collective times out, and then the weights are whole on every rank."""
+    world = World(2, collective_timeout=5.0)
+    try:
+        ranks = world.run(worker.interrupt, worker.make_config(stage), SETTINGS, on_rank=1)
+    finally:
+        world.close()
+    assert ranks[1]["raised"] == "Interruption"
+    assert ranks[0]["raised"] not in ("", "Interruption")
+    assert all(found["untouched"] and found["whole"] for found in ranks)
+
+
+@pytest.mark.parametrize("in_pass", [1, 2])
+@pytest.mark.parametrize("offload", [{}, {"offload_optimizer": {"device": "cpu"}}], ids=["", "offload"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_overflow_skips_the_step(pair, stage, offload, in_pass):
+    """An overflow in either pass: no step, a lower loss scale, weights at θ, and the next step is taken."""
+    for found in pair.run(worker.overflow, stage, in_pass=in_pass, zero=offload):
+        assert found["kept"]
+        assert found["whole"]
+        assert found["scale"] == 0.5
+        assert found["moved"]
+        assert found["engine_skipped"] == found["penalties_skipped"] == 1
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_resumes_from_the_engine_checkpoint(pair, stage, tmp_path):
+    """A checkpoint of the engine holds the wrapper's step count; the resumed run has the same bits."""
+    settings = SETTINGS | {"warmup_steps": 3}
+    for found in pair.run(worker.resume, worker.make_config(stage, precision="bf16"), settings, str(tmp_path)):
+        assert found == {"step": 2, "steps": 2, "same": True}
+
+
+def test_private_attributes_exist(pair):
+    """DeepSpeed still has every private attribute that gradreg_optim/partitions.py lists."""
+    for kind, missing in pair.run(worker.missing_attributes)[0].items():
+        assert not missing, f"the optimizer of ZeRO {kind} has no {', '.join(missing)} in this version of DeepSpeed"
+
+
+REFUSALS = {
+    "ZeRO stage 0": {"stage": 0},
+    "ZenFlow": {"zenflow": True},
+    "mixture of experts": {"has_moe_layers": True},
+    "managed_gradient_accumulation": {"managed_gradient_accumulation": False},
+    "mics_shard_size": {"mics_shard_size": 2},
+    "zero_hpz_partition_size": {"zero_hpz_partition_size": 2},
+    "zero_quantized_weights": {"zero_quantized_weights": True},
+}
+
+
+@pytest.mark.parametrize("reason", REFUSALS)
+def test_refuses_at_construction(pair, reason):
+    """What cannot be regularized is refused, with the reason and a way out."""
+    message = pair.run(worker.refused, dict(REFUSALS[reason]))[0]
+    assert message.startswith("ValueError: engine: ")
+    assert reason in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"strength": -1.0}, "strength=-1.0"),
+        ({"exclude": ("no such name",)}, "is part of no parameter name"),
+        ({"eps": 0.1, "radius": 0.1}, "both set the length"),
+    ],
+)
+def test_refuses_settings(pair, settings, words):
+    """Settings follow the rules of the plain wrapper; parameter names are the model's."""
+    assert words in pair.run(worker.refused, {}, settings)[0]
+
+
+def test_refuses_what_is_no_engine():
+    """Anything but an engine is a TypeError that says what to pass."""
+    from gradreg_optim import ZeroGradRegOptimizer
+
+    with pytest.raises(TypeError, match=r"engine=Linear: .*deepspeed\.initialize"):
+        ZeroGradRegOptimizer(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [("half a window", "ran 0 accumulation"), ("two windows", "ran 3 acc"), ("no closure", "without a closure")]
+)
+def test_refuses_other_closures(pair, kind, words):
+    """A closure is exactly one accumulation window."""
+    message = pair.run(worker.misuse, kind)[0]
+    assert message.startswith("RuntimeError")
+    assert words in message
