@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["clip_coefficient", "combine_", "difference_moments", "norm_squared", "ratio", "scale_", "shift_"]
+__all__ = ["arrival", "clip_coefficient", "combine_", "difference_moments", "norm_squared", "ratio", "scale_", "shift_"]
 
 Scalar = float | Tensor
 
@@ -65,6 +65,27 @@ def difference_moments(start: Sequence[Tensor], end: Sequence[Tensor], along: Se
         inner.append(torch.dot(delta, x.flatten().to(wide)).to(home))
         squares.append(torch.dot(delta, delta).to(home))
     return torch.stack(inner).sum(), torch.stack(squares).sum()
+
+
+def sampled(tensor: Tensor, *, limit: int = 2**16, block: int = 256) -> Tensor:
+    """A view of about ``limit`` elements, in blocks spread evenly over ``tensor``; all of a tensor that is no larger.
+
+    >>> sampled(torch.arange(100), limit=6, block=2)
+    tensor([[ 0,  1],
+            [33, 34],
+            [66, 67]])
+    """
+    flat = tensor.flatten()
+    return flat if flat.numel() <= limit else flat.unfold(0, block, flat.numel() // (limit // block))[: limit // block]
+
+
+def arrival(start: Sequence[Tensor], end: Sequence[Tensor], direction: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """⟨end − start, d⟩ and ‖d‖², from which to tell how much of a step along ``direction`` the weights' dtype let through.
+
+    Of large tensors a sample is enough for that (:func:`sampled`), and spares a pass over memory.
+    """
+    start, end, direction = ([sampled(x) for x in tensors] for tensors in (start, end, direction))
+    return difference_moments(start, end, direction)[0], norm_squared(direction)
 
 
 def ratio(numerator: Scalar, denominator: Tensor) -> Tensor:

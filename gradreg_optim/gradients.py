@@ -18,7 +18,7 @@ class Share:
     """One parameter group's regularized tensors within one step, and what is known about them so far.
 
     ``weights`` and ``g1`` are what the arithmetic runs on: real views of complex tensors, local shards of distributed ones.
-    ``g1_squared`` is ‖g1‖² after clipping, ``arrived`` is ⟨θ'_real − θ, g1⟩.
+    ``g1_squared`` is ‖g1‖² after clipping; ``arrived`` and ``sent`` are ⟨θ'_real − θ, g1⟩ and ‖g1‖² on a sample of elements.
     """
 
     strength: float
@@ -29,6 +29,7 @@ class Share:
     eps: Scalar = 0.0
     g1_squared: Tensor = field(default_factory=lambda: torch.zeros(()))
     arrived: Tensor = field(default_factory=lambda: torch.zeros(()))
+    sent: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     @property
     def weight(self) -> Scalar:

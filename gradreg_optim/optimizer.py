@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from gradreg_optim.config import DEFAULT_EPS
 from gradreg_optim.finite_difference import (
     Scalar,
+    arrival,
     clip_coefficient,
     combine_,
     difference_moments,
@@ -245,7 +246,8 @@ class GradRegOptimizer(OptimizerWrapper):
         steps = [share.eps * unscale for share in shares]
         with shifted([share.weights for share in shares], [share.g1 for share in shares], steps) as at_theta:
             for share, start in zip(shares, at_theta, strict=True):
-                share.arrived = difference_moments(start, share.weights, share.g1)[0] * unscale
+                arrived, sent = arrival(start, share.weights, share.g1)
+                share.arrived, share.sent = arrived * unscale, sent * unscale**2
             yield
 
     def _second_gradient(self, share: Share, group: dict[str, Any], absent: list[Tensor]) -> list[Tensor]:
@@ -280,7 +282,7 @@ class GradRegOptimizer(OptimizerWrapper):
     def _combine(self, first: FirstGradient) -> None:
         """Write g1 + (γ/ε)·(g2 − g1) over g2."""
         shares, second = first.shares, self._second_gradients(first)
-        inner, squares, arrived = self._moments(shares, second)
+        inner, squares, arrived, sent = self._moments(shares, second)
         g1_squared, eps = (
             stack_scalars([share.g1_squared for share in shares]),
             stack_scalars([share.eps for share in shares], inner),
@@ -307,7 +309,7 @@ class GradRegOptimizer(OptimizerWrapper):
             "penalty_ratio": ratio(penalty, g1_norm),
             "curvature": ratio(ratio(inner, eps).sum(), g1_squared.sum()),
             "cosine": ratio(g1_squared.sum() + inner.sum(), g1_norm * c * g2_norm),
-            "perturbation_fidelity": ratio((eps * arrived).sum(), (eps.square() * g1_squared).sum()),
+            "perturbation_fidelity": ratio((eps * arrived).sum(), (eps.square() * sent).sum()),
         }
         if finite is not True:
             self._skipped = self._skipped + (1 if finite is False else (~torch.as_tensor(finite)).long())
@@ -321,13 +323,13 @@ class GradRegOptimizer(OptimizerWrapper):
                 for a, b in zip(share.g1, g2, strict=True):
                     torch.where(finite, b, a, out=b)
 
-    def _moments(self, shares: list[Share], second: list[list[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-        """⟨g2 − g1, g1⟩, ‖g2 − g1‖² and ⟨θ'_real − θ, d⟩ of each share, over all ranks, with the loss scale taken out."""
+    def _moments(self, shares: list[Share], second: list[list[Tensor]]) -> tuple[Tensor, ...]:
+        """⟨g2 − g1, g1⟩, ‖g2 − g1‖², ``arrived`` and ``sent`` of each share, over all ranks, the loss scale taken out."""
         pairs = [difference_moments(share.g1, g2, share.g1) for share, g2 in zip(shares, second, strict=True)]
-        columns = [*zip(*pairs, strict=True), [share.arrived for share in shares]]
+        columns = [*zip(*pairs, strict=True), [share.arrived for share in shares], [share.sent for share in shares]]
         scale = self._loss_scale()
-        inner, squares, arrived = self._sum_over_ranks(torch.stack([stack_scalars(list(column)) for column in columns]))
-        return inner / scale**2, squares / scale**2, arrived
+        sums = self._sum_over_ranks(torch.stack([stack_scalars(list(column)) for column in columns]))
+        return sums[0] / scale**2, sums[1] / scale**2, sums[2], sums[3]
 
     def _put_back(self, first: FirstGradient) -> None:
         """Leave the first gradient in ``.grad``, as if there had been no second pass."""

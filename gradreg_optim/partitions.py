@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gradreg_optim.finite_difference import Scalar, difference_moments
+from gradreg_optim.finite_difference import Scalar, arrival
 
 __all__ = ["PRIVATE", "Fragment", "Partitions", "Stage3Partitions", "Stage12Partitions"]
 
@@ -149,20 +149,20 @@ class Partitions(ABC):
     def _spread(self) -> None:
         """Let the model on every rank see what was written."""
 
-    def shift(self, along: Iterator[tuple[Scalar, Tensor | None]]) -> list[Tensor]:
+    def shift(self, along: Iterator[tuple[Scalar, Tensor | None]]) -> list[tuple[Tensor, Tensor]]:
         """Write round(master + ε·d) into the model's weights, on every rank.
 
         Args:
             along: for each fragment ε and d; ``None`` leaves the fragment at θ.
 
         Returns:
-            For each fragment ⟨θ'_real − θ, d⟩, where θ'_real is what rounding has left of θ'.
+            For each fragment ⟨θ'_real − θ, d⟩ and ‖d‖² on a sample, where θ'_real is what rounding has left of θ'.
         """
         weights = self._writable()
         arrived = []
         for fragment, (eps, direction) in zip(self.fragments, along, strict=True):
             if direction is None:
-                arrived.append(torch.zeros(()))
+                arrived.append((torch.zeros(()), torch.zeros(())))
                 continue
             weight, master = fragment.of(weights(fragment.index)), fragment.of(self._master(fragment.index))
             if isinstance(eps, Tensor):
@@ -170,7 +170,7 @@ class Partitions(ABC):
             else:
                 moved = torch.add(master, direction, alpha=eps)
             moved = moved.to(weight.dtype)
-            arrived.append(difference_moments([master.to(weight.dtype)], [moved], [direction])[0])
+            arrived.append(arrival([master.to(weight.dtype)], [moved], [direction]))
             weight.copy_(moved)
         self._spread()
         return arrived

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers.trainer
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ def attach(trainer: Trainer, config: GradRegConfig | None = None, **settings: An
         TypeError: ``trainer`` is not a ``transformers.Trainer``, ``config`` not a ``GradRegConfig``, or a setting unknown.
         ValueError: a setting breaks its rule, or settings are given although the trainer's optimizer is a
             :class:`GradRegOptimizer` with its own.
-        RuntimeError: the trainer is attached already, or trains under DeepSpeed.
+        RuntimeError: the trainer is attached already.
     """
     if not isinstance(trainer, Trainer):
         raise TypeError(
@@ -108,6 +109,27 @@ def attach_to_caller(optimizer: Optimizer) -> None:
         frame = frame.f_back  # type: ignore[assignment]
 
 
+def keep_given_optimizers() -> None:
+    """Let trainers under DeepSpeed use the :class:`GradRegOptimizer` that they were given as ``optimizers=``.
+
+    ``transformers.integrations.deepspeed.deepspeed_init`` (4.57 to 5.23) sets ``trainer.optimizer = None`` and has the
+    trainer create another one, before anything of the given one is called. Can go when it keeps what it was given.
+    """
+    original = transformers.trainer.deepspeed_init
+    if hasattr(original, "keeps_given_optimizers"):
+        return
+
+    @functools.wraps(original)
+    def deepspeed_init(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+        given = find_wrapper(trainer.optimizer)
+        if given is not None and _attachment(trainer) is None:
+            Attachment(trainer, given, {})
+        return original(trainer, *args, **kwargs)
+
+    deepspeed_init.keeps_given_optimizers = True  # type: ignore[attr-defined]
+    transformers.trainer.deepspeed_init = deepspeed_init
+
+
 def find_wrapper(optimizer: Any) -> GradRegOptimizer | None:
     """The :class:`GradRegOptimizer` in a chain of wrappers (Accelerate's, an engine's), or ``None``."""
     while optimizer is not None and not isinstance(optimizer, GradRegOptimizer):
@@ -131,9 +153,10 @@ class Attachment:
     """The tie between one trainer and one wrapper: records micro-batches, repeats them at θ', logs ``grad_reg/*``."""
 
     def __init__(self, trainer: Trainer, optimizer: GradRegOptimizer | None, settings: dict[str, Any]) -> None:
-        if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            raise RuntimeError("GradRegOptimizer does not run under DeepSpeed yet. Train without a DeepSpeed configuration.")
         self.trainer = trainer
+        self._is_sharded = trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
+        self._given = optimizer
+        self._excluded: list[Tensor] = []
         self.optimizer: Any = None  # until the trainer has created it
         self._settings = settings
         self._groups_before: list[dict[str, Any]] = []
@@ -148,6 +171,7 @@ class Attachment:
         else:
             if trainer.optimizer is not None:
                 self._wrap()
+        if optimizer is None or self._is_sharded:  # under DeepSpeed, Transformers forgets the optimizer that it was given
             self._listen(trainer, "create_optimizer", self._create_optimizer)
         self._listen(trainer, "compute_loss", self._compute_loss)
         self._listen(trainer, "_prepare_inputs", self._prepare_inputs)
@@ -177,10 +201,28 @@ class Attachment:
     # Making the wrapper the trainer's.
 
     def _create_optimizer(self, create: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._is_sharded and self._given is not None and self.trainer.optimizer is None:
+            if self.optimizer is not self._given:
+                raise RuntimeError(
+                    "Under DeepSpeed an optimizer that was given as optimizers= trains once: its parameters are partitions "
+                    "now. Build a new trainer, or let the trainer create the optimizer and call attach(trainer)."
+                )
+            self.trainer.optimizer = self._given
         create(*args, **kwargs)
-        if find_wrapper(self.trainer.optimizer) is None:
+        if find_wrapper(self.trainer.optimizer) is None and isinstance(self.trainer.optimizer, Optimizer):
             self._wrap()
         return self.trainer.optimizer
+
+    def _shard(self) -> None:
+        """Continue on the partitions of the engine that now holds the optimizer."""
+        from gradreg_optim.zero import ZeroGradRegOptimizer  # nothing else here needs DeepSpeed
+
+        engine, wrapper = self.trainer.model_wrapped, self.optimizer
+        if wrapper is engine.optimizer.optimizer and isinstance(wrapper, ZeroGradRegOptimizer):
+            return
+        if wrapper is None and not self._settings.get("exclude"):  # the optimizer comes from DeepSpeed's configuration
+            self._excluded = list(default_exclusion(self.trainer.model))
+        self._tie(ZeroGradRegOptimizer.taking_over(engine, wrapper, self._settings, self._excluded))
 
     def _wrap(self) -> None:
         holder: Any = self.trainer
@@ -205,6 +247,10 @@ class Attachment:
 
     def _adopt(self, optimizer: GradRegOptimizer) -> None:
         optimizer.leave_out([] if optimizer.exclude else default_exclusion(self.trainer.model))
+        self._excluded = [group["params"][i] for group in optimizer.param_groups for i in group["gradreg_excluded"]]
+        self._tie(optimizer)
+
+    def _tie(self, optimizer: GradRegOptimizer) -> None:
         if optimizer._attachment is not None:  # to another trainer, which gets it back when it trains again
             optimizer._attachment.release()
         model = self.trainer.model if optimizer._model is None else optimizer._model
@@ -233,6 +279,8 @@ class Attachment:
         self._micro_batches.clear()
         self._logged.clear()
         self._awaits, self._consulted = None, False
+        if self._is_sharded:
+            self._shard()
         if find_wrapper(self.trainer.optimizer) is None:
             raise RuntimeError(
                 "The trainer's optimizer is not the GradRegOptimizer that was attached any more: it would train without "
@@ -267,7 +315,17 @@ class Attachment:
     def _backward(self, backward: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if not self._replaying and self._awaits in ("compute_loss", "train"):
             raise RuntimeError(self._not_repeatable("accelerator.backward got a loss that is not compute_loss's"))
-        backward(loss, *args, **kwargs)
+        if not self._is_sharded or self._replaying:
+            backward(loss, *args, **kwargs)
+            self._after_backward()
+            return
+        with self.optimizer.held_back() as held:  # Accelerate takes the engine's step in backward
+            backward(loss, *args, **kwargs)
+        self._after_backward()
+        if held:
+            self.optimizer.finish_window()
+
+    def _after_backward(self) -> None:
         if self._replaying or self._awaits is None:
             return
         self._awaits = "train"
@@ -306,6 +364,7 @@ class Attachment:
             untouched(trainer),
             RandomState(self.optimizer._devices()).replayed(),
             torch.enable_grad(),
+            self.optimizer.second_window() if self._is_sharded else nullcontext(),
             ExitStack() as done,
         ):
             self._replaying = True
@@ -315,7 +374,8 @@ class Attachment:
                 vars(trainer).update(micro_batch.counters)
                 micro_batch.random.restore()
                 accelerator.gradient_state._set_sync_gradients(micro_batch.is_last)
-                gathering = nullcontext() if micro_batch.is_last else accelerator.no_sync(micro_batch.model)
+                alone = micro_batch.is_last or self._is_sharded
+                gathering = nullcontext() if alone else accelerator.no_sync(micro_batch.model)
                 with gathering:
                     Trainer.training_step(trainer, micro_batch.model, micro_batch.inputs, micro_batch.num_items_in_batch)
 
@@ -369,3 +429,6 @@ def _exchange(holder: Any, optimizer: Optimizer) -> None:
     holder.optimizer = optimizer
     if isinstance(holder, AcceleratedOptimizer):
         holder.__setstate__({})  # under a GradScaler it keeps the step method of the optimizer that it holds
+
+
+keep_given_optimizers()

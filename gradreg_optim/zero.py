@@ -112,7 +112,30 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
         )
         self._note_excluded()
         self._final_step: Callable[[], Any] = engine.step
+        self._stepping = False
         self._shifted = False
+
+    @classmethod
+    def taking_over(
+        cls, engine: DeepSpeedEngine, wrapper: OptimizerWrapper | None, settings: dict[str, Any], excluded: Iterable[Tensor]
+    ) -> ZeroGradRegOptimizer:
+        """The optimizer of an engine that a trainer drives, with everything that ``wrapper`` was told, or ``settings``.
+
+        It becomes the engine's client optimizer, so that whoever looks for the wrapper finds it. ``excluded`` are the
+        parameters that the wrapper leaves out: its groups do not hold the model's parameters any more.
+        """
+        told: list[dict[str, Any]] = []
+        if wrapper is not None:
+            settings = {**wrapper._settings, "schedule": wrapper._schedule or wrapper._settings["schedule"]}
+            told = [{key: group[key] for key in group if key.startswith("gradreg_")} for group in wrapper.param_groups]
+        optimizer = cls(engine, **settings)
+        for group, values in zip(optimizer.param_groups, told, strict=False):
+            group.update(values, gradreg_excluded=[])
+        excluded = list(excluded)
+        if excluded:
+            optimizer.leave_out(excluded)
+        engine.optimizer.optimizer = engine.basic_optimizer = optimizer
+        return optimizer
 
     # Parameters: the optimizer's groups hold flat partitions, names and exclusion are about the model's.
 
@@ -138,10 +161,47 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
     # The phases.
 
     def _prepared(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        return AccumulationWindow(self._engine, super()._prepared(closure), self._finish_with)
+        return AccumulationWindow(self, super()._prepared(closure))
 
-    def _finish_with(self, step: Callable[[], Any]) -> None:
-        self._final_step = step
+    @contextmanager
+    def held_back(self, *, counting: bool = True) -> Iterator[list[Callable[[], Any]]]:
+        """Inside the block the engine's step at the end of a window does nothing but note itself in the yielded list.
+
+        Other calls of ``engine.step`` are as ever, or, if not ``counting``, only advance to the next micro-batch.
+        """
+        engine, held, step = self._engine, [], self._engine.step
+
+        @functools.wraps(step)
+        def noted(*args: Any, **kwargs: Any) -> None:
+            if engine.is_gradient_accumulation_boundary():
+                held.append(functools.partial(step, *args, **kwargs))
+            elif counting:
+                step(*args, **kwargs)
+            else:
+                engine.micro_steps += 1
+
+        engine.step = noted
+        try:
+            yield held
+        finally:
+            del engine.step
+        if held:
+            self._final_step = held[0]
+
+    @contextmanager
+    def second_window(self, first_micro_step: int | None = None) -> Iterator[None]:
+        """Run the micro-batches of a window again: the engine counts from ``first_micro_step``, and then as before."""
+        engine, timer = self._engine, vars(self._engine.tput_timer)
+        before, end = dict(timer), engine.micro_steps
+        engine.micro_steps = end if first_micro_step is None else first_micro_step
+        try:
+            with self.held_back(counting=False):
+                yield
+        finally:
+            engine.micro_steps = end
+            timer.update(before)
+            if not engine.is_gradient_accumulation_boundary():  # set by hand, and the block did not get to the end
+                engine.set_gradient_accumulation_boundary(True)
 
     def _take_gradients(self, first: FirstGradient) -> None:
         first.shares += self._empty_shares()
@@ -164,9 +224,10 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
         steps = ((0.0, None) if share is None else (share.eps * unscale, g1) for share, g1 in pairs)
         self._shifted = True
         with self._back_at_theta_if_it_raises():
-            for (share, _), arrived in zip(pairs, self._partitions.shift(steps), strict=True):
+            for (share, _), (arrived, sent) in zip(pairs, self._partitions.shift(steps), strict=True):
                 if share is not None:
                     share.arrived = share.arrived.to(arrived.device) + arrived * unscale
+                    share.sent = share.sent.to(sent.device) + sent * unscale**2
             yield
 
     @contextmanager
@@ -208,6 +269,12 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
         dist.all_reduce(total, group=self._partitions.zero.dp_process_group)
         return total.to("cpu" if self._partitions.offloaded else self._engine.device)
 
+    def _step_without_closure(self) -> None:
+        if self._stepping:  # the engine's own step, which calls its client optimizer once per group
+            self.optimizer.step()
+        else:
+            super()._step_without_closure()
+
     @property
     def _overflow_skips_step(self) -> bool:
         return bool(self._engine.fp16_enabled())
@@ -215,8 +282,20 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
     def _loss_scale(self) -> float:
         return float(self._partitions.zero.loss_scale)
 
+    def finish_window(self) -> None:
+        """Take the engine's step that was held back while a trainer ran the window."""
+        if not self.regularizes:
+            self._metrics = {"strength": 0.0}
+        if self._attachment is not None:
+            self._attachment.check_consulted()
+        self._base_step()
+
     def _base_step(self) -> None:
-        self._final_step()
+        self._stepping = True
+        try:
+            self._final_step()
+        finally:
+            self._stepping = False
         if self._shifted and not self._engine.was_step_applied():  # an overflow: the engine has not copied the masters
             self._partitions.restore()
         self._shifted = False
@@ -226,62 +305,29 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
 class AccumulationWindow:
     """A closure over one accumulation window, callable a second time: the engine's step at its end is held back.
 
-    Every call starts from the engine's counters as they were, and leaves them as the first call did. The step that was
-    held back, with its arguments, goes to ``finish_with``.
+    Every call starts from the engine's counters as they were, and leaves them as the first call did.
     """
 
-    def __init__(
-        self, engine: DeepSpeedEngine, closure: Callable[[], Any], finish_with: Callable[[Callable[[], Any]], None]
-    ) -> None:
-        self._engine = engine
+    def __init__(self, optimizer: ZeroGradRegOptimizer, closure: Callable[[], Any]) -> None:
+        self._optimizer = optimizer
         self._closure = closure
-        self._finish_with = finish_with
-        self._start = self._counters()
-        self._end: tuple[int, dict[str, Any]] | None = None
-
-    def _counters(self) -> tuple[int, dict[str, Any]]:
-        return self._engine.micro_steps, dict(vars(self._engine.tput_timer))
-
-    def _set_counters(self, counters: tuple[int, dict[str, Any]]) -> None:
-        self._engine.micro_steps = counters[0]
-        vars(self._engine.tput_timer).update(counters[1])
+        self._first_micro_step = optimizer._engine.micro_steps
+        self._ran = False
 
     def __call__(self) -> Any:
-        if self._end is None:
-            loss = self._run()
-            self._end = self._counters()
-            return loss
-        self._engine.micro_steps = self._start[0]
-        try:
-            return self._run()
-        finally:
-            self._set_counters(self._end)
-
-    def _run(self) -> Any:
-        engine, is_second, held = self._engine, self._end is not None, []
-        step = engine.step
-
-        @functools.wraps(step)
-        def held_back(*args: Any, **kwargs: Any) -> None:
-            if engine.is_gradient_accumulation_boundary():
-                held.append(functools.partial(step, *args, **kwargs))
-            elif is_second:
-                engine.micro_steps += 1
-            else:
-                step(*args, **kwargs)
-
-        engine.step = held_back
-        try:
+        if self._ran:
+            with self._optimizer.second_window(self._first_micro_step):
+                return self._closure()
+        engine = self._optimizer._engine
+        with self._optimizer.held_back() as held:
             loss = self._closure()
-        finally:
-            del engine.step
         if len(held) != 1:
             raise RuntimeError(
                 f"The closure ran {len(held)} accumulation windows to their end, and one is regularized at a time. Let it run "
                 f"engine(...), engine.backward(loss) and engine.step() on {engine.gradient_accumulation_steps()} "
                 "micro-batches (gradient_accumulation_steps)."
             )
-        self._finish_with(held[0])
+        self._ran = True
         return loss
 
 
