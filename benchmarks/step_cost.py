@@ -45,6 +45,7 @@ class Transformer(nn.Module):
     def __init__(self, *, layers: int, width: int, length: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, width)
+        nn.init.normal_(self.embedding.weight, std=0.02)  # as language models do; it is the output layer too
         layer = nn.TransformerEncoderLayer(
             width, width // 64, 4 * width, dropout=0.0, batch_first=True, norm_first=True, activation="gelu"
         )

@@ -67,7 +67,7 @@ def difference_moments(start: Sequence[Tensor], end: Sequence[Tensor], along: Se
     return torch.stack(inner).sum(), torch.stack(squares).sum()
 
 
-def sampled(tensor: Tensor, *, limit: int = 2**16, block: int = 256) -> Tensor:
+def sampled(tensor: Tensor, *, limit: int = 2**12, block: int = 64) -> Tensor:
     """A view of about ``limit`` elements, in blocks spread evenly over ``tensor``; all of a tensor that is no larger.
 
     >>> sampled(torch.arange(100), limit=6, block=2)

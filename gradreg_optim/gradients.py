@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from gradreg_optim.finite_difference import Scalar, ratio
 
-__all__ = ["FirstGradient", "Share", "dense", "owned", "real", "stack_scalars"]
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["FirstGradient", "Share", "device_mesh", "dense", "owned", "real", "stack_scalars"]
 
 
 @dataclass
@@ -31,6 +35,12 @@ class Share:
     arrived: Tensor = field(default_factory=lambda: torch.zeros(()))
     sent: Tensor = field(default_factory=lambda: torch.zeros(()))
 
+    def counted(self, tensors: list[Tensor], mesh: DeviceMesh | None) -> list[Tensor]:
+        """Those of ``tensors``, laid out like ``g1``, that this rank adds to sums over the ranks of ``mesh``."""
+        if mesh is None:
+            return tensors
+        return [tensor for tensor, parameter in zip(tensors, self.parameters, strict=True) if is_counted(parameter, mesh)]
+
     @property
     def weight(self) -> Scalar:
         """γ/ε, and 0 if there was no step (ε derived from the radius of a vanishing gradient)."""
@@ -49,6 +59,29 @@ class FirstGradient:
     shares: list[Share]
     kept: list[tuple[Tensor, Tensor | None]]
     absent: list[Tensor] = field(default_factory=list)
+
+
+def device_mesh(parameters: Iterable[Tensor]) -> DeviceMesh | None:
+    """The mesh over which distributed parameters (FSDP2, tensor parallelism) are spread; ``None`` if all are local.
+
+    Raises:
+        ValueError: there are several meshes.
+    """
+    meshes = {parameter.device_mesh for parameter in parameters if hasattr(parameter, "device_mesh")}
+    if len(meshes) > 1:
+        raise ValueError(
+            f"the parameters lie on {len(meshes)} device meshes: norms are summed over one. Shard all parameters that are "
+            "regularized over the same mesh, or exclude the others from the optimizer."
+        )
+    return meshes.pop() if meshes else None
+
+
+def is_counted(parameter: Tensor, mesh: DeviceMesh) -> bool:
+    """Whether this rank adds the parameter's part to sums over ``mesh``: of equal replicas only the first does."""
+    coordinate = mesh.get_coordinate()
+    placements = getattr(parameter, "placements", None)  # a parameter that is not distributed is a replica everywhere
+    replicated = [placements is None or placements[axis].is_replicate() for axis in range(mesh.ndim)]
+    return coordinate is not None and all(place == 0 for place, copy in zip(coordinate, replicated, strict=True) if copy)
 
 
 def stack_scalars(values: list[Any], like: Tensor | None = None) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +27,13 @@ from gradreg_optim.finite_difference import (
     readable,
     scale_,
 )
-from gradreg_optim.gradients import FirstGradient, Share, dense, owned, real, stack_scalars
+from gradreg_optim.gradients import FirstGradient, Share, device_mesh, dense, owned, real, stack_scalars
 from gradreg_optim.perturbation import RandomState, batch_norm_statistics_kept, shifted
 from gradreg_optim.schedule import Schedule
 from gradreg_optim.wrapper import OptimizerWrapper
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["GradRegOptimizer"]
 
@@ -217,10 +220,10 @@ class GradRegOptimizer(OptimizerWrapper):
 
     def _choose_step(self, first: FirstGradient) -> bool:
         """Clip g1 and fix ε; False if there is no gradient, or it is known not to be finite."""
-        shares, unscale = first.shares, 1.0 / self._loss_scale()
+        shares, unscale, mesh = first.shares, 1.0 / self._loss_scale(), self._mesh()
         if not self._has_gradient(shares):
             return False
-        squares = self._sum_over_ranks(stack_scalars([norm_squared(share.g1) for share in shares]))
+        squares = self._sum_over_ranks(stack_scalars([norm_squared(share.counted(share.g1, mesh)) for share in shares]))
         norm = squares.sum().sqrt() * unscale
         finite = readable(torch.isfinite(norm))
         group = self.param_groups[0]
@@ -242,11 +245,11 @@ class GradRegOptimizer(OptimizerWrapper):
     def _perturbed(self, first: FirstGradient) -> Iterator[None]:
         """Stand at θ' inside the block, at θ again after it; note how much of the step the weights' dtype let through."""
         shares = first.shares
-        unscale = 1.0 / self._loss_scale()
+        unscale, mesh = 1.0 / self._loss_scale(), self._mesh()
         steps = [share.eps * unscale for share in shares]
         with shifted([share.weights for share in shares], [share.g1 for share in shares], steps) as at_theta:
             for share, start in zip(shares, at_theta, strict=True):
-                arrived, sent = arrival(start, share.weights, share.g1)
+                arrived, sent = arrival(*(share.counted(x, mesh) for x in (start, share.weights, share.g1)))
                 share.arrived, share.sent = arrived * unscale, sent * unscale**2
             yield
 
@@ -325,7 +328,10 @@ class GradRegOptimizer(OptimizerWrapper):
 
     def _moments(self, shares: list[Share], second: list[list[Tensor]]) -> tuple[Tensor, ...]:
         """⟨g2 − g1, g1⟩, ‖g2 − g1‖², ``arrived`` and ``sent`` of each share, over all ranks, the loss scale taken out."""
-        pairs = [difference_moments(share.g1, g2, share.g1) for share, g2 in zip(shares, second, strict=True)]
+        pairs, mesh = [], self._mesh()
+        for share, g2 in zip(shares, second, strict=True):
+            g1, g2 = share.counted(share.g1, mesh), share.counted(g2, mesh)
+            pairs.append(difference_moments(g1, g2, g1))
         columns = [*zip(*pairs, strict=True), [share.arrived for share in shares], [share.sent for share in shares]]
         scale = self._loss_scale()
         sums = self._sum_over_ranks(torch.stack([stack_scalars(list(column)) for column in columns]))
@@ -346,8 +352,18 @@ class GradRegOptimizer(OptimizerWrapper):
         return any(share.g1 for share in shares)
 
     def _sum_over_ranks(self, sums: Tensor) -> Tensor:
-        """Sums over this process's tensors, completed over all ranks that hold parts of them; here all is local."""
-        return sums
+        """Sums over this process's tensors, completed over all ranks that hold parts of distributed ones."""
+        mesh = self._mesh()
+        if mesh is None:
+            return sums
+        # A rank that owns nothing has made its zeros in some dtype and on the CPU: all must send the same.
+        total = sums.to(mesh.device_type, torch.float64)
+        for group in mesh.get_all_groups():
+            torch.distributed.all_reduce(total, group=group)
+        return total
+
+    def _mesh(self) -> DeviceMesh | None:
+        return device_mesh(parameter for group in self.param_groups for parameter in group["params"])
 
     @property
     def _overflow_skips_step(self) -> bool:

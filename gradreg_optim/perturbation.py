@@ -42,11 +42,13 @@ def shifted(
     try:
         for group, along, step in zip(weights, direction, eps, strict=True):
             shift_(group, along, eps=step)
+        torch.clear_autocast_cache()  # inside an autocast block around both passes, bf16 copies of θ would be used again
         yield backup
     finally:
         for group, saved in zip(weights, backup, strict=True):
             if group:
                 torch._foreach_copy_(list(group), saved)
+        torch.clear_autocast_cache()
 
 
 class RandomState:

@@ -58,6 +58,8 @@ class OptimizerWrapper(Optimizer):
                 group = _without(group, (*PER_GROUP, *SHARED))
             adopt_group(group, self._settings, step=0, excluded=excluded)
             group["gradreg_excluded"] = excluded
+        if "transformers.trainer" in sys.modules:  # its DeepSpeed integration has to be told that there are wrappers
+            import gradreg_optim.trainer  # noqa: F401 - upwards, hence here
 
     # One optimizer: groups, state and defaults are the wrapped one's.
 

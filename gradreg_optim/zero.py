@@ -128,7 +128,8 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
         if wrapper is not None:
             settings = {**wrapper._settings, "schedule": wrapper._schedule or wrapper._settings["schedule"]}
             told = [{key: group[key] for key in group if key.startswith("gradreg_")} for group in wrapper.param_groups]
-        optimizer = cls(engine, **settings)
+        optimizer = cls(engine, **{name: value for name, value in settings.items() if name not in ("model", "scaler")})
+        optimizer.exclude = optimizer.exclude if wrapper is None else wrapper.exclude
         for group, values in zip(optimizer.param_groups, told, strict=False):
             group.update(values, gradreg_excluded=[])
         excluded = list(excluded)

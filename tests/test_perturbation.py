@@ -147,3 +147,15 @@ def test_statistics_come_back_after_an_exception(known):
         model(torch.randn(5, 3))
         raise KeyboardInterrupt
     assert_same(list(model.buffers()), before)
+
+
+def test_autocast_around_the_step_does_not_hide_the_second_point():
+    """Under autocast around both passes the second runs on the moved weights, not on cached bf16 copies of the first's."""
+    model, inputs = nn.Linear(4, 4), torch.randn(8, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model(inputs)
+        with shifted([[model.weight.detach()]], [[torch.ones(4, 4)]], [1.0]):
+            moved = model(inputs)
+        after = model(inputs)
+    assert not torch.equal(moved, before)
+    assert torch.equal(after, before)

@@ -113,18 +113,19 @@ def test_completions_are_generated_and_rewarded_once(kind, tmp_path):
 
 @every_kind
 def test_recorded_inputs_are_references(kind, tmp_path):
-    """Both passes get the same tensors, not copies, and nothing is recorded any more when the trainer steps."""
+    """Both passes get the same tensors, not copies, and window boundaries; when the trainer steps all is forgotten."""
     recorded = []
 
     class Look(TrainerCallback):
         def on_pre_optimizer_step(self, *_, **__):
-            recorded.append(len(trainer._gradreg_attachment._micro_batches))
+            recorded.append((len(trainer._gradreg_attachment._micro_batches), trainer.accelerator.sync_gradients))
 
     trainer = build(kind, tmp_path, wrapped=REAL, gradient_accumulation_steps=2, max_steps=1, callbacks=[Look()])
     spy = Spy(trainer)
     trainer.train()
     assert spy.addresses[:2] == spy.addresses[2:]
-    assert recorded == [0]
+    assert spy.boundaries == [False, True] * 2
+    assert recorded == [(0, True)]
 
 
 # trl 1.16 recomputes the logits that predict() returns and announces the end of that for 2.0.

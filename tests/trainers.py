@@ -169,13 +169,14 @@ class Spy:
     """Stands before ``trainer.compute_loss`` and keeps what it is given and what it returns."""
 
     def __init__(self, trainer):
-        self.inputs, self.losses, self.addresses = [], [], []
+        self.inputs, self.losses, self.addresses, self.boundaries = [], [], [], []
         compute_loss = trainer.compute_loss
 
         def spy(model, inputs, *args, **kwargs):
             tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
             self.inputs.append({name: value.clone() for name, value in tensors.items()})
             self.addresses.append([value.data_ptr() for value in tensors.values()])
+            self.boundaries.append(trainer.accelerator.sync_gradients)
             loss = compute_loss(model, inputs, *args, **kwargs)
             self.losses.append(loss.detach().clone())
             return loss

@@ -1,0 +1,123 @@
+"""DistributedDataParallel and FSDP2: the step of several processes is that of one process on the whole batch."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import World
+from torch import nn
+
+from gradreg_optim import GradRegOptimizer
+
+BATCH = 12  # divisible by 2 and 3
+SETTINGS = {
+    "eps": {"strength": 0.1, "eps": 0.05},
+    "radius": {"strength": 0.1, "radius": 0.05},
+    "clipped": {"strength": 0.1, "radius": 0.05, "g1_clip": 0.1, "g2_clip": 0.2},
+    "bounded": {"strength": 5.0, "radius": 0.05, "max_penalty_ratio": 0.3, "exclude": "0."},
+}
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def world(request):
+    ranks = World(request.param)
+    yield ranks
+    ranks.close()
+
+
+def network():
+    """Sizes that two and three ranks cannot share evenly; the bias of 1 leaves ranks without an element."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1)).double()
+
+
+def data():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(BATCH, 5, generator=generator, dtype=torch.double), torch.randn(BATCH, generator=generator).double()
+
+
+def closure_on(model, optimizer, inputs, targets, accumulation):
+    def closure():
+        optimizer.zero_grad()
+        chunks = list(zip(inputs.chunk(accumulation), targets.chunk(accumulation), strict=True))
+        for number, (x, y) in enumerate(chunks):
+            is_last = number == len(chunks) - 1
+            if hasattr(model, "set_requires_gradient_sync"):
+                model.set_requires_gradient_sync(is_last)
+            elif hasattr(model, "require_backward_grad_sync"):
+                model.require_backward_grad_sync = is_last  # what no_sync() does
+            loss = (model(x).squeeze(1) - y).square().mean() / accumulation
+            loss.backward()
+        return loss
+
+    return closure
+
+
+def train(model, names_of, inputs, targets, settings, accumulation):
+    """Three steps; the metrics of the last."""
+    optimizer = GradRegOptimizer(torch.optim.AdamW(model.parameters(), lr=0.01), model=names_of, **settings)
+    for _ in range(3):
+        optimizer.step(closure_on(model, optimizer, inputs, targets, accumulation))
+    return {name: float(value) for name, value in optimizer.metrics.items()}
+
+
+def reference(settings):
+    model = network()
+    return train(model, model, *data(), settings, 1), [parameter.detach() for parameter in model.parameters()]
+
+
+def rank_slice(tensor):
+    return tensor.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def ddp_case(settings, accumulation, bucket_views):
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = DistributedDataParallel(network(), gradient_as_bucket_view=bucket_views)
+    metrics = train(model, model, *map(rank_slice, data()), settings, accumulation)
+    return metrics, [parameter.detach() for parameter in model.parameters()]
+
+
+def fsdp_case(settings, accumulation, replicas):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    size = dist.get_world_size()
+    shape, names = ((size, 1), ("replicate", "shard")) if replicas else ((size,), ("shard",))
+    model = network()
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    fully_shard(model[0], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    metrics = train(model, model, *map(rank_slice, data()), settings, accumulation)
+    return metrics, [copy.deepcopy(parameter.detach().full_tensor()) for parameter in model.parameters()]
+
+
+def assert_like_one_process(answers, settings):
+    metrics, weights = reference(settings)
+    for rank_metrics, rank_weights in answers:
+        for got, expected in zip(rank_weights, weights, strict=True):
+            # float64 throughout; means over ranks round differently from the mean over the whole batch
+            torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+        assert rank_metrics == pytest.approx(metrics, rel=1e-6)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_ddp_matches_one_process(world, name, accumulation):
+    """Under DDP every rank ends at the weights and metrics of one process, bucket views and no_sync included."""
+    for bucket_views in (False, True):
+        assert_like_one_process(world.run(ddp_case, SETTINGS[name], accumulation, bucket_views), SETTINGS[name])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_fsdp2_matches_one_process(world, name, accumulation):
+    """Under FSDP2 norms and inner products run over the shards of all ranks."""
+    assert_like_one_process(world.run(fsdp_case, SETTINGS[name], accumulation, False), SETTINGS[name])
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_hybrid_sharding_counts_replicas_once(world, name):
+    """With parameters replicated over one axis of the mesh, norms are those of one replica."""
+    assert_like_one_process(world.run(fsdp_case, SETTINGS[name], 1, True), SETTINGS[name])

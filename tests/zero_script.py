@@ -1,0 +1,47 @@
+"""Trainers for ``accelerate launch``: what each one of them ends with, on rank 0, goes to the file named last.
+
+    accelerate launch --config_file zero2.yaml zero_script.py CASE... FILE        CASE is, for example, sft:optimizers:4
+"""
+
+import gc
+import os
+import sys
+import tempfile
+import warnings
+
+import torch
+import trainers
+from torch.optim import SGD
+
+from gradreg_optim import attach
+
+warnings.simplefilter("ignore")
+
+
+def run(kind, how, accumulation):
+    """Train ``kind`` with the penalty given ``how``: the weights at the end, and the log."""
+    use_cpu = "ACCELERATE_USE_DEEPSPEED" not in os.environ  # use_cpu would switch DeepSpeed off
+    options = {"gradient_accumulation_steps": accumulation, "max_grad_norm": 0.5, "ddp_backend": "gloo", "use_cpu": use_cpu}
+    given = trainers.REAL if how == "optimizers" else None
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainers.build(kind, folder, base=lambda m: SGD(m.parameters(), lr=0.1), wrapped=given, **options)
+        if how == "attach":
+            attach(trainer, **trainers.REAL)
+        trainer.train()
+        engine = type(trainer.model_wrapped).__name__
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        log = [{k: v for k, v in entry.items() if isinstance(v, (int, float))} for entry in trainer.state.log_history]
+    return {"weights": {name: value.float().clone() for name, value in (state or {}).items()}, "log": log, "engine": engine}
+
+
+if __name__ == "__main__":
+    *cases, file = sys.argv[1:]
+    found = {}
+    for case in cases:
+        kind, how, accumulation = case.split(":")
+        found[case] = run(kind, how, int(accumulation))
+        gc.collect()
+    if torch.distributed.get_rank() == 0:
+        torch.save(found, file)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
