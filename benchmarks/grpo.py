@@ -95,9 +95,12 @@ def parse(argv: list[str]) -> Arguments:
     parser = Parser(types, prog="grpo.py")
     parser.set_defaults_with_config(**DEMO)
     try:
-        return cast(Arguments, parser.parse_args_and_config(argv))
+        *arguments, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
     except (ValueError, OSError) as error:
         raise InputError(error) from error
+    if unknown:
+        raise InputError(f"{unknown} must be flags of this script, of TRL or of GradRegConfig (--help lists them)")
+    return cast(Arguments, tuple(arguments))
 
 
 def bundled_model() -> Path:
@@ -139,6 +142,7 @@ def load_model(args: GRPOConfig, model_args: ModelConfig) -> tuple[PreTrainedMod
         ) from error
     if name is None:
         mark_as_dense(model)
+        tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"  # transformers 4.57 reads <|im_start|> out of the file
     return add_adapter(model, args, model_args), tokenizer
 
 
@@ -234,7 +238,7 @@ def main(argv: list[str]) -> None:
     Raises:
         SystemExit: something given on the command line does not work; the message is one line.
     """
-    # Bars for loading 272 tensors, and trl 1.16's use of a name that transformers 5.23 has renamed.
+    # A bar for loading weights that ends as it starts, and trl 1.16's use of a name that transformers 5.23 has changed.
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     warnings.filterwarnings("ignore", r".*Use `(is_)?activation_checkpointing", FutureWarning)
     try:

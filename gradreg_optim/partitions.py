@@ -221,9 +221,11 @@ class Stage12Partitions(Partitions):
 
     @property
     def parameters(self) -> list[list[nn.Parameter]]:
+        """Those that DeepSpeed has flattened into ``bit16_groups_flat``."""
         return [list(group) for group in self.zero.bit16_groups]
 
     def gradients(self) -> list[Tensor]:
+        """Views of ``averaged_gradients``, or of the masters' ``.grad`` on the CPU."""
         if self.offloaded:
             _await_copies()
             partitions = self.zero.single_partition_of_fp32_groups
@@ -239,6 +241,7 @@ class Stage12Partitions(Partitions):
         return [pieces[fragment.index, fragment.start] for fragment in self.fragments]
 
     def take_gradients(self) -> list[Tensor]:
+        """The gradients themselves; copies only of offloaded ones, whose buffers are used again."""
         self.first = self.gradients()
         if self.offloaded:
             self.first = [gradient.clone() for gradient in self.first]
@@ -257,6 +260,7 @@ class Stage12Partitions(Partitions):
             self.zero.local_overflow = False
 
     def put_back(self) -> None:
+        """What the second pass has accumulated is dropped."""
         self._clear()
         if self.offloaded:
             torch._foreach_copy_(self.gradients(), self.first)
@@ -265,13 +269,16 @@ class Stage12Partitions(Partitions):
         self.gradients_written()
 
     def release(self) -> None:
+        """The lists in which DeepSpeed kept them go too."""
         super().release()
         self._kept = {}
 
     def restore(self) -> None:
+        """One all-gather, of the usual kind."""
         self.zero.update_lp_params()
 
     def rescue(self) -> None:
+        """One all-gather over a group that no collective can have timed out in."""
         for index, whole in enumerate(self.zero.bit16_groups_flat):
             own = self._master(index).to("cpu", whole.dtype)
             slices = [torch.empty_like(own) for _ in range(dist.get_world_size(self._rescuers))]
@@ -311,8 +318,9 @@ class Stage3Partitions(Partitions):
     those too small to be released after use, which no forward would gather again. The way back needs none: the next
     forward gathers whatever is partitioned.
 
-    Where weights and masters have one dtype and device (fp32 training), DeepSpeed keeps them as one tensor. The model is
-    then given a tensor of its own for the time at θ', and the masters stay as they are here too.
+    Where weights and masters have one dtype and device (fp32 training), DeepSpeed means to keep them as one tensor (up to
+    0.19.8 it compares the devices wrongly and does not). The model would then be given a tensor of its own for the time at
+    θ', at the price of a second partition, and the masters stay as they are here too.
     """
 
     def __init__(self, zero: Any) -> None:
@@ -331,12 +339,14 @@ class Stage3Partitions(Partitions):
 
     @property
     def parameters(self) -> list[list[nn.Parameter]]:
+        """Those of all sub-groups of a group."""
         found: list[list[nn.Parameter]] = [[] for _ in self.zero.optimizer.param_groups]
         for index, members in enumerate(self.zero.fp16_groups):
             found[self.zero.sub_group_to_group_id[index]] += members
         return found
 
     def gradients(self) -> list[Tensor]:
+        """Views of DeepSpeed's gradient buffers, or of the masters' ``.grad`` on the CPU."""
         if self.offloaded:
             _await_copies()
             masters = self.zero.fp32_partitioned_groups_flat
@@ -349,7 +359,8 @@ class Stage3Partitions(Partitions):
         return [held[id(fragment.parameter)].view(-1)[: fragment.size] for fragment in self.fragments]
 
     def take_gradients(self) -> list[Tensor]:
-        self.first = [gradient.clone() for gradient in self.gradients()]  # the next backward writes into the same buffers
+        """Copies: the next backward writes into the same buffers."""
+        self.first = [gradient.clone() for gradient in self.gradients()]
         self._buffers = self.zero.averaged_gradients
         self._clear()
         return self.first
@@ -361,16 +372,19 @@ class Stage3Partitions(Partitions):
             self.zero.norm_for_param_grads = {}
 
     def put_back(self) -> None:
+        """The copies go back into the buffers."""
         self._clear()
         self.zero.averaged_gradients = self._buffers
         torch._foreach_copy_(self.gradients(), self.first)
         self.gradients_written()
 
     def release(self) -> None:
+        """The list of the buffers goes too."""
         super().release()
         self._buffers = {}
 
     def restore(self) -> None:
+        """No communication: only this rank's slices are written, and nothing stays gathered."""
         self.zero._partition_all_parameters()
         for index, weights in enumerate(self.zero.fp16_partitioned_groups_flat):
             weights.copy_(self._master(index))

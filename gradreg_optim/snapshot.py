@@ -1,7 +1,7 @@
 """What a loss leaves behind on its trainer, kept from the second pass: metrics, counters, buffers, the trainer's state.
 
 Losses append to lists of metrics, count tokens, adapt coefficients and pop keys from their inputs. The second pass works
-on copies of all that; tensors are shared wherever nobody writes into them.
+on copies of all that, as it stood before the first pass over the same micro-batch. The tensors of inputs are not copied.
 """
 
 from __future__ import annotations
@@ -40,12 +40,15 @@ def copied(value: Any) -> Any:
 
 
 def counters(owner: Any) -> dict[str, Any]:
-    """The attributes of ``owner`` that a loss can count with: numbers, strings, ``None``, and copies of tensors."""
+    """What a loss can count with on ``owner``: numbers, strings, ``None``, and copies of tensors and containers."""
     found: dict[str, Any] = {}
     for name, value in vars(owner).items():
         if isinstance(value, Tensor):
             if not value.requires_grad:  # a running mean, say, written in place; what is trained belongs to the model
                 found[name] = value.clone()
+        elif isinstance(value, (dict, list, deque, set)):
+            if name not in _DATA:
+                found[name] = copied(value)
         elif value is None or isinstance(value, (bool, int, float, str)):
             found[name] = value
     return found
@@ -53,12 +56,8 @@ def counters(owner: Any) -> dict[str, Any]:
 
 @contextmanager
 def untouched(trainer: Any) -> Iterator[None]:
-    """Let the block work on copies of the trainer's metrics, counters and buffers; afterwards the originals are back."""
+    """Let the block put other values, such as recorded :func:`counters`, on the trainer; afterwards its own are back."""
     before = dict(vars(trainer))
-    for name, value in before.items():
-        if isinstance(value, (dict, list, deque, set)) and name not in _DATA:
-            setattr(trainer, name, copied(value))
-    vars(trainer).update(counters(trainer))
     trainer.state = copy.copy(trainer.state)
     try:
         yield

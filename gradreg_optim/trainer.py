@@ -115,7 +115,8 @@ def keep_given_optimizers() -> None:
     ``transformers.integrations.deepspeed.deepspeed_init`` (4.57 to 5.23) sets ``trainer.optimizer = None`` and has the
     trainer create another one, before anything of the given one is called. Can go when it keeps what it was given.
     """
-    original = transformers.trainer.deepspeed_init
+    module: Any = transformers.trainer
+    original = module.deepspeed_init
     if hasattr(original, "keeps_given_optimizers"):
         return
 
@@ -127,7 +128,7 @@ def keep_given_optimizers() -> None:
         return original(trainer, *args, **kwargs)
 
     deepspeed_init.keeps_given_optimizers = True  # type: ignore[attr-defined]
-    transformers.trainer.deepspeed_init = deepspeed_init
+    module.deepspeed_init = deepspeed_init
 
 
 def find_wrapper(optimizer: Any) -> GradRegOptimizer | None:
@@ -155,7 +156,6 @@ class Attachment:
     def __init__(self, trainer: Trainer, optimizer: GradRegOptimizer | None, settings: dict[str, Any]) -> None:
         self.trainer = trainer
         self._is_sharded = trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
-        self._given = optimizer
         self._excluded: list[Tensor] = []
         self.optimizer: Any = None  # until the trainer has created it
         self._settings = settings
@@ -171,6 +171,7 @@ class Attachment:
         else:
             if trainer.optimizer is not None:
                 self._wrap()
+        self._given = self.optimizer
         if optimizer is None or self._is_sharded:  # under DeepSpeed, Transformers forgets the optimizer that it was given
             self._listen(trainer, "create_optimizer", self._create_optimizer)
         self._listen(trainer, "compute_loss", self._compute_loss)
@@ -217,7 +218,8 @@ class Attachment:
         """Continue on the partitions of the engine that now holds the optimizer."""
         from gradreg_optim.zero import ZeroGradRegOptimizer  # nothing else here needs DeepSpeed
 
-        engine, wrapper = self.trainer.model_wrapped, self.optimizer
+        engine: Any = self.trainer.model_wrapped
+        wrapper = self.optimizer
         if wrapper is engine.optimizer.optimizer and isinstance(wrapper, ZeroGradRegOptimizer):
             return
         if wrapper is None and not self._settings.get("exclude"):  # the optimizer comes from DeepSpeed's configuration

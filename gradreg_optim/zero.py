@@ -20,10 +20,9 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradreg_optim.config import DEFAULT_EPS
-from gradreg_optim.finite_difference import Scalar
 from gradreg_optim.gradients import FirstGradient, Share
 from gradreg_optim.optimizer import GradRegOptimizer
 from gradreg_optim.partitions import Partitions, Stage3Partitions, Stage12Partitions
@@ -49,8 +48,7 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
             pipeline, experts, NVMe, …), or a setting breaks its rule.
 
     Memory beyond plain DeepSpeed: the first gradient, one partition in the dtype in which gradients are accumulated, that
-    is 4/N bytes per fp32 and 2/N per bit16 parameter on N ranks. ZeRO-3 in fp32 keeps no masters beside its weights; there
-    the weights at θ' are a second partition.
+    is 4/N bytes per fp32 and 2/N per bit16 parameter on N ranks.
 
     Communication beyond two backward passes and one step: two all_reduces of a few fp32 scalars (norms, before and after
     the second pass), and that of :class:`~gradreg_optim.partitions.Stage12Partitions` or
@@ -170,7 +168,8 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
 
         Other calls of ``engine.step`` are as ever, or, if not ``counting``, only advance to the next micro-batch.
         """
-        engine, held, step = self._engine, [], self._engine.step
+        engine, step = self._engine, self._engine.step
+        held: list[Callable[[], Any]] = []
 
         @functools.wraps(step)
         def noted(*args: Any, **kwargs: Any) -> None:
@@ -324,9 +323,9 @@ class AccumulationWindow:
             loss = self._closure()
         if len(held) != 1:
             raise RuntimeError(
-                f"The closure ran {len(held)} accumulation windows to their end, and one is regularized at a time. Let it run "
-                f"engine(...), engine.backward(loss) and engine.step() on {engine.gradient_accumulation_steps()} "
-                "micro-batches (gradient_accumulation_steps)."
+                f"The closure ran {len(held)} accumulation windows to their end, and one is regularized at a time. "
+                f"Let it run engine(...), engine.backward(loss) and engine.step() on "
+                f"{engine.gradient_accumulation_steps()} micro-batches (gradient_accumulation_steps)."
             )
         self._ran = True
         return loss

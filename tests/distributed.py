@@ -36,7 +36,9 @@ class World:
         context = mp.get_context("spawn")
         for rank in range(self.size):
             here, there = context.Pipe()
-            process: Any = context.Process(daemon=True, target=_serve, args=(there, rank, self.size, port, self._collective_timeout))
+            process: Any = context.Process(
+                daemon=True, target=_serve, args=(there, rank, self.size, port, self._collective_timeout)
+            )
             process.start()
             there.close()
             self._ranks.append((process, here))
@@ -48,7 +50,7 @@ class World:
         for _, connection in self._ranks:
             connection.send((case, args, kwargs))
         answers: list[Any] = []
-        for rank, (_, connection) in enumerate(self._ranks):
+        for _, connection in self._ranks:
             try:
                 answered = connection.poll(timeout)
                 answers.append(connection.recv() if answered else ("hung", f"no answer within {timeout} s"))

@@ -50,7 +50,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     )
     folder = str(tmp_path_factory.mktemp("model"))
     LlamaForCausalLM(config).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<eos>",
+        unk_token="<unk>",
+        model_input_names=["input_ids", "attention_mask"],
+    ).save_pretrained(folder)
     return folder
 
 
@@ -106,6 +111,7 @@ def test_the_bundled_model_is_one_that_trainer_trains(grpo: ModuleType) -> None:
     assert not getattr(model, "is_quantized", False)
     assert getattr(model, "hf_quantizer", None) is None
     assert tokenizer.chat_template
+    assert tokenizer.eos_token_id == tokenizer.pad_token_id == model.config.eos_token_id
 
 
 REFUSALS = {
@@ -121,7 +127,7 @@ REFUSALS = {
     "unknown model": (["--model_name_or_path", NO_MODEL], [NO_MODEL, "local folder or", "Check the name"]),
     "negative strength": (["--grad_reg_strength", "-1"], ["strength=-1.0", "finite number >= 0", "1e-2"]),
     "a word for a number": (["--max_steps", "many"], ["--max_steps", "'many'", "--help"]),
-    "unknown flag": (["--grad_reg_size", "1"], ["--grad_reg_size", "not used"]),
+    "unknown flag": (["--grad_reg_size", "1"], ["'--grad_reg_size'", "must be flags of", "--help"]),
     "groups that do not fill the batch": (["--num_generations", "5"], ["24", "divisible", "5"]),
     "exclusion of nothing": (["--grad_reg_exclude", "no_such_layer"], ["no_such_layer"]),
     "no such settings file": (["--config", "no-such.yaml"], ["no-such.yaml", "No such file"]),

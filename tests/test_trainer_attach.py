@@ -1,7 +1,6 @@
 """Attaching and detaching: what is given back, what is refused, and trainers that cannot be regularized."""
 
 import pytest
-from accelerate.utils import DistributedType
 from torch.optim import SGD
 from trainers import AT_THETA, REAL, Spy, adamw, assert_same, build, weights
 from transformers import TrainerCallback
@@ -153,14 +152,6 @@ def test_refused_attachment_leaves_nothing(tmp_path):
         attach(trainer, exclude=("model", "lm_head"))
     assert_identical(belongings(trainer), before)
     trainer.train()
-
-
-def test_deepspeed_is_refused(tmp_path, monkeypatch):
-    """Under DeepSpeed nothing would be regularized yet: attaching says so."""
-    trainer = build("sft", tmp_path, wrapped=REAL)
-    monkeypatch.setattr(type(trainer.accelerator), "distributed_type", DistributedType.DEEPSPEED)
-    with pytest.raises(RuntimeError, match="DeepSpeed"):
-        attach(trainer)
 
 
 class Stepless(SFTTrainer):

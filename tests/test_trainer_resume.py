@@ -178,6 +178,9 @@ def test_nothing_is_left_behind_by_an_error(error, at, tmp_path):
     assert_same(weights(trainer.model), start)
     assert vars(trainer).keys() >= attributes
     assert not trainer._gradreg_attachment._replaying
+    assert (
+        trainer.accelerator.sync_gradients
+    )  # every one of these losses belongs to the end of a window, or to its repetition
     trainer.train()
     untroubled = build("sft", tmp_path, wrapped=REAL, gradient_accumulation_steps=2)
     untroubled.train()

@@ -19,9 +19,9 @@ from trainers import (
     penalties,
 )
 from transformers import TrainerCallback
+from trl import SFTTrainer
 
 from gradreg_optim import attach
-from gradreg_optim.snapshot import counters
 
 CASES = {
     "sft": ("sft", {"gradient_accumulation_steps": 4}),
@@ -53,7 +53,9 @@ def trained(case, wrapped=None):
     trainer = build(kind, folder, model=model, wrapped=wrapped, max_grad_norm=0.5, **evaluation, **arguments)
     trainer.train()
     # Numbers, texts and tensors that the trainer keeps, as text: so NaN equals NaN.
-    attributes = {name: str(value) for name, value in counters(trainer).items() if name != "_current_train_step_time"}
+    simple = (bool, int, float, str, torch.Tensor, type(None))
+    attributes = {name: str(value) for name, value in vars(trainer).items() if isinstance(value, simple)}
+    attributes.pop("_current_train_step_time", None)
     return {
         "figures": own_figures(trainer),
         "attributes": attributes,
@@ -95,6 +97,31 @@ def test_adaptive_entropy_coefficient_moves_once_a_step():
     assert [entry["entropy_coef"] for entry in figures if "entropy_coef" in entry] == pytest.approx(
         [0.01, 0.02, 0.03]
     )  # sums
+
+
+class Stateful(SFTTrainer):
+    """Weighs its loss by a running mean kept in place, a count, and a list, and logs from inside the loss."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self.mean.mul_(0.9).add_(0.1 * loss.detach())
+        self.count += 1
+        self.history.append(self.count)
+        self.log({"count": self.count})
+        return loss * (1.0 + self.mean) * self.count / len(self.history)
+
+
+def test_state_of_a_loss_moves_once(tmp_path):
+    """What a loss keeps on its trainer, in place or not, is in the second pass what it was in the first, and moves once."""
+    results = []
+    for wrapped in (None, AT_THETA):
+        trainer = build("sft", tmp_path, wrapped=wrapped, trainer_class=Stateful, gradient_accumulation_steps=2)
+        trainer.mean, trainer.count, trainer.history = torch.zeros(()), 0, []
+        trainer.train()
+        results.append((own_figures(trainer), trainer.mean, trainer.count, trainer.history, trainer.model.lm_head.weight))
+    assert results[0][:4] == results[1][:4]
+    assert torch.equal(results[0][4], results[1][4])
+    assert results[0][2] == 6
 
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])

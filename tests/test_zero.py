@@ -99,6 +99,16 @@ def test_fp32_accumulation_of_bf16_gradients(pair, stage):
     assert largest_error(found["masters"][-1], expected[-1]) < 2**-8  # as above
 
 
+def test_weights_and_masters_in_one_tensor(pair):
+    """Where fp32 weights of stage 3 are their own masters, as DeepSpeed intends, the masters do not move either."""
+    found = pair.run(worker.train, worker.make_config(3), SETTINGS, steps=STEPS, one_tensor=True)[0]
+    expected = worker.reference(SETTINGS, steps=STEPS, micro_batches=1, world=2)
+    assert largest_error(found["masters"][-1], expected[-1]) < 1e-6  # fp32
+    assert found["touched"] == 0
+    assert found["moved"] == STEPS
+    assert found["rounded"]
+
+
 def test_small_sub_groups(pair):
     """In stage 3 one parameter group may be cut into several partitions."""
     found = pair.run(worker.train, worker.make_config(3, zero={"sub_group_size": 20}), SETTINGS, steps=STEPS, groups=2)[0]
@@ -149,8 +159,9 @@ def test_adamw_and_metrics(pair, stage):
     optimizer = GradRegOptimizer(worker.make_optimizer(model, 1, "adamw"), **settings)
     inputs, targets = worker.make_data(steps=STEPS, micro_batches=1, world=2)
     for step in range(STEPS):
+        x, y = inputs[step].double().flatten(0, -2), targets[step].double().flatten(0, -2)
 
-        def closure(x=inputs[step].double().flatten(0, -2), y=targets[step].double().flatten(0, -2)):
+        def closure(x=x, y=y):
             optimizer.zero_grad()
             loss = (model(x) - y).square().mean()
             loss.backward()
@@ -267,7 +278,8 @@ def test_refuses_what_is_no_engine():
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"), [("half a window", "ran 0 accumulation"), ("two windows", "ran 3 acc"), ("no closure", "without a closure")]
+    ("kind", "words"),
+    [("half a window", "ran 0 accumulation"), ("two windows", "ran 3 acc"), ("no closure", "without a closure")],
 )
 def test_refuses_other_closures(pair, kind, words):
     """A closure is exactly one accumulation window."""

@@ -1,6 +1,6 @@
 """Trainers for ``accelerate launch``: what each one of them ends with, on rank 0, goes to the file named last.
 
-    accelerate launch --config_file zero2.yaml zero_script.py CASE... FILE        CASE is, for example, sft:optimizers:4
+accelerate launch --config_file zero2.yaml zero_script.py CASE... FILE        CASE is, for example, sft:optimizers:4
 """
 
 import gc

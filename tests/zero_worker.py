@@ -15,7 +15,7 @@ FEATURES, CLASSES, ROWS = 5, 3, 4
 
 
 class Net(nn.Module):
-    """Parameters of 35, 7, 1, 49, 21 and 3 elements: odd sizes, one split by every partitioning, one smaller than a world."""
+    """Parameters of 35, 7, 1, 49, 21 and 3 elements: some are split by every partitioning, one is smaller than a world."""
 
     def __init__(self, tied: bool = False, frozen: bool = False) -> None:
         super().__init__()
@@ -176,13 +176,13 @@ def masters(engine: Any) -> dict[str, Tensor]:
     for name, parameter in engine.module.named_parameters():
         value = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
         if value is not None:
-            found[name] = value.detach().clone().view(parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape)
+            found[name] = value.detach().clone().view(getattr(parameter, "ds_shape", parameter.shape))
     return found
 
 
 def local_masters(engine: Any) -> list[Tensor]:
-    zero = engine.optimizer
-    flat = zero.fp32_partitioned_groups_flat if engine.zero_optimization_stage() == 3 else zero.single_partition_of_fp32_groups
+    is_stage_3 = engine.zero_optimization_stage() == 3
+    flat = getattr(engine.optimizer, "fp32_partitioned_groups_flat" if is_stage_3 else "single_partition_of_fp32_groups")
     return [partition.detach().clone() for partition in flat]
 
 
@@ -230,11 +230,16 @@ def train(
     groups: int = 1,
     kind: str = "sgd",
     kinds: dict[str, bool] | None = None,
+    one_tensor: bool = False,
 ) -> dict[str, Any]:
     """Masters after each step, metrics, and whether the masters changed during the detour to θ'."""
     from gradreg_optim import ZeroGradRegOptimizer
 
     engine = make_engine(config, groups=groups, kind=kind, kinds=kinds)
+    if one_tensor:
+        zero = engine.optimizer
+        for master, weight in zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True):
+            master.data = weight.data
     optimizer = ZeroGradRegOptimizer(engine, **settings)
     micro_batches = config["gradient_accumulation_steps"]
     inputs, targets = make_data(steps=steps, micro_batches=micro_batches, world=dist.get_world_size())
@@ -251,7 +256,8 @@ def train(
             optimizer.step(window(engine, step, inputs, targets, on_pass))
         now = masters(engine)
         seen["masters"].append(now)
-        seen["rounded"] &= all(torch.equal(weights(engine)[name], value.to(at_theta[name].dtype)) for name, value in now.items())
+        rounded = {name: value.to(at_theta[name].dtype) for name, value in now.items()}
+        seen["rounded"] &= all(torch.equal(value, rounded.get(name, value)) for name, value in weights(engine).items())
         seen["metrics"].append({name: float(value) for name, value in optimizer.metrics.items()})
     seen["weights"] = weights(engine)
     engine.destroy()
@@ -275,7 +281,8 @@ def count(config: dict[str, Any], settings: dict[str, Any] | None, *, steps: int
 
     engine = make_engine(config)
     optimizer = None if settings is None else ZeroGradRegOptimizer(engine, **settings)
-    inputs, targets = make_data(steps=steps, micro_batches=config["gradient_accumulation_steps"], world=dist.get_world_size())
+    micro_batches = config["gradient_accumulation_steps"]
+    inputs, targets = make_data(steps=steps, micro_batches=micro_batches, world=dist.get_world_size())
     with quiet():
         for step in range(steps):
             closure = window(engine, step, inputs, targets)
