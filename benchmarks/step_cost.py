@@ -1,6 +1,6 @@
 """What does a regularized step cost, against the two gradients that it cannot do without?
 
-    python benchmarks/step_cost.py                     # 10 M parameters, 1024 tokens, float32
+    python benchmarks/step_cost.py                     # 10 M parameters, 2048 tokens, float32
     python benchmarks/step_cost.py --layers 12 --width 768 --dtype bfloat16 --accumulation 4
 
 Compared, one step of each in turn so that a noisy machine is noisy for all of them alike:
@@ -188,7 +188,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=256, help="a multiple of 64")
-    parser.add_argument("--batch", type=int, default=4, help="sequences in a micro-batch")
+    parser.add_argument("--batch", type=int, default=8, help="sequences in a micro-batch")
     parser.add_argument("--length", type=int, default=256, help="tokens in a sequence")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches in a step")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])

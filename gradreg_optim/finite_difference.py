@@ -50,7 +50,7 @@ def difference_moments(start: Sequence[Tensor], end: Sequence[Tensor], along: Se
     """⟨end − start, along⟩ and ‖end − start‖², summed over the lists, as two 0-d tensors.
 
     The difference is taken element by element before anything is summed: inner products of the two gradients
-    would cancel to noise when θ' is close to θ. It lives for one tensor at a time, which also keeps it in cache.
+    would cancel to noise when θ' is close to θ. It lives for one block at a time.
 
     >>> difference_moments([torch.tensor([1.0])], [torch.tensor([3.0])], [torch.tensor([5.0])])
     (tensor(10.), tensor(4.))
@@ -59,12 +59,19 @@ def difference_moments(start: Sequence[Tensor], end: Sequence[Tensor], along: Se
         return torch.zeros(()), torch.zeros(())
     home = start[0].device
     inner, squares = [], []
-    for a, b, x in zip(start, end, along, strict=True):
-        wide = accumulation_dtype(a.dtype)
-        delta = b.to(wide).sub(a).flatten() if b.dtype == wide else b.to(wide).sub_(a).flatten()
-        inner.append(torch.dot(delta, x.flatten().to(wide)).to(home))
-        squares.append(torch.dot(delta, delta).to(home))
+    for tensors in zip(start, end, along, strict=True):
+        wide = accumulation_dtype(tensors[0].dtype)
+        for a, b, x in zip(*(_blocks(tensor) for tensor in tensors), strict=True):
+            delta = b.to(wide) - a
+            inner.append(torch.dot(delta, x.to(wide)).to(home))
+            squares.append(torch.dot(delta, delta).to(home))
     return torch.stack(inner).sum(), torch.stack(squares).sum()
+
+
+def _blocks(tensor: Tensor) -> Sequence[Tensor]:
+    """Flat pieces that three operations find in the cache of a CPU; one piece where launching operations costs more."""
+    flat = tensor.flatten()
+    return torch.split(flat, 2**16) if flat.device.type == "cpu" else [flat]
 
 
 def sampled(tensor: Tensor, *, limit: int = 2**12, block: int = 64) -> Tensor:
@@ -84,7 +91,8 @@ def arrival(start: Sequence[Tensor], end: Sequence[Tensor], direction: Sequence[
 
     Of large tensors a sample is enough for that (:func:`sampled`), and spares a pass over memory.
     """
-    start, end, direction = ([sampled(x) for x in tensors] for tensors in (start, end, direction))
+    if len({(x.dtype, x.device) for x in direction}) == 1:  # one long sample costs less than many short ones
+        start, end, direction = ([torch.cat([sampled(x).flatten() for x in xs])] for xs in (start, end, direction))
     return difference_moments(start, end, direction)[0], norm_squared(direction)
 
 

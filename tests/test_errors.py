@@ -7,6 +7,7 @@ import pathlib
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from problems import closure_of, regression
 from torch import nn
 
 from gradreg_optim import GradRegConfig, GradRegOptimizer
+from gradreg_optim.gradients import device_mesh
 
 # Files that need torch alone; those for trainers and DeepSpeed have tests, and messages, of their own.
 CORE = ("config", "finite_difference", "gradients", "groups", "optimizer", "perturbation", "schedule", "wrapper")
@@ -55,6 +57,10 @@ def no_second_gradient():
 def leave_out_everything():
     optimizer = GradRegOptimizer(named())
     optimizer.leave_out(optimizer.param_groups[0]["params"])
+
+
+def two_meshes():
+    device_mesh([SimpleNamespace(device_mesh="one"), SimpleNamespace(device_mesh="another")])
 
 
 @dataclass
@@ -196,6 +202,13 @@ CASES = {
         "The second call of the closure left no gradient",
         "the first one did",
         "Let the closure clear the gradients and run forward and backward each time",
+    ),
+    "two device meshes": Case(
+        two_meshes,
+        ValueError,
+        "2 device meshes",
+        "norms are summed over one",
+        "Shard all parameters that are regularized over the same mesh",
     ),
 }
 
