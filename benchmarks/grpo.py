@@ -92,7 +92,7 @@ class Parser(TrlParser):
 def parse(argv: list[str]) -> Arguments:
     """Read the flags; their defaults are DEMO's, and otherwise those of the dataclasses."""
     types: Any = (TaskArguments, GRPOConfig, ModelConfig, GradRegConfig)
-    parser = Parser(types, prog="grpo.py")
+    parser: Any = Parser(types, prog="grpo.py")
     parser.set_defaults_with_config(**DEMO)
     try:
         *arguments, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)

@@ -247,7 +247,7 @@ def summarise(found: dict[str, list[Any]], parameters: int, ranks: int) -> list[
     return rows
 
 
-def stamp() -> dict[str, str]:
+def stamp(ranks: int) -> dict[str, str]:
     """Hardware, versions, commit and command, without which a figure means nothing."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
@@ -255,6 +255,7 @@ def stamp() -> dict[str, str]:
     return {
         "date": date.today().isoformat(),
         "hardware": f"{platform.machine()} CPU, {os.cpu_count()} cores, one thread a rank, gloo",
+        "load": f"{os.getloadavg()[0]:.1f} processes at the end, {ranks} of them these",
         "versions": f"torch {torch.__version__}, deepspeed {version('deepspeed')}, Python {platform.python_version()}",
         "commit": commit.stdout.strip() or "unknown",
         "command": f"python benchmarks/zero_cost.py {' '.join(sys.argv[1:])}".strip(),
@@ -265,9 +266,10 @@ def markdown(rows: list[dict[str, Any]], stamped: dict[str, str], parameters: in
     lines = [
         "# Cost of a regularized step under ZeRO",
         "",
-        f"{parameters / 1e6:.2f} M parameters on {ranks} ranks, accumulation 1. Kept: bytes beyond plain DeepSpeed while the "
-        "second pass runs, per parameter, on the rank that keeps most; in brackets times the number of ranks. Collectives: "
-        "beyond two windows and one engine step. Time: against two windows and one engine step, median and quartiles.",
+        f"{parameters / 1e6:.2f} M parameters on {ranks} ranks, accumulation 1. Kept: bytes beyond plain DeepSpeed while "
+        "the second pass runs, per parameter, on the rank that keeps most; in brackets times the number of ranks. "
+        "Collectives: beyond two windows and one engine step. Time: against two windows and one engine step, median and "
+        "quartiles.",
         "",
         *(f"- {name}: {value}" for name, value in stamped.items()),
         "",
@@ -308,7 +310,7 @@ def main() -> None:
     found = json.loads(file.read_text())
     model = Transformer(layers=args.layers, width=args.width, length=args.length)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    rows, stamped = summarise(found, parameters, args.ranks), stamp()
+    rows, stamped = summarise(found, parameters, args.ranks), stamp(args.ranks)
     table = markdown(rows, stamped, parameters, args.ranks)
     settings = {name: value for name, value in vars(args).items() if name != "output"}
     report = {"stamp": stamped, "settings": settings, "parameters": parameters, "rows": rows, "ranks": found}

@@ -239,6 +239,7 @@ def test_private_attributes_exist(pair):
 
 REFUSALS = {
     "ZeRO stage 0": {"stage": 0},
+    "BF16_Optimizer": {"stage": 1, "config": {"precision": "bf16", "data_types": {"grad_accum_dtype": "fp32"}}},
     "ZenFlow": {"zenflow": True},
     "mixture of experts": {"has_moe_layers": True},
     "managed_gradient_accumulation": {"managed_gradient_accumulation": False},

@@ -57,7 +57,9 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 def tokenizer():
     words = Tokenizer(WordLevel({word: i for i, word in enumerate(SPECIAL + WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    inputs = ["input_ids", "attention_mask"]  # transformers 4.57 adds token types, which Llama does not take
+    return PreTrainedTokenizerFast(tokenizer_object=words, model_input_names=inputs, **special)
 
 
 def llama(seed=0, **settings):
