@@ -36,6 +36,12 @@ help:  ## Show this list
 demo: $(DEMO)  ## Train a small language model by GRPO with gradient regularization (ARGS="...")
 	$(PY) benchmarks/grpo.py $(ARGS)
 
+.PHONY: demo-zero
+demo-zero: $(DEV)  ## The demo's model under DeepSpeed ZeRO-2, a few steps on two CPU processes (ARGS="...")
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(VENV)/bin/accelerate launch \
+	    --config_file benchmarks/accelerate/zero2.yaml --mixed_precision no benchmarks/grpo.py --ddp_backend gloo \
+	    --per_device_train_batch_size 8 --max_steps 8 --output_dir runs/demo-zero $(ARGS)
+
 .PHONY: test
 test: $(DEV)  ## Run the tests (PYTEST_ARGS="...", WORKERS=2)
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
