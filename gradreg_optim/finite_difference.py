@@ -23,7 +23,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["arrival", "clip_coefficient", "combine_", "difference_moments", "norm_squared", "ratio", "scale_", "shift_"]
+__all__ = [
+    "arrival",
+    "clip_coefficient",
+    "clipped_moments",
+    "combine_",
+    "difference_moments",
+    "norm_squared",
+    "ratio",
+    "scale_",
+    "shift_",
+]
 
 Scalar = float | Tensor
 
@@ -106,6 +116,16 @@ def clip_coefficient(norm: Tensor, max_norm: float | None) -> Tensor:
     if max_norm is None:
         return torch.ones_like(norm)
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def clipped_moments(inner: Tensor, squares: Tensor, g1_squared: Tensor, *, coefficient: Tensor) -> tuple[Tensor, Tensor]:
+    """⟨c·g2 − g1, g1⟩ and ‖c·g2 − g1‖² of a clipped g2, from those of g2 − g1 and without another pass over memory.
+
+    With δ = g2 − g1: c·g2 − g1 = c·δ − (1 − c)·g1. The square may cancel to less than 0 by rounding, and is clamped.
+    """
+    c = coefficient
+    squares = (c**2 * squares - 2 * c * (1 - c) * inner + (1 - c) ** 2 * g1_squared).clamp(min=0)
+    return c * inner - (1 - c) * g1_squared, squares
 
 
 def readable(value: Scalar) -> Scalar:

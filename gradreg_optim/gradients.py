@@ -14,7 +14,7 @@ from gradreg_optim.finite_difference import Scalar, ratio
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["FirstGradient", "Share", "device_mesh", "dense", "owned", "real", "stack_scalars"]
+__all__ = ["FirstGradient", "Share", "dense", "device_mesh", "owned", "real", "stack_scalars"]
 
 
 @dataclass

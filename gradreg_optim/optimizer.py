@@ -20,6 +20,7 @@ from gradreg_optim.finite_difference import (
     Scalar,
     arrival,
     clip_coefficient,
+    clipped_moments,
     combine_,
     difference_moments,
     norm_squared,
@@ -27,7 +28,7 @@ from gradreg_optim.finite_difference import (
     readable,
     scale_,
 )
-from gradreg_optim.gradients import FirstGradient, Share, device_mesh, dense, owned, real, stack_scalars
+from gradreg_optim.gradients import FirstGradient, Share, dense, device_mesh, owned, real, stack_scalars
 from gradreg_optim.perturbation import RandomState, batch_norm_statistics_kept, shifted
 from gradreg_optim.schedule import Schedule
 from gradreg_optim.wrapper import OptimizerWrapper
@@ -293,11 +294,9 @@ class GradRegOptimizer(OptimizerWrapper):
         # A sum that cancels may come out below 0, and its root as NaN: clamp, which lets a NaN of the gradients through.
         g2_norm = (g1_squared + 2 * inner + squares).sum().clamp(min=0).sqrt()
         finite = readable(torch.isfinite(g2_norm))
-        # ‖c·g2 − g1‖² and ⟨c·g2 − g1, g1⟩ of the clipped g2, from c·g2 − g1 = c·(g2 − g1) − (1 − c)·g1.
         settings = self.param_groups[0]
         c = clip_coefficient(g2_norm, settings["gradreg_g2_clip"])
-        squares = (c**2 * squares - 2 * c * (1 - c) * inner + (1 - c) ** 2 * g1_squared).clamp(min=0)
-        inner = c * inner - (1 - c) * g1_squared
+        inner, squares = clipped_moments(inner, squares, g1_squared, coefficient=c)
 
         weights: list[Scalar] = [share.weight for share in shares]
         g1_norm = g1_squared.sum().sqrt()
