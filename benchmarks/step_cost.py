@@ -11,7 +11,8 @@ Compared, one step of each in turn so that a noisy machine is noisy for all of t
 - ``SAM``       the SAM of pytorch_optimizer around AdamW, the nearest relative
 
 The table gives the median time with its quartiles, its ratio to the floor (median over rounds of the ratio within a
-round), and the peak memory of a step beyond the base step, in units of one weight copy. A JSON file holds every figure.
+round), and the peak memory of a step beyond the base step, in units of one weight copy. It is written to
+``results/<date>-step-cost.md``, with a JSON file of the same name that holds every figure.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -167,21 +169,24 @@ def stamp() -> dict[str, str]:
     return {
         "date": date.today().isoformat(),
         "hardware": f"{processor}, {torch.get_num_threads()} threads",
+        "load": f"{os.getloadavg()[0]:.1f} processes at the end",
         "versions": f"torch {torch.__version__}, Python {platform.python_version()}",
         "commit": commit.stdout.strip() or "unknown",
         "command": f"python benchmarks/step_cost.py {' '.join(sys.argv[1:])}".strip(),
     }
 
 
-def markdown(rows: dict[str, dict[str, float]]) -> str:
-    lines = ["| variant | seconds per step | × floor | weight copies beyond base |", "|---|---|---|---|"]
-    lines += [
+def markdown(rows: dict[str, dict[str, float]], title: str, stamped: dict[str, str]) -> str:
+    """The dated document: what was measured, on what, and the table."""
+    table = ["| variant | seconds per step | × floor | weight copies beyond base |", "|---|---|---|---|"]
+    table += [
         f"| {name} | {row['seconds']:.3f} ({row['seconds_low']:.3f} to {row['seconds_high']:.3f}) "
         f"| {row['to_floor']:.3f} ({row['to_floor_low']:.3f} to {row['to_floor_high']:.3f}) "
         f"| {row['weight_copies_beyond_base']:.2f} |"
         for name, row in rows.items()
     ]
-    return "\n".join(lines)
+    facts = [f"- {name}: {value}" for name, value in stamped.items()]
+    return "\n".join(["# Cost of a regularized step", "", title, "", *facts, "", *table, ""])
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -195,7 +200,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=RESULTS / "step_cost.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / f"{date.today()}-step-cost", help="path without suffix")
     return parser.parse_args()
 
 
@@ -207,20 +212,26 @@ def main() -> None:
     times = measure_times(steps, rounds=args.rounds, device=torch.device(args.device))
     peaks = measure_peaks(steps)
     rows = summarise(times, peaks, parameters * getattr(torch, args.dtype).itemsize)
-    print(f"\n{parameters / 1e6:.1f} M parameters, {args.batch * args.length * args.accumulation} tokens, {args.dtype}")
-    print(markdown(rows))
+    title = (
+        f"{parameters / 1e6:.1f} M parameters, {args.batch * args.length * args.accumulation} tokens a step in "
+        f"{args.accumulation} micro-batch(es), {args.dtype}, AdamW. Median and quartiles of {args.rounds} rounds."
+    )
+    stamped = stamp()
+    document = markdown(rows, title, stamped)
+    print(f"\n{document}")
     settings = {name: value for name, value in vars(args).items() if name != "output"}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     report = {
-        "stamp": stamp(),
+        "stamp": stamped,
         "settings": settings,
         "parameters": parameters,
         "rows": rows,
         "seconds": times,
         "peaks": peaks,
     }
-    args.output.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"written to {args.output}")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.with_suffix(".md").write_text(document)
+    args.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    print(f"written to {args.output}.md and .json")
 
 
 if __name__ == "__main__":
