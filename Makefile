@@ -63,6 +63,11 @@ types: $(DEV)  ## Check types (mypy)
 bench: $(DEV)  ## Measure what a step costs (ARGS="...")
 	$(PY) benchmarks/step_cost.py $(ARGS)
 
+.PHONY: trainers
+trainers: $(DEV)  ## Run the matrix of trainers in both generations of versions, and write its table
+	$(MAKE) env VENV=.venv-pinned CONSTRAINTS=constraints-published.txt
+	$(PY) benchmarks/trainer_matrix.py .venv-pinned/bin/python $(PY)
+
 .PHONY: wheel-check
 wheel-check: $(DEV)  ## Build the wheel and try it in an environment that holds torch alone
 	rm -rf $(CHECK)

@@ -36,9 +36,7 @@ def check_step() -> None:
         torch.manual_seed(0)
         inputs = torch.randn(8, 4, dtype=torch.float64)
         layer = torch.nn.Linear(4, 3, bias=False, dtype=torch.float64)
-        optimizer = GradRegOptimizer(
-            base(layer.parameters(), lr=LR), strength=STRENGTH, eps=EPS, g1_clip=None, g2_clip=None
-        )
+        optimizer = GradRegOptimizer(base(layer.parameters(), lr=LR), strength=STRENGTH, eps=EPS, g1_clip=None, g2_clip=None)
 
         def closure(layer=layer, inputs=inputs, optimizer=optimizer):
             optimizer.zero_grad()

@@ -399,7 +399,8 @@ class GradRegOptimizer(OptimizerWrapper):
             raise RuntimeError(
                 "step() was called without a closure: gradient regularization needs the loss at a second point. "
                 "Pass a closure that clears the gradients, runs forward and backward and returns the loss, "
-                "or let a Trainer drive the optimizer (optimizers=(optimizer, None), or gradreg_optim.attach(trainer))."
+                "or let a Trainer drive the optimizer (optimizers=(optimizer, None); OnlineDPO, NashMD and XPO need "
+                "gradreg_optim.attach(trainer) as well)."
             )
         self.optimizer.step()  # whoever drives the loop has unscaled the gradients: under a scaler, it called this step
         self._advance()

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import copy
 from collections import UserDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from typing import Any
 
 from torch import Tensor
 
 __all__ = ["copied", "counters", "untouched"]
 
-_DATA = ("train_dataset", "eval_dataset", "_buffered_inputs")
-"""Attributes that hold data: long, and only read by losses."""
+_READ = ("train_dataset", "eval_dataset", "_buffered_inputs", "args", "state", "control", "data_collator")
+"""Attributes that losses only read: data, which is long, and what the training loop keeps."""
 
 
 def copied(value: Any) -> Any:
@@ -39,18 +40,22 @@ def copied(value: Any) -> Any:
     return copy.copy(value) if isinstance(value, set) else value
 
 
-def counters(owner: Any) -> dict[str, Any]:
-    """What a loss can count with on ``owner``: numbers, strings, ``None``, and copies of tensors and containers."""
+def counters(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """What a loss can count with: numbers, strings, ``None``, and copies of tensors, containers and dataclasses."""
     found: dict[str, Any] = {}
-    for name, value in vars(owner).items():
+    for name, value in attributes.items():
+        if name in _READ:
+            continue
         if isinstance(value, Tensor):
             if not value.requires_grad:  # a running mean, say, written in place; what is trained belongs to the model
                 found[name] = value.clone()
         elif isinstance(value, (dict, list, deque, set)):
-            if name not in _DATA:
-                found[name] = copied(value)
+            found[name] = copied(value)
         elif value is None or isinstance(value, (bool, int, float, str)):
             found[name] = value
+        elif is_dataclass(value) and not isinstance(value, type) and hasattr(value, "__dict__"):  # BCO's running moments
+            found[name] = copy.copy(value)
+            vars(found[name]).update(counters(vars(value)))
     return found
 
 

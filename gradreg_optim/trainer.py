@@ -19,9 +19,10 @@ import functools
 import inspect
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,14 +30,16 @@ import transformers.trainer
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback
 
 from gradreg_optim.config import GradRegConfig, check_settings, exclude_patterns
 from gradreg_optim.exclusion import default_exclusion
 from gradreg_optim.optimizer import GradRegOptimizer
-from gradreg_optim.perturbation import RandomState
+from gradreg_optim.perturbation import RandomState, batch_norm_statistics_kept
 from gradreg_optim.snapshot import copied, counters, untouched
+from gradreg_optim.whole_steps import Answer, Answers, answered_methods
 
 __all__ = ["Attachment", "attach", "attach_to_caller", "detach", "find_wrapper"]
 
@@ -45,7 +48,8 @@ def attach(trainer: Trainer, config: GradRegConfig | None = None, **settings: An
     """Regularize a trainer's steps; nothing else about the trainer changes.
 
     Needed when the trainer creates the optimizer itself (model ids, FSDP): whatever ``create_optimizer`` returns is then
-    wrapped. A trainer that was given a :class:`GradRegOptimizer` as ``optimizers=`` attaches by itself when it trains.
+    wrapped. Needed by OnlineDPO, NashMD and XPO. Any other trainer that was given a :class:`GradRegOptimizer` as
+    ``optimizers=`` attaches by itself when it trains.
 
     Args:
         trainer: a :class:`transformers.Trainer` or any TRL trainer based on it, before or after training.
@@ -148,6 +152,8 @@ class MicroBatch:
     random: RandomState
     counters: dict[str, Any]
     is_last: bool
+    loss: Tensor | None = None
+    answers: list[Answer] = field(default_factory=list)
 
 
 class Attachment:
@@ -165,6 +171,7 @@ class Attachment:
         self._awaits: str | None = None
         self._replaying = False
         self._consulted = False
+        self._is_checked = False
         self._logged: dict[str, list[Any]] = {}
         if optimizer is not None:
             self._adopt(optimizer)
@@ -177,6 +184,12 @@ class Attachment:
         self._listen(trainer, "compute_loss", self._compute_loss)
         self._listen(trainer, "_prepare_inputs", self._prepare_inputs)
         self._listen(trainer, "log", self._log)
+        self._answers = Answers(lambda: self.optimizer._devices())
+        self._repeats_whole_steps = bool(answered_methods(trainer))
+        for owner, name in answered_methods(trainer):
+            self._listen(owner, name, self._answers)
+        if self._repeats_whole_steps:
+            self._listen(trainer, "training_step", self._training_step)
         self._listen(trainer.accelerator, "backward", self._backward)
         beginning = _Beginning(self)
         trainer.add_callback(beginning)
@@ -280,7 +293,7 @@ class Attachment:
         """Forget what an interrupted training left, and make sure that this one is regularized."""
         self._micro_batches.clear()
         self._logged.clear()
-        self._awaits, self._consulted = None, False
+        self._awaits, self._consulted, self._is_checked = None, False, False
         if self._is_sharded:
             self._shard()
         if find_wrapper(self.trainer.optimizer) is None:
@@ -301,22 +314,38 @@ class Attachment:
         if listening and self._awaits == "backward":
             raise RuntimeError(self._not_repeatable("compute_loss was called twice in one micro-batch"))
         if listening and self._awaits == "compute_loss":
-            self._awaits = "backward"
-            self._micro_batches.append(
-                MicroBatch(
-                    model=model,
-                    inputs=copied(inputs),
-                    num_items_in_batch=kwargs.get("num_items_in_batch", args[1] if len(args) > 1 else None),
-                    random=RandomState(self.optimizer._devices()),
-                    counters=counters(self.trainer),
-                    is_last=self.trainer.accelerator.sync_gradients,
-                )
-            )
+            self._record(model, inputs, kwargs.get("num_items_in_batch", args[1] if len(args) > 1 else None))
         return compute_loss(model, inputs, *args, **kwargs)
+
+    def _training_step(
+        self, training_step: Callable[..., Tensor], model: nn.Module, inputs: Any, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Stands for ``optimizer.train()`` and ``compute_loss`` in trainers that call neither."""
+        if not self._replaying:
+            self.begin_micro_batch()
+            if self._awaits is not None:
+                self._record(model, inputs, num_items_in_batch)
+                self._answers.record(self._micro_batches[-1].answers)
+        return training_step(model, inputs, num_items_in_batch)
+
+    def _record(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> None:
+        self._awaits = "backward"
+        self._micro_batches.append(
+            MicroBatch(
+                model=model,
+                inputs=copied(inputs),
+                num_items_in_batch=num_items_in_batch,
+                random=RandomState(self.optimizer._devices()),
+                counters=counters(vars(self.trainer)),
+                is_last=self.trainer.accelerator.sync_gradients,
+            )
+        )
 
     def _backward(self, backward: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if not self._replaying and self._awaits in ("compute_loss", "train"):
             raise RuntimeError(self._not_repeatable("accelerator.backward got a loss that is not compute_loss's"))
+        if not self._replaying and self._awaits == "backward":
+            self._micro_batches[-1].loss = loss.detach()
         if not self._is_sharded or self._replaying:
             backward(loss, *args, **kwargs)
             self._after_backward()
@@ -331,9 +360,12 @@ class Attachment:
         if self._replaying or self._awaits is None:
             return
         self._awaits = "train"
+        self._answers.record(None)
         if self._micro_batches[-1].is_last:
             start = time.perf_counter()
             try:
+                if not self._is_checked and not self._is_sharded:  # DeepSpeed's engine counts forwards
+                    self._check_repetition()
                 self.optimizer.regularize_(self._replay)
             finally:
                 self._micro_batches.clear()
@@ -360,26 +392,70 @@ class Attachment:
     # The second pass.
 
     def _replay(self) -> None:
-        """Run the recorded micro-batches again, each from where it started, through the Trainer's own training step."""
-        accelerator, trainer = self.trainer.accelerator, self.trainer
+        """Run the recorded micro-batches again, each from where it started."""
         with (
-            untouched(trainer),
-            RandomState(self.optimizer._devices()).replayed(),
+            self._replayed(),
             torch.enable_grad(),
             self.optimizer.second_window() if self._is_sharded else nullcontext(),
-            ExitStack() as done,
         ):
+            for micro_batch in self._micro_batches:
+                alone = micro_batch.is_last or self._is_sharded
+                gathering = nullcontext() if alone else self.trainer.accelerator.no_sync(micro_batch.model)
+                with gathering:
+                    self._repeat(micro_batch)
+
+    @contextmanager
+    def _replayed(self) -> Iterator[ExitStack]:
+        """Let the block repeat micro-batches; afterwards trainer and random numbers are where they were."""
+        gradient_state = self.trainer.accelerator.gradient_state
+        with untouched(self.trainer), RandomState(self.optimizer._devices()).replayed(), ExitStack() as done:
             self._replaying = True
             done.callback(setattr, self, "_replaying", False)
-            done.callback(accelerator.gradient_state._set_sync_gradients, accelerator.sync_gradients)
-            for micro_batch in self._micro_batches:
-                vars(trainer).update(micro_batch.counters)
-                micro_batch.random.restore()
-                accelerator.gradient_state._set_sync_gradients(micro_batch.is_last)
-                alone = micro_batch.is_last or self._is_sharded
-                gathering = nullcontext() if alone else accelerator.no_sync(micro_batch.model)
-                with gathering:
-                    Trainer.training_step(trainer, micro_batch.model, micro_batch.inputs, micro_batch.num_items_in_batch)
+            done.callback(self._answers.record, None)
+            done.callback(gradient_state._set_sync_gradients, gradient_state.sync_gradients)
+            yield done
+
+    def _repeat(self, micro_batch: MicroBatch) -> None:
+        """Run one micro-batch through the Trainer's own training step, or a whole step of the trainer, where it started."""
+        trainer, inputs = self.trainer, copied(micro_batch.inputs)
+        vars(trainer).update(counters(micro_batch.counters))
+        micro_batch.random.restore()
+        trainer.accelerator.gradient_state._set_sync_gradients(micro_batch.is_last)
+        self._answers.repeat(micro_batch.answers)
+        step = trainer.training_step if self._repeats_whole_steps else functools.partial(Trainer.training_step, trainer)
+        step(micro_batch.model, inputs, micro_batch.num_items_in_batch)
+
+    def _check_repetition(self) -> None:
+        """Once in each training: the first loss, repeated at θ, is the recorded one. Costs one forward on every rank.
+
+        Raises:
+            RuntimeError: it is not; the second gradient would be another loss's.
+        """
+        micro_batch, self._is_checked = self._micro_batches[0], True
+        losses: list[Tensor] = []
+        with (
+            self._replayed() as done,
+            torch.no_grad(),
+            batch_norm_statistics_kept(self.optimizer._model),
+            warnings.catch_warnings(),
+        ):
+            warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True")  # reentrant checkpointing
+            accelerator: Any = self.trainer.accelerator
+            done.callback(setattr, accelerator, "backward", accelerator.backward)
+            accelerator.backward = lambda loss, **_: losses.append(loss)
+            self._repeat(micro_batch)
+        for module in micro_batch.model.modules():
+            if isinstance(module, FSDPModule):  # its root keeps weights gathered for a backward, which does not come
+                module.reshard()
+        recorded, repeated = float(micro_batch.loss), float(losses[0])  # type: ignore[arg-type]
+        # Equal but for kernels that add in no fixed order: a bf16 loss has three digits, and GRPO's cancels to about 0.
+        if not torch.isclose(torch.tensor(repeated), torch.tensor(recorded), rtol=1e-3, atol=1e-5, equal_nan=True):
+            raise RuntimeError(
+                f"{type(self.trainer).__name__}: the first loss was {recorded!r}, and {repeated!r} when it was repeated at "
+                "the same weights. A second pass needs a loss that depends on weights, inputs and random numbers alone. "
+                "Keep what it counts or averages in plain attributes of the trainer, which are put back for the second "
+                "pass, or train without GradRegOptimizer."
+            )
 
     # Afterwards.
 

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-CASE_TIMEOUT = 120.0
-"""Seconds after which a case counts as hung, and its processes are killed."""
+CASE_TIMEOUT = 240.0
+"""Seconds after which a case counts as hung, and its processes are killed: the first ones wait for a compiler."""
 
 
 class World:

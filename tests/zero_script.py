@@ -1,6 +1,6 @@
 """Trainers for ``accelerate launch``: what each one of them ends with, on rank 0, goes to the file named last.
 
-accelerate launch --config_file zero2.yaml zero_script.py CASE... FILE        CASE is, for example, sft:optimizers:4
+accelerate launch --config_file zero2.yaml zero_script.py CASE... FILE        CASE: sft:optimizers:4, sft:optimizers:1:bf16
 """
 
 import gc
@@ -12,16 +12,21 @@ import warnings
 import torch
 import trainers
 from torch.optim import SGD
+from transformers import training_args
 
 from gradreg_optim import attach
 
 warnings.simplefilter("ignore")
 
 
-def run(kind, how, accumulation):
+def run(kind, how, accumulation, precision="fp32"):
     """Train ``kind`` with the penalty given ``how``: the weights at the end, and the log."""
     use_cpu = "ACCELERATE_USE_DEEPSPEED" not in os.environ  # use_cpu would switch DeepSpeed off
     options = {"gradient_accumulation_steps": accumulation, "max_grad_norm": 0.5, "ddp_backend": "gloo", "use_cpu": use_cpu}
+    if precision == "bf16":
+        # Transformers refuses bf16 without a GPU that has it, but for use_cpu, and use_cpu switches DeepSpeed off.
+        training_args.is_torch_bf16_gpu_available = lambda: True
+        options["bf16"] = True
     given = trainers.REAL if how == "optimizers" else None
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainers.build(kind, folder, base=lambda m: SGD(m.parameters(), lr=0.1), wrapped=given, **options)
@@ -38,8 +43,8 @@ if __name__ == "__main__":
     *cases, file = sys.argv[1:]
     found = {}
     for case in cases:
-        kind, how, accumulation = case.split(":")
-        found[case] = run(kind, how, int(accumulation))
+        kind, how, accumulation, *precision = case.split(":")
+        found[case] = run(kind, how, int(accumulation), *precision)
         gc.collect()
     if torch.distributed.get_rank() == 0:
         torch.save(found, file)

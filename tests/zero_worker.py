@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import warnings
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 FEATURES, CLASSES, ROWS = 5, 3, 4
+UNIVERSAL_BATCH = 12
 
 
 class Net(nn.Module):
@@ -63,6 +65,10 @@ def make_groups(model: nn.Module, groups: int) -> list[dict[str, Any]]:
 
 
 def make_optimizer(model: nn.Module, groups: int, kind: str = "sgd") -> torch.optim.Optimizer:
+    if kind == "cpu_adam":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(make_groups(model, groups), lr=0.01, eps=1e-3, weight_decay=0.01, adamw_mode=True)
     if kind == "adamw":
         return torch.optim.AdamW(make_groups(model, groups), lr=0.01, eps=1e-3)
     return torch.optim.SGD(make_groups(model, groups), lr=0.1, momentum=0.9)
@@ -139,7 +145,7 @@ def make_config(stage: int, *, micro_batches: int = 1, precision: str = "fp32", 
         **more,
     }
     if precision == "bf16":
-        config["bf16"] = {"enabled": True}
+        config["bf16"] = {"enabled": True, **config.pop("bf16", {})}
     if precision == "fp16":
         config["fp16"] = {"enabled": True, "initial_scale_power": 8, **config.pop("fp16", {})}
     if precision != "fp32":
@@ -181,14 +187,21 @@ def masters(engine: Any) -> dict[str, Tensor]:
 
 
 def local_masters(engine: Any) -> list[Tensor]:
-    is_stage_3 = engine.zero_optimization_stage() == 3
-    flat = getattr(engine.optimizer, "fp32_partitioned_groups_flat" if is_stage_3 else "single_partition_of_fp32_groups")
+    names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+    flat = next(getattr(engine.optimizer, name) for name in names if hasattr(engine.optimizer, name))
     return [partition.detach().clone() for partition in flat]
+
+
+def local_weights(engine: Any) -> list[Tensor]:
+    """What this rank holds of the weights, which takes no communication."""
+    if engine.zero_optimization_stage() == 3:
+        return [partition.detach().clone() for partition in engine.optimizer.fp16_partitioned_groups_flat]
+    return [parameter.detach().clone() for parameter in engine.module.parameters()]
 
 
 def same_bits(some: list[Tensor], others: list[Tensor]) -> bool:
     """As bits: the padding of stage 3 is whatever memory held, which may be NaN."""
-    return all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(some, others, strict=True))
+    return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(some, others, strict=True))
 
 
 def weights(engine: Any) -> dict[str, Tensor]:
@@ -315,7 +328,7 @@ def interrupt(config: dict[str, Any], settings: dict[str, Any], *, on_rank: int 
             raise Interruption
         return output
 
-    before, at_theta = local_masters(engine), weights(engine)
+    before, at_theta, local = local_masters(engine), weights(engine), local_weights(engine)
     hook = engine.module.last.register_forward_hook(loss_hook)
     raised = ""
     with quiet():
@@ -326,8 +339,7 @@ def interrupt(config: dict[str, Any], settings: dict[str, Any], *, on_rank: int 
     hook.remove()
     untouched = same_bits(before, local_masters(engine))
     if on_rank is not None:  # the usual group may be of no use any more
-        whole = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
-        return {"raised": raised, "untouched": untouched, "whole": all(torch.equal(at_theta[n], whole[n]) for n in whole)}
+        return {"raised": raised, "untouched": untouched, "whole": same_bits(local, local_weights(engine))}
     whole = weights(engine)
     found = {"raised": raised, "untouched": untouched, "whole": all(torch.equal(at_theta[n], whole[n]) for n in whole)}
     with quiet():
@@ -395,16 +407,37 @@ def resume(config: dict[str, Any], settings: dict[str, Any], folder: str) -> dic
     return found
 
 
-def missing_attributes() -> dict[str, list[str]]:
-    """For each kind of DeepSpeed optimizer the private attributes that it lacks."""
-    from gradreg_optim.partitions import PRIVATE
+def universal(config: dict[str, Any], settings: dict[str, Any], folder: str, *, begin: int, end: int) -> dict[str, Any]:
+    """Steps ``begin`` to ``end`` on one whole batch, which any number of ranks may share; a checkpoint at the end."""
+    from gradreg_optim import ZeroGradRegOptimizer
 
-    missing = {}
-    for kind, names in PRIVATE.items():
-        offload = {"offload_optimizer": {"device": "cpu"}} if "offloaded" in kind else {}
-        engine = make_engine(make_config(3 if "stage 3" in kind else 2, zero=offload))
-        missing[kind] = [name for name in names if not hasattr(engine.optimizer, name)]
-        engine.destroy()
+    world = dist.get_world_size()
+    config = {**config, "train_micro_batch_size_per_gpu": UNIVERSAL_BATCH // world}
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(4, 1, UNIVERSAL_BATCH, FEATURES, generator=generator).unflatten(2, (world, -1))
+    y = torch.randn(4, 1, UNIVERSAL_BATCH, CLASSES, generator=generator).unflatten(2, (world, -1))
+    engine = make_engine(
+        config | {"checkpoint": {"load_universal": begin > 0}}, kind="adamw"
+    )  # the tool knows no other state
+    optimizer = ZeroGradRegOptimizer(engine, **settings)
+    with quiet():
+        if begin:
+            engine.load_checkpoint(folder, tag="universal")
+        found: dict[str, Any] = {"step": optimizer.step_count}
+        for step in range(begin, end):
+            optimizer.step(window(engine, step, x, y))
+        found["masters"] = masters(engine)
+        engine.save_checkpoint(folder, tag="saved")
+    engine.destroy()
+    return found
+
+
+def missing_attributes(module: str, stage: int, attributes: str, config: dict[str, Any]) -> list[str]:
+    """The private attributes that ``module`` lists as ``attributes`` and that DeepSpeed's optimizer lacks."""
+    names = getattr(importlib.import_module(f"gradreg_optim.zero.{module}"), attributes)
+    engine = make_engine(make_config(stage, **config))
+    missing = [name for name in names if not hasattr(engine.optimizer, name)]
+    engine.destroy()
     return missing
 
 

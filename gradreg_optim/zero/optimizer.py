@@ -3,7 +3,7 @@
     first gradient → direction (mask, clip) → shift → second gradient → (restore) → combine → one engine step
 
 The phases are :class:`~gradreg_optim.GradRegOptimizer`'s. Overridden is where gradients and weights live
-(:mod:`gradreg_optim.partitions`), how sums run over ranks, and what a closure is: DeepSpeed's inner loop over one
+(:mod:`gradreg_optim.zero.partitions`), how sums run over ranks, and what a closure is: DeepSpeed's inner loop over one
 accumulation window, which has an ``engine.step()`` in it.
 """
 
@@ -17,19 +17,29 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
-from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from gradreg_optim.config import DEFAULT_EPS
 from gradreg_optim.gradients import FirstGradient, Share
 from gradreg_optim.optimizer import GradRegOptimizer
-from gradreg_optim.partitions import Partitions, Stage3Partitions, Stage12Partitions
 from gradreg_optim.schedule import Schedule
 from gradreg_optim.wrapper import OptimizerWrapper
+from gradreg_optim.zero.bf16 import BF16Partitions
+from gradreg_optim.zero.partitions import Partitions
+from gradreg_optim.zero.refusals import check_engine
+from gradreg_optim.zero.stage3 import Stage3Partitions
+from gradreg_optim.zero.stage12 import Stage12Partitions
+from gradreg_optim.zero.window import AccumulationWindow
 
 __all__ = ["ZeroGradRegOptimizer"]
+
+
+def _partitions(zero: Any) -> Partitions:
+    if isinstance(zero, BF16_Optimizer):
+        return BF16Partitions(zero)
+    return Stage3Partitions(zero) if isinstance(zero, DeepSpeedZeroOptimizer_Stage3) else Stage12Partitions(zero)
 
 
 class ZeroGradRegOptimizer(GradRegOptimizer):
@@ -51,8 +61,8 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
     is 4/N bytes per fp32 and 2/N per bit16 parameter on N ranks.
 
     Communication beyond two backward passes and one step: two all_reduces of a few fp32 scalars (norms, before and after
-    the second pass), and that of :class:`~gradreg_optim.partitions.Stage12Partitions` or
-    :class:`~gradreg_optim.partitions.Stage3Partitions`.
+    the second pass), and that of :class:`~gradreg_optim.zero.gathered.GatheredPartitions` (stages 1 and 2),
+    :class:`~gradreg_optim.zero.bf16.BF16Partitions` or :class:`~gradreg_optim.zero.stage3.Stage3Partitions`.
 
     The perturbed weights are round(fp32 master + ε·d). The masters are not written before the engine's own step, whose
     copy from them brings the weights back.
@@ -87,13 +97,12 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
         max_penalty_ratio: float | None = None,
         exclude: str | Iterable[str] = (),
     ) -> None:
-        _check_engine(engine)
+        check_engine(engine)
         zero = engine.optimizer
         if isinstance(zero.optimizer, OptimizerWrapper):  # the phases are this object's now; the groups stay shared
             zero.optimizer = engine.basic_optimizer = zero.optimizer.optimizer
         self._engine = engine
-        self._partitions: Partitions
-        self._partitions = Stage3Partitions(zero) if engine.zero_optimization_stage() == 3 else Stage12Partitions(zero)
+        self._partitions = _partitions(zero)
         super().__init__(
             zero.optimizer,
             strength=strength,
@@ -280,7 +289,7 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
         return bool(self._engine.fp16_enabled())
 
     def _loss_scale(self) -> float:
-        return float(self._partitions.zero.loss_scale)
+        return self._partitions.loss_scale
 
     def finish_window(self) -> None:
         """Take the engine's step that was held back while a trainer ran the window."""
@@ -300,117 +309,3 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
             self._partitions.restore()
         self._shifted = False
         self._advance()
-
-
-class AccumulationWindow:
-    """A closure over one accumulation window, callable a second time: the engine's step at its end is held back.
-
-    Every call starts from the engine's counters as they were, and leaves them as the first call did.
-    """
-
-    def __init__(self, optimizer: ZeroGradRegOptimizer, closure: Callable[[], Any]) -> None:
-        self._optimizer = optimizer
-        self._closure = closure
-        self._first_micro_step = optimizer._engine.micro_steps
-        self._ran = False
-
-    def __call__(self) -> Any:
-        if self._ran:
-            with self._optimizer.second_window(self._first_micro_step):
-                return self._closure()
-        engine = self._optimizer._engine
-        with self._optimizer.held_back() as held:
-            loss = self._closure()
-        if len(held) != 1:
-            raise RuntimeError(
-                f"The closure ran {len(held)} accumulation windows to their end, and one is regularized at a time. "
-                f"Let it run engine(...), engine.backward(loss) and engine.step() on "
-                f"{engine.gradient_accumulation_steps()} micro-batches (gradient_accumulation_steps)."
-            )
-        self._ran = True
-        return loss
-
-
-def _check_engine(engine: Any) -> None:
-    """Refuse what cannot be regularized, with the reason, before anything is changed."""
-    if not isinstance(engine, DeepSpeedEngine):
-        raise TypeError(
-            f"engine={type(engine).__name__}: ZeroGradRegOptimizer works on a DeepSpeed engine, the first thing that "
-            "deepspeed.initialize returns. Without DeepSpeed, use GradRegOptimizer."
-        )
-    for found, what, why in _refusals(engine):
-        if found:
-            raise ValueError(f"engine: {what} is not supported: {why}")
-
-
-def _refusals(engine: DeepSpeedEngine) -> Iterator[tuple[bool, str, str]]:
-    """Conditions that exclude an engine, with name and reason; in this order, since later ones build on earlier ones."""
-    yield (
-        isinstance(engine, PipelineEngine),
-        "pipeline parallelism",
-        "its train_batch runs forward, backward and step by itself and takes no closure. Use ZeRO without a pipeline.",
-    )
-    yield (
-        engine.zero_optimization_stage() == 0,
-        "ZeRO stage 0",
-        "there are no partitions. Set zero_optimization.stage to 1, 2 or 3, or use GradRegOptimizer without DeepSpeed.",
-    )
-    yield (
-        bool(engine.zenflow),
-        "ZenFlow",
-        "it applies gradients to selected columns between steps, so that no point θ has one gradient. Remove zenflow.",
-    )
-    zero = engine.optimizer
-    kind = type(zero).__name__
-    yield (
-        not isinstance(zero, (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)),
-        kind,
-        "gradients are not partitioned there. Give deepspeed.initialize an optimizer; with bf16 and stage 1, leave "
-        "data_types.grad_accum_dtype at its default, or use stage 2.",
-    )
-    yield (
-        bool(engine.has_moe_layers),
-        "mixture of experts",
-        "experts have process groups of their own, over which norms are not summed. Use a dense model.",
-    )
-    yield (
-        not getattr(engine, "managed_gradient_accumulation", lambda: True)(),  # deepspeed 0.18 knows no other
-        "managed_gradient_accumulation=false",
-        "gradients are complete only inside engine.step(). Leave it at true.",
-    )
-    yield (
-        getattr(engine, "mics_shard_size", int)() > 0,  # deepspeed 0.18 has it, 0.19 not any more
-        "MiCS (mics_shard_size)",
-        "its partitions are spread over a part of the ranks, and norms are summed over all. Remove mics_shard_size.",
-    )
-    yield (
-        engine.zero_hpz_partition_size() > 1,
-        "zero_hpz_partition_size (ZeRO++)",
-        "its second partition of the weights would still hold θ at θ'. Set it to 1.",
-    )
-    yield (
-        bool(engine.zero_quantized_weights()),
-        "zero_quantized_weights (ZeRO++)",
-        "a step to θ' is far below the spacing of quantized weights. Set it to false.",
-    )
-    offload = [engine.zero_offload_optimizer(), engine.zero_offload_param()]
-    yield (
-        any(config is not None and str(getattr(config.device, "value", config.device)) == "nvme" for config in offload),
-        "NVMe offload",
-        "masters and gradients are on disk between the passes. Offload to the CPU.",
-    )
-    yield (
-        getattr(zero, "torch_autocast_gradscaler", None) is not None,
-        "torch_autocast with float16",
-        "its GradScaler is stepped once per group and cannot take two gradients of one scale. Use bfloat16, or fp16.",
-    )
-    yield (
-        "muon" in type(zero.optimizer).__name__.lower(),
-        "Muon",
-        "DeepSpeed turns gradients into Muon updates before they can be combined. Use another optimizer.",
-    )
-    yield (
-        getattr(zero, "model_parallel_group", None) is not None and dist.get_world_size(zero.model_parallel_group) > 1,
-        "tensor parallelism",
-        "replicated parameters would be counted once per rank in every norm. Use data parallelism.",
-    )

@@ -1,0 +1,88 @@
+"""Which trainers work with which TRL? Runs the matrix of trainers in each environment and writes down what its tests said.
+
+    python benchmarks/trainer_matrix.py .venv-pinned/bin/python .venv/bin/python
+
+Each argument is an interpreter in whose environment the tests run. A trainer *works* where tests/test_trainer_matrix.py
+passed at accumulation 1 and 2, is *refused* where the test of its refusal passed, and *fails* where any of them did not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from datetime import date
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).parent.parent
+TESTS = "tests/test_trainer_matrix.py"
+PACKAGES = ("gradreg_optim", "torch", "transformers", "trl", "accelerate")
+MARKS = {"works": "✓", "refused": "refused", "absent": "–", "fails": "**fails**"}
+LEGEND = """✓: trains with the penalty; with the second pass at θ itself, its weights and logs are those of a plain run,
+bit for bit, at accumulation 1 and 2. Refused: stops with an error before the first step, instead of training without the
+penalty. –: this version has no such trainer. OnlineDPO, NashMD and XPO need `attach(trainer)`; the others need nothing but
+`optimizers=`."""
+
+
+def run(python: str) -> dict[str, Any]:
+    """The versions in the environment of ``python``, the outcome for each trainer, and the seconds it took."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    code = f"import json; from importlib.metadata import version; print(json.dumps({{n: version(n) for n in {PACKAGES}}}))"
+    versions = json.loads(subprocess.check_output([python, "-c", code], text=True))
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [python, "-m", "pytest", "-q", TESTS, f"--junitxml={report}", "-p", "no:cacheprovider"]
+        subprocess.run(command, cwd=ROOT, env=environment, check=False, stdout=sys.stderr)
+        cases = list(ElementTree.parse(report).iter("testcase"))
+    return {"versions": versions, "seconds": round(time.perf_counter() - start, 1), "trainers": outcomes(cases)}
+
+
+def outcomes(cases: list[ElementTree.Element]) -> dict[str, str]:
+    """For each trainer named in the tests' names: works, refused, absent or fails."""
+    seen: dict[str, set[str]] = defaultdict(set)
+    for case in cases:
+        name = re.search(r"\[.*?(\w*Trainer)", case.get("name", ""))
+        if name is None:
+            continue
+        failed = case.find("failure") is not None or case.find("error") is not None
+        passed = "refused" if case.get("name", "").startswith("test_refused") else "works"
+        seen[name[1]].add("fails" if failed else "absent" if case.find("skipped") is not None else passed)
+    return {name: found.pop() if len(found) == 1 else "fails" for name, found in seen.items()}
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """Trainers in rows, versions in columns."""
+    columns = [f"trl {run['versions']['trl']}, transformers {run['versions']['transformers']}" for run in runs]
+    lines = [f"| trainer | {' | '.join(columns)} |", "|---" * (1 + len(runs)) + "|"]
+    for name in runs[0]["trainers"]:
+        marks = (MARKS[run["trainers"].get(name, "fails")] for run in runs)
+        lines += [f"| {name} | {' | '.join(marks)} |"]
+    return "\n".join(lines)
+
+
+def main(pythons: list[str]) -> None:
+    """Run, and write ``results/trainers.md`` and ``results/trainers.json``."""
+    runs = [run(python) for python in pythons]
+    commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True).strip()
+    took = " and ".join(f"{run['seconds']:.0f} s" for run in runs)
+    origin = f"{date.today()}, commit {commit}, `make trainers`, {took}, on CPU."
+    results = ROOT / "benchmarks" / "results"
+    results.mkdir(exist_ok=True)
+    (results / "trainers.md").write_text(f"# Trainers\n\n{LEGEND}\n\n{table(runs)}\n\n{origin}\n", encoding="utf-8")
+    record = {"date": str(date.today()), "commit": commit, "runs": runs}
+    (results / "trainers.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(table(runs))
+    if any("fails" in run["trainers"].values() for run in runs):
+        sys.exit("Some trainer fails.")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or [sys.executable])

@@ -1,0 +1,12 @@
+"""The regularized step under DeepSpeed's ZeRO: everything here needs DeepSpeed.
+
+``optimizer`` has the phases, ``window`` the closure, ``refusals`` what is not supported, ``partitions`` what the phases ask
+of DeepSpeed's optimizers, and ``stage12``, ``stage3`` and ``bf16`` where each of those keeps it: they alone touch
+DeepSpeed's private attributes, each listed at the top of its file.
+"""
+
+from __future__ import annotations
+
+from gradreg_optim.zero.optimizer import ZeroGradRegOptimizer
+
+__all__ = ["ZeroGradRegOptimizer"]

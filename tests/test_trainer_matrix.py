@@ -1,0 +1,99 @@
+"""Every trainer of the installed TRL: trained with the penalty as without it, where the penalty is nought, or refused."""
+
+import random
+
+import numpy
+import pytest
+import torch
+import trl
+from trainer_kinds import KINDS, build_kind, find
+from trainers import AT_THETA, REAL, assert_same, own_figures, penalties, weights
+
+from gradreg_optim import attach
+
+REFUSED = ["PPOTrainer"]
+"""Trainers with a loop of their own."""
+WHOLE = ["OnlineDPOTrainer", "NashMDTrainer", "XPOTrainer"]
+"""Trainers whose whole ``training_step`` is repeated."""
+
+
+def installed(names):
+    """The names as parameters, skipped where the installed TRL has no such trainer."""
+    reason = f"trl {trl.__version__} has none"
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=pytest.mark.skipif(find(name) is None, reason=reason)) for name in names]
+    )
+
+
+def trained(name, folder, **arguments):
+    random.seed(0)  # GKD decides with Python's numbers whether it generates
+    numpy.random.seed(0)
+    trainer = build_kind(name, folder, **arguments)
+    if name in WHOLE and arguments.get("wrapped"):
+        attach(trainer)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@installed([name for name in KINDS if name not in REFUSED])
+def test_trains(name, accumulation, tmp_path):
+    """With the second pass at θ itself a run is the plain one bit for bit, logs included; with a penalty it is another."""
+    plain, at_theta, real = (
+        trained(name, tmp_path, wrapped=wrapped, gradient_accumulation_steps=accumulation)
+        for wrapped in (None, AT_THETA, REAL)
+    )
+    assert own_figures(at_theta) == own_figures(plain)
+    assert_same(weights(at_theta.model), weights(plain.model))
+    assert len(penalties(at_theta, "second_pass_time")) == 2  # steps
+    assert len(penalties(real, "penalty_ratio")) == 2
+    assert min(penalties(real, "penalty_ratio")) > 0
+    assert any(not torch.equal(*pair) for pair in zip(real.model.parameters(), plain.model.parameters(), strict=True))
+
+
+@installed(REFUSED)
+@pytest.mark.parametrize("by", ["optimizers", "attach"])
+def test_refused(name, by, tmp_path):
+    """A trainer that cannot be repeated raises at its first step, in one line, before a weight moves."""
+    trainer = build_kind(name, tmp_path, wrapped=REAL)
+    if by == "attach":
+        attach(trainer)
+    before = weights(trainer.model)
+    message = {"optimizers": "without a closure", "attach": "without compute_loss and backward"}[by]
+    with pytest.raises(RuntimeError, match=message) as caught:
+        trainer.train()
+    assert "\n" not in str(caught.value)
+    assert_same(weights(trainer.model), before)
+
+
+@installed(WHOLE)
+def test_whole_steps_without_attach_are_refused(name, tmp_path):
+    """Given as ``optimizers=`` alone, where no call announces a micro-batch, the wrapper asks for attach()."""
+    trainer = build_kind(name, tmp_path, wrapped=REAL)
+    before = weights(trainer.model)
+    with pytest.raises(RuntimeError, match=r"OnlineDPO, NashMD and XPO need gradreg_optim.attach\(trainer\)"):
+        trainer.train()
+    assert_same(weights(trainer.model), before)
+
+
+@installed(WHOLE)
+def test_whole_steps_generate_and_score_once(name, tmp_path):
+    """The second pass asks neither the model for completions nor the judge or the reward function for an opinion."""
+    counts = []
+    for wrapped in (None, REAL):
+        trainer = build_kind(name, tmp_path, wrapped=wrapped, gradient_accumulation_steps=2)
+        if wrapped:
+            attach(trainer)
+        generations, generate = [], trainer.model.generate
+        trainer.model.generate = lambda *args, f=generate, n=generations, **kwargs: n.append(1) or f(*args, **kwargs)
+        trainer.train()
+        opinions = trainer.judge.judged if getattr(trainer, "judge", None) else trainer.reward_funcs[0].scored
+        counts.append((len(generations), opinions))
+    assert counts[0] == counts[1]
+    assert min(counts[0]) > 0
+
+
+def test_every_trainer_is_in_the_matrix():
+    """What ``import trl`` offers is tested here."""
+    offered = {name for name in dir(trl) if name.endswith("Trainer")}
+    assert offered - KINDS.keys() == set()

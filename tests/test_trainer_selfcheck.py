@@ -1,0 +1,82 @@
+"""The check that a loss can be repeated: once in each training, before the first second pass."""
+
+import pytest
+import torch
+from trainers import AT_THETA, REAL, assert_same, build, every_kind, llama, weights
+from trl import SFTTrainer
+
+
+class Elsewhere(SFTTrainer):
+    """Weighs its loss by a count that it keeps where nobody looks for it."""
+
+    class Count:
+        def __init__(self):
+            self.value = 0
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self.hidden.value += 1
+        return loss * (1.0 + self.weight * self.hidden.value)
+
+
+def stateful(folder, *, weight=0.1, **arguments):
+    trainer = build("sft", folder, trainer_class=Elsewhere, **arguments)
+    trainer.hidden, trainer.weight = Elsewhere.Count(), weight
+    return trainer
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_loss_with_hidden_state_is_refused(accumulation, tmp_path):
+    """A loss that is another one when it is repeated at θ stops the training at its first step, with both values."""
+    trainer = stateful(tmp_path, wrapped=REAL, gradient_accumulation_steps=accumulation)
+    before = weights(trainer.model)
+    with pytest.raises(RuntimeError, match=r"Elsewhere: the first loss was \d.*, and \d.* when.*plain attributes") as caught:
+        trainer.train()
+    assert "\n" not in str(caught.value)
+    assert_same(weights(trainer.model), before)
+    assert trainer.hidden.value == accumulation + 1
+
+
+def test_state_that_does_not_matter_is_allowed(tmp_path):
+    """Hidden state without an influence on the loss passes."""
+    stateful(tmp_path, weight=0.0, wrapped=REAL).train()
+
+
+def test_strength_zero_is_not_checked(tmp_path):
+    """Without a second pass nothing is repeated: a loss with hidden state trains."""
+    trainer = stateful(tmp_path, wrapped={"strength": 0.0})
+    trainer.train()
+    assert trainer.hidden.value == 3
+
+
+@every_kind
+def test_runs_once_in_a_training(kind, tmp_path):
+    """One forward more without gradients, in the first step that is regularized, and again in a second training."""
+    trainer = build(kind, tmp_path, wrapped={**REAL, "warmup_steps": 1}, gradient_accumulation_steps=2)
+    calls, compute_loss = [], trainer.compute_loss
+
+    def spy(*args, **kwargs):
+        calls.append((trainer.state.global_step, torch.is_grad_enabled()))
+        return compute_loss(*args, **kwargs)
+
+    trainer.compute_loss = spy
+    for checked in (1, 0):  # the step; a second training begins after the warm-up
+        trainer.train()
+        assert [step for step, with_gradient in calls if not with_gradient] == [checked]
+        calls.clear()
+
+
+def test_dropout_and_inputs_are_the_recorded_ones(tmp_path):
+    """The repeated loss equals the recorded one bit for bit, under dropout; afterwards it has left no trace."""
+    results = []
+    for wrapped in (None, AT_THETA):
+        model, losses = llama(attention_dropout=0.3), []
+        trainer = build("sft", tmp_path, model=model, wrapped=wrapped, loss_type="dft", gradient_accumulation_steps=2)
+        compute_loss = trainer.compute_loss
+        trainer.compute_loss = lambda *a, f=compute_loss, kept=losses, **k: kept.append(f(*a, **k)) or kept[-1]
+        trainer.train()
+        results.append((weights(model), torch.get_rng_state()))
+    assert_same(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    assert torch.equal(losses[2], losses[0])
+    assert not losses[2].requires_grad
