@@ -172,7 +172,7 @@ def stamp() -> dict[str, str]:
         "load": f"{os.getloadavg()[0]:.1f} processes at the end",
         "versions": f"torch {torch.__version__}, Python {platform.python_version()}",
         "commit": commit.stdout.strip() or "unknown",
-        "command": f"python benchmarks/step_cost.py {' '.join(sys.argv[1:])}".strip(),
+        "command": f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip(),
     }
 
 

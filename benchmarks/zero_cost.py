@@ -22,8 +22,6 @@ import os
 import platform
 import socket
 import statistics
-import subprocess
-import sys
 import time
 import warnings
 from collections import Counter
@@ -35,7 +33,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from step_cost import RESULTS, VOCABULARY, Transformer, quartiles
+from step_cost import RESULTS, VOCABULARY, Transformer, quartiles, stamp
 
 COLLECTIVES = (
     "all_gather",
@@ -247,21 +245,6 @@ def summarise(found: dict[str, list[Any]], parameters: int, ranks: int) -> list[
     return rows
 
 
-def stamp(ranks: int) -> dict[str, str]:
-    """Hardware, versions, commit and command, without which a figure means nothing."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
-    return {
-        "date": date.today().isoformat(),
-        "hardware": f"{platform.machine()} CPU, {os.cpu_count()} cores, one thread a rank, gloo",
-        "load": f"{os.getloadavg()[0]:.1f} processes at the end, {ranks} of them these",
-        "versions": f"torch {torch.__version__}, deepspeed {version('deepspeed')}, Python {platform.python_version()}",
-        "commit": commit.stdout.strip() or "unknown",
-        "command": f"python benchmarks/zero_cost.py {' '.join(sys.argv[1:])}".strip(),
-    }
-
-
 def markdown(rows: list[dict[str, Any]], stamped: dict[str, str], parameters: int, ranks: int) -> str:
     lines = [
         "# Cost of a regularized step under ZeRO",
@@ -310,7 +293,13 @@ def main() -> None:
     found = json.loads(file.read_text())
     model = Transformer(layers=args.layers, width=args.width, length=args.length)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    rows, stamped = summarise(found, parameters, args.ranks), stamp(args.ranks)
+    rows = summarise(found, parameters, args.ranks)
+    stamped = {
+        **stamp(),
+        "hardware": f"{platform.machine()} CPU, {os.cpu_count()} cores, one thread a rank, gloo",
+        "load": f"{os.getloadavg()[0]:.1f} processes at the end, {args.ranks} of them these",
+        "versions": f"torch {torch.__version__}, deepspeed {version('deepspeed')}, Python {platform.python_version()}",
+    }
     table = markdown(rows, stamped, parameters, args.ranks)
     settings = {name: value for name, value in vars(args).items() if name != "output"}
     report = {"stamp": stamped, "settings": settings, "parameters": parameters, "rows": rows, "ranks": found}

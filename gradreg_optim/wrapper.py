@@ -51,8 +51,7 @@ class OptimizerWrapper(Optimizer):
         self.exclude = exclude_patterns(exclude)
         # The step-hook machinery of Optimizer, without Optimizer.__init__, which would build groups of its own.
         self.__setstate__({})
-        patterns = () if self.exclude == NOTHING else self.exclude
-        positions = excluded_positions(self._parameter_groups(), patterns, model)
+        positions = excluded_positions(self._parameter_groups(), self._patterns(), model)
         for group, excluded in zip(self.param_groups, positions, strict=True):
             if "gradreg_step" in group:  # wrapped before, or loaded from a checkpoint: these settings count, and its step
                 group = _without(group, (*PER_GROUP, *SHARED))
@@ -106,11 +105,13 @@ class OptimizerWrapper(Optimizer):
         """Complete groups that came without ``gradreg_*`` keys, as after ``add_param_group`` on the wrapped optimizer."""
         groups = self.param_groups
         if any(missing_keys(group) for group in groups):
-            patterns = () if self.exclude == NOTHING else self.exclude
-            positions = excluded_positions(self._parameter_groups(), patterns, self._model, must_match=False)
+            positions = excluded_positions(self._parameter_groups(), self._patterns(), self._model, must_match=False)
             for group, excluded in zip(groups, positions, strict=True):
                 if missing_keys(group):
                     adopt_group(group, self._settings, step=self.step_count, excluded=excluded)
+
+    def _patterns(self) -> tuple[str, ...]:
+        return () if self.exclude == NOTHING else self.exclude
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """Groups whose ``params`` are the model's parameters, to which ``exclude`` and its positions refer."""
