@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import socket
+import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -13,18 +15,20 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-CASE_TIMEOUT = 240.0
+CASE_TIMEOUT = 480.0
 """Seconds after which a case counts as hung, and its processes are killed: the first ones wait for a compiler."""
+COLLECTIVE_TIMEOUT = 180.0
+"""Seconds that a rank waits for the others in a collective: a machine shared with others may stall one for a minute."""
 
 
 class World:
     """``size`` processes that run the same function and hand back what each rank returned.
 
-    A case that raises on any rank raises here, with that rank's traceback. A case that hangs, or leaves a rank that no
-    longer answers, ends all processes; the next case starts new ones.
+    A case that raises on any rank raises here, with that rank's traceback and, if it was slow, where it stood halfway to
+    the timeout of a collective. The processes then end, for their connections may be broken; the next case starts new ones.
     """
 
-    def __init__(self, size: int, collective_timeout: float = 60.0) -> None:
+    def __init__(self, size: int, collective_timeout: float = COLLECTIVE_TIMEOUT) -> None:
         self.size = size
         self._collective_timeout = collective_timeout
         self._ranks: list[tuple[Any, Any]] = []
@@ -60,8 +64,7 @@ class World:
                 timeout = 1.0
         failures = [f"rank {rank} {how}:\n{what}" for rank, (how, what) in enumerate(answers) if how != "returned"]
         if failures:
-            if not all(how == "raised" for how, _ in answers):  # else all are waiting for the next case
-                self.close()
+            self.close()
             raise AssertionError("\n".join(failures))
         return [what for _, what in answers]
 
@@ -94,8 +97,12 @@ def _serve(connection: Any, rank: int, size: int, port: int, collective_timeout:
             case, args, kwargs = connection.recv()
         except EOFError:
             os._exit(0)
-        try:
-            answer = ("returned", case(*args, **kwargs))
-        except BaseException:
-            answer = ("raised", traceback.format_exc())
+        with tempfile.TemporaryFile("w+") as halfway:
+            faulthandler.dump_traceback_later(collective_timeout / 2, file=halfway)
+            try:
+                answer = ("returned", case(*args, **kwargs))
+            except BaseException:
+                halfway.seek(0)
+                answer = ("raised", traceback.format_exc() + halfway.read())
+            faulthandler.cancel_dump_traceback_later()
         connection.send(answer)
