@@ -2,8 +2,9 @@
 
     python benchmarks/trainer_matrix.py .venv-pinned/bin/python .venv/bin/python
 
-Each argument is an interpreter in whose environment the tests run. A trainer *works* where tests/test_trainer_matrix.py
+Each argument is an interpreter in whose environment the tests run. A trainer *works* where the tests named in ``TESTS``
 passed at accumulation 1 and 2, is *refused* where the test of its refusal passed, and *fails* where any of them did not.
+Trainers that are not run are listed below the table with the reason that tests/trainer_kinds.py gives.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from typing import Any
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).parent.parent
-TESTS = "tests/test_trainer_matrix.py"
+TESTS = ("tests/test_trainer_matrix.py", "tests/test_vllm_hooks.py::test_asynchronous")
 PACKAGES = ("gradreg_optim", "torch", "transformers", "trl", "accelerate")
 MARKS = {"works": "✓", "refused": "refused", "absent": "–", "fails": "**fails**"}
 LEGEND = """✓: trains with the penalty; with the second pass at θ itself, its weights and logs are those of a plain run,
 bit for bit, at accumulation 1 and 2. Refused: stops with an error before the first step, instead of training without the
-penalty. –: this version has no such trainer. OnlineDPO, NashMD and XPO need `attach(trainer)`; the others need nothing but
-`optimizers=`."""
+penalty. –: this version has no such trainer. OnlineDPO, NashMD and XPO need `attach(trainer)`, and so does AsyncGRPO, which
+makes its model itself; the others need nothing but `optimizers=`. AsyncGRPO ran with stand-ins for its vLLM server and for
+FlashAttention 3. Several classes are called GRPOTrainer: GSPOTokenTrainer is that of `trl.experimental.gspo_token`."""
 
 
 def run(python: str) -> dict[str, Any]:
@@ -39,7 +41,7 @@ def run(python: str) -> dict[str, Any]:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [python, "-m", "pytest", "-q", TESTS, f"--junitxml={report}", "-p", "no:cacheprovider"]
+        command = [python, "-m", "pytest", "-q", *TESTS, f"--junitxml={report}", "-p", "no:cacheprovider"]
         subprocess.run(command, cwd=ROOT, env=environment, check=False, stdout=sys.stderr)
         cases = list(ElementTree.parse(report).iter("testcase"))
     return {"versions": versions, "seconds": round(time.perf_counter() - start, 1), "trainers": outcomes(cases)}
@@ -68,17 +70,47 @@ def table(runs: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def summary(runs: list[dict[str, Any]]) -> str:
+    """The same in as many rows as there are versions, for the README."""
+    found = [{outcome: [] for outcome in MARKS} for _ in runs]
+    for names, run in zip(found, runs, strict=True):
+        for name, outcome in run["trainers"].items():
+            names[outcome].append(name.removesuffix("Trainer") or name)
+    lines = ["| | trains regularized | not |", "|---|---|---|"]
+    for names, run in zip(found, runs, strict=True):
+        failing = [f"{', '.join(names[outcome])}: {outcome}" for outcome in ("refused", "fails") if names[outcome]]
+        lines += [f"| trl {run['versions']['trl']} | {', '.join(names['works'])} | {'; '.join(failing)} |"]
+    return "\n".join(lines)
+
+
+def in_readme(readme: str, rows: str) -> str:
+    """The text of the README with ``rows`` between their marks."""
+    before, _, rest = readme.partition("<!-- trainers -->\n")
+    return f"{before}<!-- trainers -->\n{rows}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
+
+
+def not_run() -> str:
+    """The trainers that no test runs, each with the reason."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from trainer_kinds import NOT_RUN
+
+    return "\n".join(["Not run:", "", *(f"- {name}: {reason}." for name, reason in NOT_RUN.items())])
+
+
 def main(pythons: list[str]) -> None:
-    """Run, and write ``results/trainers.md`` and ``results/trainers.json``."""
+    """Run, and write ``results/trainers.md``, ``results/trainers.json`` and the table of the README."""
     runs = [run(python) for python in pythons]
     commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True).strip()
     took = " and ".join(f"{run['seconds']:.0f} s" for run in runs)
     origin = f"{date.today()}, commit {commit}, `make trainers`, {took}, on CPU."
     results = ROOT / "benchmarks" / "results"
     results.mkdir(exist_ok=True)
-    (results / "trainers.md").write_text(f"# Trainers\n\n{LEGEND}\n\n{table(runs)}\n\n{origin}\n", encoding="utf-8")
+    parts = ("# Trainers", LEGEND, table(runs), not_run(), origin)
+    (results / "trainers.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     record = {"date": str(date.today()), "commit": commit, "runs": runs}
     (results / "trainers.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    readme = ROOT / "README.md"
+    readme.write_text(in_readme(readme.read_text(encoding="utf-8"), summary(runs)), encoding="utf-8")
     print(table(runs))
     if any("fails" in run["trainers"].values() for run in runs):
         sys.exit("Some trainer fails.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import pathlib
 import socket
 import tempfile
 import traceback
@@ -36,7 +37,7 @@ class World:
     def _start(self) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+            self._port = port = free.getsockname()[1]
         context = mp.get_context("spawn")
         for rank in range(self.size):
             here, there = context.Pipe()
@@ -74,7 +75,15 @@ class World:
             connection.close()
             process.kill()
             process.join()
+        if self._ranks:
+            remove_shared_memory(self._port)
         self._ranks = []
+
+
+def remove_shared_memory(port: int) -> None:
+    """Remove what DeepSpeed's CPU communication leaves of processes that met at ``port``: 70 MB a rank, in memory."""
+    for left in pathlib.Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+        left.unlink(missing_ok=True)
 
 
 def _serve(connection: Any, rank: int, size: int, port: int, collective_timeout: float) -> None:

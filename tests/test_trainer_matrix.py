@@ -1,12 +1,14 @@
 """Every trainer of the installed TRL: trained with the penalty as without it, where the penalty is nought, or refused."""
 
 import random
+import re
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
 import trl
-from trainer_kinds import KINDS, build_kind, find
+from trainer_kinds import ELSEWHERE, KINDS, NOT_RUN, build_kind, find
 from trainers import AT_THETA, REAL, assert_same, own_figures, penalties, weights
 
 from gradreg_optim import attach
@@ -97,3 +99,12 @@ def test_every_trainer_is_in_the_matrix():
     """What ``import trl`` offers is tested here."""
     offered = {name for name in dir(trl) if name.endswith("Trainer")}
     assert offered - KINDS.keys() == set()
+
+
+def test_every_experimental_trainer_is_in_the_matrix_or_has_a_reason():
+    """So is what the installed version keeps under ``trl.experimental``; classes of one name count once."""
+    names = set()
+    for path in (Path(trl.__file__).parent / "experimental").rglob("*_trainer.py"):
+        names |= set(re.findall(r"^class (\w+Trainer)\(", path.read_text(encoding="utf-8"), re.MULTILINE))
+    assert len(names) > 10
+    assert names - KINDS.keys() - ELSEWHERE.keys() == {name for name in NOT_RUN if name in names}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from distributed import remove_shared_memory
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
 pytest.importorskip("trl", reason="trainers come with the extra [trl]")
@@ -47,6 +48,8 @@ def launch(module, *options, script_arguments):
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, 9)
             raise
+        finally:
+            remove_shared_memory(options[[str(option).endswith("port") for option in options].index(True) + 1])
     assert process.returncode == 0, output[-5000:]
 
 

@@ -1,0 +1,139 @@
+"""Trainers on two ranks, under the engines of Accelerate: their updates are those of one process on the global batch."""
+
+import importlib.util
+
+import pytest
+import torch
+import trainer_engine_worker as worker
+from distributed import World
+from test_trainer_update import EXCLUDED, distance, formula, norm
+from trainers import REAL, assert_same, llama
+
+DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is an extra")
+ENGINES = {
+    "ddp": "DistributedDataParallel",
+    "fsdp2": "FSDPLlamaForCausalLM",
+    "zero1": "DeepSpeedEngine",
+    "zero2": "DeepSpeedEngine",
+    "zero3": "DeepSpeedEngine",
+}
+
+LOSS = {"plain": "sft"}
+
+
+def on(*engines):
+    return pytest.mark.parametrize(
+        "engine", [pytest.param(name, marks=DEEPSPEED if name.startswith("zero") else ()) for name in engines]
+    )
+
+
+@pytest.fixture(scope="module")
+def world():
+    ranks = World(2)
+    yield ranks
+    ranks.close()
+
+
+def assert_updates_are_the_formula(ranks, accumulation, kind="sft"):
+    """Both updates against the float64 reference over the micro-batches of both ranks."""
+    first, second = (next(iter(rank["inputs"][0].values())) for rank in ranks)
+    assert first.shape != second.shape or not torch.equal(first, second)
+    weights = ranks[0]["weights"]
+    for step in (0, 1):
+        begin = 2 * accumulation * step
+        window = [batch for rank in ranks for batch in rank["inputs"][begin : begin + accumulation]]
+        expected, g1 = formula(LOSS.get(kind, kind), llama(), weights[step], window, **REAL)
+        assert distance(expected, g1) > 0.02 * norm(g1)
+        update = {name: weights[step][name] - value for name, value in weights[step + 1].items()}
+        # Float32 gradients err by some 1e-6 of their norm, which the difference multiplies by γ/ε = 5.
+        assert distance(update, expected) < 2e-5 * norm(expected)
+        regularized = {name: value for name, value in g1.items() if not any(part in name for part in EXCLUDED)}
+        penalty = {name: (expected[name] - value) for name, value in regularized.items()}
+        for rank in ranks:  # norms run over all shards, and every rank knows them
+            entry = rank["log"][step]
+            assert entry["grad_reg/g1_norm"] == pytest.approx(norm(regularized), rel=2e-5)  # as above
+            assert entry["grad_reg/penalty_ratio"] == pytest.approx(
+                norm(penalty) / norm(regularized), rel=1e-4
+            )  # a difference
+            assert entry["grad_norm"] == pytest.approx(norm(expected), rel=2e-5)  # the Trainer's: what it would clip
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@on(*ENGINES)
+def test_updates_are_those_of_one_process(world, engine, accumulation, tmp_path):
+    """SFT by ``attach``: each update is −g1 − (γ/ε)·(g2 − g1) of the loss over both ranks' micro-batches."""
+    ranks = world.run(worker.train, tmp_path, engine, how="attach", accumulation=accumulation)
+    assert [rank["engine"] for rank in ranks] == [ENGINES[engine]] * 2
+    assert_updates_are_the_formula(ranks, accumulation)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@on("ddp", "zero2", "zero3")
+def test_given_optimizer_updates_alike(world, engine, accumulation, tmp_path):
+    """The same by ``optimizers=``, where the Trainer takes one, bit for bit what ``attach`` gives."""
+    given, attached = (
+        world.run(worker.train, tmp_path, engine, how=how, accumulation=accumulation) for how in ("optimizers", "attach")
+    )
+    assert_updates_are_the_formula(given, accumulation)
+    for step in (1, 2):
+        assert_same(given[0]["weights"][step], attached[0]["weights"][step])
+
+
+def test_fsdp_needs_attach(world, tmp_path):
+    """Under FSDP the Trainer refuses ``optimizers=`` itself: it creates the optimizer, and ``attach`` wraps that."""
+    for message in world.run(worker.train_with_given_optimizer, tmp_path, "fsdp2"):
+        assert "Passing `optimizers` is not allowed if PyTorch FSDP is enabled" in message
+
+
+@pytest.mark.parametrize(("kind", "engine"), [("grpo", "ddp"), ("plain", "ddp"), ("plain", "fsdp2")])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_other_trainers_update_alike(world, kind, engine, accumulation, tmp_path):
+    """GRPO, with completions and advantages of its own on each rank, and Transformers' own Trainer."""
+    ranks = world.run(worker.train, tmp_path, engine, kind=kind, how="attach", accumulation=accumulation)
+    assert_updates_are_the_formula(ranks, accumulation, kind)
+
+
+@on("ddp", "fsdp2")
+def test_gradients_are_reduced_at_the_end_of_a_window_only(world, engine, tmp_path):
+    """``no_sync`` holds in both passes: of three micro-batches the first two of each pass send no gradient."""
+    for rank in world.run(worker.train, tmp_path, engine, how="attach", accumulation=3, max_steps=1):
+        reductions = rank["reductions"]
+        assert len(reductions) == 2 * 3
+        assert reductions[0] == reductions[1] == reductions[3] == reductions[4] == 0
+        assert reductions[2] == reductions[5] > 0
+
+
+@on(*ENGINES)
+def test_first_loss_is_repeated_once_without_a_trace(world, engine, tmp_path):
+    """One forward more, without gradients, after the first window; weights, random numbers and counters as without it."""
+    arguments = {"how": "attach", "accumulation": 2, "dropout": 0.3}
+    checked, unchecked = (world.run(worker.train, tmp_path, engine, checked=yes, **arguments) for yes in (True, False))
+    for one, other in zip(checked, unchecked, strict=True):
+        assert one["forwards"] == [True, True, False, *[True] * 6]
+        assert other["forwards"] == [True] * 8
+        assert torch.equal(one["random"], other["random"])
+        assert one["counters"] == other["counters"]
+        assert one["timer_kept"]
+    for step in (1, 2):
+        assert_same(checked[0]["weights"][step], unchecked[0]["weights"][step])
+
+
+@on("zero2", "zero3")
+def test_engine_counts_what_it_counts_without_the_penalty(world, engine, tmp_path):
+    """Steps, micro-steps, samples and the throughput timer of DeepSpeed's engine are those of plain training."""
+    runs = [world.run(worker.train, tmp_path, engine, how=how, accumulation=2) for how in ("attach", "none")]
+    assert runs[0][0]["counters"] == runs[1][0]["counters"]
+    assert runs[0][0]["counters"]["global_steps"] == 2
+
+
+@pytest.mark.parametrize("ranks", [(0, 1), (1,)], ids=["on every rank", "on one rank"])
+@on("ddp", "fsdp2", "zero2", "zero3")
+def test_loss_with_hidden_state_is_refused_on_every_rank(world, engine, ranks, tmp_path):
+    """A loss that cannot be repeated, though it be one rank's alone, stops all ranks at the first step, weights at θ."""
+    answers = world.run(worker.train_with_hidden_state, tmp_path, engine, ranks)
+    for rank, (message, computed, weights) in enumerate(answers):
+        assert message.startswith("Elsewhere: the first loss was ")
+        assert ("on another rank" in message) == (rank not in ranks)
+        assert computed == 2 + 1
+        if weights[0] is not None:
+            assert_same(weights[-1], weights[0])
