@@ -1,0 +1,473 @@
+"""What the second pass makes of a policy's completions: by exact summation over all of them, and in real trainers."""
+
+import functools
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_trainer_update import EXCLUDED, completion_log_probabilities, distance, double, norm, trained
+from torch.optim import SGD
+from trainer_kinds import build_kind, find
+from trainers import AT_THETA, REAL, UNCLIPPED, assert_same, build, llama, penalties, weights
+from transformers import LlamaForCausalLM
+from transformers.utils import ModelOutput
+from trl import GRPOTrainer, RLOOTrainer, SFTTrainer
+
+from gradreg_optim import GradRegConfig, attach
+from gradreg_optim.resample import OldPolicy, clipped_by_loss
+
+ACTIONS, PROMPT = 5, 3
+EXACT = 1e-12
+"""Relative, for float64 sums over a hundred completions in another order."""
+
+
+class Policy(LlamaForCausalLM):
+    """A policy over five tokens that sees the last one only, in float64: logits = U·tanh(E[token])."""
+
+    def __init__(self):
+        config = llama().config
+        config.update({"vocab_size": ACTIONS, "hidden_size": 4, "num_hidden_layers": 0})
+        super().__init__(config)
+        del self.model.norm
+        torch.manual_seed(5)
+        for parameter in self.double().parameters():
+            torch.nn.init.normal_(parameter)
+
+    def forward(self, input_ids, attention_mask=None, labels=None, fused_lm_head=False, use_cache=None):
+        logits = self.lm_head(self.model.embed_tokens(input_ids).tanh())
+        log_p = logits[:, :-1].log_softmax(-1)
+        taken = log_p.gather(-1, input_ids[:, 1:, None]).squeeze(-1)
+        return ModelOutput(logits=logits, log_probs=taken, entropy=-(log_p.exp() * log_p).sum(-1).detach())
+
+
+def completions(length):
+    """Every completion of at most that length, and its mask, (completions, length): token 0 ends one and fills it up."""
+    ids = torch.tensor(list(itertools.product(range(ACTIONS), repeat=length)))
+    ends = (ids == 0).long()
+    after = ends.cumsum(1) - ends > 0
+    each = (~after | (ids == 0)).all(1)
+    return ids[each], (~after[each]).long()
+
+
+def rewards(length):
+    """A fixed reward A(y) for each of them."""
+    return torch.randn(len(completions(length)[0]), dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+def log_policy(length, at=None):
+    """log π of every token of every completion, 0 where it has ended, as a function of the policy, or at weights ``at``."""
+    ids, mask = completions(length)
+    ids = torch.cat([torch.full((len(ids), 1), PROMPT), ids], 1)
+    if at is None:
+        return lambda policy: policy(ids).log_probs * mask
+    with torch.no_grad():
+        return torch.func.functional_call(Policy(), at, (ids,)).log_probs * mask
+
+
+def gradient(at, loss):
+    """∇loss(policy) at the weights ``at``, by name."""
+    policy = Policy()
+    policy.load_state_dict(at)
+    found = torch.autograd.grad(loss(policy), list(policy.parameters()))
+    return dict(zip(at, found, strict=True))
+
+
+def loss_of(length):
+    """L = −J = −Σ_y π(y)·A(y), which gradients of a policy estimate."""
+    return lambda policy: -(log_policy(length)(policy).sum(1).exp() * rewards(length)).sum()
+
+
+def hessian_product(at, direction, length):
+    """H·d of L, by double backward."""
+    policy = Policy()
+    policy.load_state_dict(at)
+    first = torch.autograd.grad(loss_of(length)(policy), list(policy.parameters()), create_graph=True)
+    slope = sum((g * direction[name]).sum() for name, g in zip(at, first, strict=True))
+    return dict(zip(at, torch.autograd.grad(slope, list(policy.parameters())), strict=True))
+
+
+def expected_gradient(start, at, length, ratio):
+    """E[g2] on completions of π_start: −Σ_y π_start(y)·A(y)·Σ_t w_t·∇log π_at(y_t), w of the named kind."""
+    here = log_policy(length, start)
+    log_w = log_policy(length, at) - here
+    w = {
+        "none": torch.ones_like(log_w),
+        "token": log_w.exp(),
+        "completion": log_w.sum(1, keepdim=True).exp(),
+        "geometric mean": (log_w.sum(1, keepdim=True) / completions(length)[1].sum(1, keepdim=True)).exp(),
+    }[ratio]
+    factor = here.sum(1, keepdim=True).exp() * rewards(length)[:, None] * w
+    return gradient(at, lambda policy: -(factor * log_policy(length)(policy)).sum())
+
+
+def moved(at, direction, eps):
+    return {name: at[name] + eps * direction[name] for name in at}
+
+
+def difference(one, other, eps=1.0):
+    return {name: (one[name] - other[name]) / eps for name in other}
+
+
+KINDS = {"grpo": GRPOTrainer, "rloo": RLOOTrainer}
+GMPO = find("GMPOTrainer")  # trl 0.27 has none
+if GMPO:
+    KINDS["gmpo"] = GMPO[0]
+
+
+def second_gradient(kind, folder, *, length, eps, resample, **arguments):
+    """The weights, and g2 of a trainer whose batch is every completion, each with its probability in its advantage.
+
+    The step is SGD's at rate 1 with γ = ε, which makes it g2. The trainer and its loss are TRL's; only what they are given
+    is not sampled, and the policy keeps its own head, for trl 1.16's works in float32.
+    """
+    policy, (ids, mask), loss = Policy(), completions(length), arguments.get("loss_type", {"grpo": "dapo"}.get(kind, kind))
+    start = {name: value.double() for name, value in weights(policy).items()}
+    log_p, count = log_policy(length, start), len(ids)
+    # What the losses divide by: the number of completions, that of tokens, the longest completion.
+    divisor = {"grpo": mask.sum(1), "sapo": 1, "gmpo": mask.sum(1), "rloo": 1, "dr_grpo": length}.get(
+        loss, int(mask.sum()) / count
+    )
+    inputs = {
+        "prompt_ids": torch.full((count, 1), PROMPT),
+        "prompt_mask": torch.ones(count, 1, dtype=torch.long),
+        "completion_ids": ids,
+        "completion_mask": mask,
+        "advantages": log_p.sum(1).exp() * rewards(length) * count * divisor,
+        "num_items_in_batch": mask.sum(),
+    }
+    if kind == "rloo":
+        inputs["old_logps"] = log_p.sum(1)
+    base = KINDS[kind]
+    unbounded = {"learning_rate": 1.0, "max_steps": 1, "max_grad_norm": 1e9}
+    trainer = build(
+        "rloo" if kind == "rloo" else "grpo",
+        folder,
+        model=policy,
+        base=lambda model: SGD(model.parameters(), lr=1.0),
+        wrapped={"strength": eps, "eps": eps, "exclude": "none", "resample": resample, **UNCLIPPED},
+        trainer_class=type(base.__name__, (base,), {"_prepare_inputs": lambda self, _: dict(inputs)}),
+        **{**unbounded, "max_completion_length": length, **arguments},
+    )
+    vars(policy).pop("forward", None)
+    trainer.train()
+    return start, difference(start, weights(policy)), trainer
+
+
+LOSSES = [("grpo", {"loss_type": loss_type}) for loss_type in ("grpo", "bnpo", "dr_grpo", "dapo")]
+LOSSES += [("grpo", {"loss_type": "cispo", "epsilon_high": 5.0}), ("grpo", {"importance_sampling_level": "sequence"})]
+LOSSES += [("gmpo", {})] if GMPO else []
+
+
+def named(value):
+    return value if isinstance(value, str) else "-".join(map(str, value.values()))
+
+
+def claims(length):
+    """θ', the exact ∇L(θ') and E[g2] of each kind of ratio, at weights ``start``."""
+
+    def at(start, eps):
+        there = moved(start, gradient(start, loss_of(length)), eps)
+        kinds = ("none", "token", "completion", "geometric mean")
+        means = {ratio: expected_gradient(start, there, length, ratio) for ratio in kinds}
+        return gradient(there, loss_of(length)), means
+
+    return at
+
+
+def relative(one, other):
+    return distance(one, other) / norm(other)
+
+
+def test_only_the_ratio_of_whole_completions_is_unbiased():
+    """(E[g2] − g1)/ε → H·g1 with it, error halving with ε; without it, or with ratios of tokens, most of H·g1 is missed."""
+    start = {name: value.double() for name, value in weights(Policy()).items()}
+    errors = {}
+    for length in (1, 2, 3):
+        g1 = gradient(start, loss_of(length))
+        exact = hessian_product(start, g1, length)
+        for eps in (2e-3, 1e-3):
+            there = moved(start, g1, eps)
+            for ratio in ("none", "token", "completion"):
+                estimate = difference(expected_gradient(start, there, length, ratio), g1, eps)
+                errors[length, ratio, eps] = relative(estimate, exact)
+        assert errors[length, "completion", 1e-3] < 1e-3
+        assert errors[length, "completion", 1e-3] == pytest.approx(errors[length, "completion", 2e-3] / 2, rel=0.01)
+    assert errors[1, "token", 1e-3] < 1e-3
+    # Of ‖H·g1‖, in this policy: the bias is as large as what is estimated, and does not vanish with ε.
+    for eps in (2e-3, 1e-3):
+        assert [errors[length, "none", eps] for length in (1, 2, 3)] == pytest.approx([1.03, 1.23, 1.20], abs=0.01)
+        assert [errors[length, "token", eps] for length in (2, 3)] == pytest.approx([0.84, 1.00], abs=0.01)
+
+
+@pytest.mark.parametrize("resample", ["importance", "sequence"])
+@pytest.mark.parametrize(("kind", "arguments"), [*LOSSES, ("rloo", {})], ids=named)
+def test_second_gradient_on_single_tokens_is_that_of_new_completions(kind, arguments, resample, tmp_path):
+    """Through each loss, E[g2] = ∇L(θ') at a finite ε when a completion is one token."""
+    start, g2, trainer = second_gradient(kind, tmp_path, length=1, eps=0.05, resample=resample, **arguments)
+    exact, means = claims(1)(start, 0.05)
+    assert relative(g2, exact) < EXACT
+    assert relative(means["none"], exact) > 0.01  # or nothing would be shown
+    assert penalties(trainer, "reweighted") == [1.0]
+    assert penalties(trainer, "clipped_by_loss") == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "resample", "ratio"),
+    [
+        ("grpo", {}, "reuse", "none"),
+        ("grpo", {}, "importance", "token"),
+        ("grpo", {"loss_type": "cispo", "epsilon_high": 5.0}, "importance", "token"),
+        ("grpo", {"importance_sampling_level": "sequence"}, "importance", "geometric mean"),
+        *([("gmpo", {}, "importance", "geometric mean")] if GMPO else []),
+        ("rloo", {}, "reuse", "completion"),
+        ("rloo", {}, "importance", "completion"),
+        ("rloo", {}, "sequence", "completion"),
+        *[(kind, arguments, "sequence", "completion") for kind, arguments in LOSSES],
+    ],
+    ids=named,
+)
+def test_second_gradient_on_two_tokens_is_the_one_documented(kind, arguments, resample, ratio, tmp_path):
+    """Each loss takes the ratio that the documentation says, and "sequence" makes it ∇L(θ') in all of them."""
+    start, g2, trainer = second_gradient(kind, tmp_path, length=2, eps=0.05, resample=resample, **arguments)
+    exact, means = claims(2)(start, 0.05)
+    assert relative(g2, means[ratio]) < EXACT
+    for other in means.keys() - {ratio}:
+        assert relative(g2, means[other]) > 1e-3
+    assert (relative(g2, exact) < EXACT) == (ratio == "completion")
+    assert penalties(trainer, "reweighted") == [float(ratio != "none")]
+
+
+def old_policy_loss(kind, model, old, window, level, epsilon=0.2):
+    """GRPO's and RLOO's loss in float64 against old log-probabilities, and the fraction that it clips, per micro-batch."""
+    total, tokens, fractions = 0.0, sum(inputs["completion_mask"].sum() for inputs in window), []
+    for inputs, old_log_p in zip(window, old, strict=True):
+        log_p, mask = completion_log_probabilities(model, inputs)
+        advantages, log_ratio = inputs["advantages"].double()[:, None], (log_p - old_log_p) * mask
+        if kind == "rloo":
+            log_ratio = log_p.new_zeros(len(log_p), 1) + ((log_p * mask).sum(1) - inputs["old_logps"])[:, None]
+        elif level == "sequence":
+            log_w = log_ratio.sum(1, keepdim=True).detach()
+            log_ratio = log_p - log_p.detach() + log_w
+        ratio = log_ratio.exp()
+        clipped = torch.min(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
+        outside = ((ratio > 1 + epsilon) & (advantages > 0)) | ((ratio < 1 - epsilon) & (advantages < 0))
+        if kind == "rloo":
+            total = total - clipped.mean() / len(window)
+            fractions.append(outside.double().mean())
+        else:
+            total = total - (clipped * mask).sum() / tokens
+            fractions.append((outside * mask).sum() / mask.sum())
+    return total, sum(fractions) / len(fractions)
+
+
+def formula(kind, model, values, window, resample, *, strength, eps, epsilon=0.2, **_):
+    """g1 + (γ/ε)·(g2 − g1) with "old" held at ``values`` (GRPO) or as given (RLOO), and the fraction clipped at θ'."""
+    values = {name: value.double() for name, value in values.items()}
+    with torch.no_grad():
+        old = [completion_log_probabilities(double(model, values), inputs)[0] for inputs in window]
+
+    def gradients(at):
+        twin = double(model, at)
+        loss, clipped = old_policy_loss(kind, twin, old, window, resample, epsilon)
+        loss.backward()
+        return {name: parameter.grad for name, parameter in twin.named_parameters()}, clipped.item()
+
+    moving = {name: float(not any(part in name for part in EXCLUDED)) for name in values}
+    g1, _ = gradients(values)
+    g2, clipped = gradients({name: value + eps * moving[name] * g1[name] for name, value in values.items()})
+    return {name: g1[name] + strength / eps * moving[name] * (g2[name] - g1[name]) for name in values}, clipped
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "resample"), [("grpo", "importance"), ("grpo", "sequence"), ("rloo", "importance"), ("rloo", "sequence")]
+)
+def test_first_update_is_the_formula(kind, resample, accumulation, tmp_path):
+    """On sampled completions of several tokens, θ moves by −g1 − (γ/ε)·(g2 − g1) with the old policy that is kept."""
+    wrapped = {**REAL, "resample": resample}
+    trainer, spy, steps = trained(kind, tmp_path, wrapped, gradient_accumulation_steps=accumulation)
+    start, window = steps.weights[0], spy.inputs[:accumulation]
+    kept = "old_per_token_logps" in spy.inputs[accumulation]  # whole ratios are put in when the second pass has its own
+    assert kept == (kind == "grpo" and resample == "importance")
+    assert not any("old_per_token_logps" in inputs for inputs in window)  # nor does the first one's
+    expected, clipped = formula(kind, trainer.model, start, window, resample, **REAL)
+    assert distance(steps.update(0), expected) < 2e-5 * norm(expected)  # float32, times γ/ε, as for other updates
+    assert penalties(trainer, "clipped_by_loss") == pytest.approx([clipped], abs=1e-6)
+    others = [other for other in ("importance", "sequence") if other != resample]
+    if kind == "grpo":  # the settings are different operators
+        published, _, published_steps = trained(kind, tmp_path, REAL, gradient_accumulation_steps=accumulation)
+        assert penalties(published, "reweighted") == [0.0]
+        assert distance(published_steps.update(0), expected) > 1e-3 * norm(expected)
+        for other in others:
+            assert distance(formula(kind, trainer.model, start, window, other, **REAL)[0], expected) > 1e-3 * norm(expected)
+
+
+def test_tight_clip_is_reported(tmp_path):
+    """Of a range of 3e-4 the loss clips at θ' what it did not at θ; the figure is the float64 one, and the update too."""
+    settings = {"gradient_accumulation_steps": 2, "epsilon": 3e-4}
+    trainer, spy, steps = trained("grpo", tmp_path, {**REAL, "resample": "importance"}, **settings)
+    start = steps.weights[0]
+    expected, clipped = formula("grpo", trainer.model, start, spy.inputs[:2], "importance", epsilon=3e-4, **REAL)
+    assert clipped > 0.1
+    assert penalties(trainer, "clipped_by_loss") == pytest.approx([clipped], abs=1e-6)  # no ratio is that near the edge
+    assert [entry["clip_ratio/region_mean"] for entry in trainer.state.log_history if "loss" in entry] == [0.0]  # at θ
+    assert distance(steps.update(0), expected) < 2e-5 * norm(expected)  # as above
+    trainer, _, _ = trained("grpo", tmp_path, REAL, **settings)
+    assert penalties(trainer, "clipped_by_loss") == [0.0]  # reused completions: the ratio is 1 again
+
+
+@pytest.mark.parametrize("tool_mask", [None, [1, 0]], ids=["", "tools"])
+def test_whole_ratio_is_of_the_tokens_that_count(tool_mask):
+    """Of one completion of two tokens and one that has ended, without the tokens that a tool wrote."""
+    old_policy = OldPolicy(None)
+    inputs = {"completion_mask": torch.tensor([[1, 1], [1, 0]])}
+    if tool_mask is not None:
+        inputs["tool_mask"] = torch.tensor([tool_mask, tool_mask])
+    kept, there = torch.tensor([[-1.0, -2.0], [-3.0, -4.0]]), torch.tensor([[-1.5, -1.0], [-3.25, -7.0]])
+    with old_policy.repeating("sequence", inputs, [kept]):
+        assert old_policy(lambda: (there,))[0] is there
+    log_w = [[0.5], [-0.25]] if tool_mask is None else [[-0.5], [-0.25]]
+    assert torch.equal(there - inputs["old_per_token_logps"], torch.tensor(log_w).expand(2, 2))
+
+
+def test_smooth_weights_are_ratios_to_first_order(tmp_path):
+    """SAPO's sigmoid of the ratio: E[g2] approaches ∇L(θ') with ε², so that its difference approaches H·g1."""
+    errors = []
+    for eps in (0.02, 0.01):
+        start, g2, _ = second_gradient("grpo", tmp_path, length=1, eps=eps, resample="importance", loss_type="sapo")
+        errors.append(relative(g2, claims(1)(start, eps)[0]))
+    assert errors[0] == pytest.approx(4 * errors[1], rel=0.05)
+    assert errors[0] < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"), [("rloo", {}), ("grpo", {"num_iterations": 2}), ("rloo", {"num_iterations": 2})]
+)
+def test_given_old_policy_stays(kind, arguments, tmp_path):
+    """Where inputs hold log-probabilities of the policy that sampled, "importance" is "reuse", bit for bit."""
+    results, reweighted = [], []
+    for resample in ("reuse", "importance"):
+        trainer = build(kind, tmp_path, wrapped={**REAL, "resample": resample}, **arguments)
+        trainer.train()
+        results.append(weights(trainer.model))
+        reweighted += penalties(trainer, "reweighted")
+    assert_same(*results)
+    assert set(reweighted) == {1.0}
+
+
+def test_sequence_starts_from_the_ratio_of_the_first_pass(tmp_path):
+    """In a second iteration, where the policy is not the one that sampled any more, g2 at θ itself is still g1."""
+    results = []
+    for wrapped in (None, {**AT_THETA, "resample": "sequence"}):
+        trainer = build("grpo", tmp_path, wrapped=wrapped, num_iterations=2, epsilon=0.5)
+        trainer.train()
+        results.append(weights(trainer.model))
+    plain, regularized = results
+    for name in plain:  # log p − (log p − log r) is rounded, and AdamW's first steps divide by small gradients
+        torch.testing.assert_close(regularized[name], plain[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("resample", ["importance", "sequence"])
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_at_theta_itself_training_is_plain(kind, resample, accumulation, tmp_path):
+    """With a step too short to move a weight the ratio is 1 and training is plain, bit for bit, under dropout."""
+    results = []
+    for wrapped in (None, {**AT_THETA, "resample": resample}):
+        trainer = build(
+            kind, tmp_path, model=llama(attention_dropout=0.2), wrapped=wrapped, gradient_accumulation_steps=accumulation
+        )
+        trainer.train()
+        results.append(weights(trainer.model))
+    assert_same(*results)
+
+
+def test_nothing_is_computed_twice(tmp_path):
+    """The setting costs no forward pass, and what is kept is one number per token of a completion."""
+    calls = {}
+    for resample in ("reuse", "importance", "sequence"):
+        trainer = build("grpo", tmp_path, wrapped={**REAL, "resample": resample}, max_steps=2)
+        calls[resample] = 0
+
+        def count(*_, resample=resample):
+            calls[resample] += 1
+
+        trainer.model.model.register_forward_hook(count)
+        trainer.train()
+    assert len(set(calls.values())) == 1
+
+
+def test_settings_reach_the_loss_by_every_way(tmp_path):
+    """As an argument of the optimizer, of attach, and from the command line's dataclass."""
+    clips = {"grad_reg_g1_clip": 0, "grad_reg_g2_clip": 0}
+    config = GradRegConfig(grad_reg_strength=0.05, grad_reg_eps=0.01, grad_reg_resample="importance", **clips)
+    results = []
+    for wrapped, given in (
+        ({**REAL, "resample": "importance"}, None),
+        (None, {**REAL, "resample": "importance"}),
+        (None, config),
+    ):
+        trainer = build("grpo", tmp_path, wrapped=wrapped)
+        if given is not None:
+            attach(trainer, **({"config": given} if given is config else given))
+        trainer.train()
+        assert set(penalties(trainer, "reweighted")) == {1.0}
+        results.append(weights(trainer.model))
+    assert_same(results[1], results[0])
+    assert_same(results[2], results[0])
+
+
+class OwnLoss(GRPOTrainer):
+    """As Liger's does, computes its loss without asking the trainer for log-probabilities."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        return model(input_ids=ids).logits.square().mean()
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 3])
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (functools.partial(build, "sft"), "SFTTrainer"),
+        (functools.partial(build_kind, "DPOTrainer"), "DPOTrainer"),
+        (functools.partial(build, "grpo", trainer_class=OwnLoss), "OwnLoss"),
+        (functools.partial(build_kind, "OnlineDPOTrainer"), "OnlineDPOTrainer"),
+    ],
+    ids=["sft", "dpo", "own", "online-dpo"],
+)
+def test_losses_without_a_ratio_are_refused(make, name, warmup_steps, tmp_path):
+    """At the first step, warm-up or not: the trainer is named, and the way out; the weights have not moved."""
+    trainer = make(folder=tmp_path)
+    attach(trainer, resample="importance", warmup_steps=warmup_steps)
+    before = weights(trainer.model)
+    with pytest.raises(RuntimeError, match=f"{name}: resample='importance' takes ratios .* Use resample='reuse'"):
+        trainer.train()
+    assert_same(weights(trainer.model), before)
+
+
+def test_vespo_is_refused(tmp_path):
+    """Its weight falls as the ratio rises: neither setting can be had."""
+    if "vespo" not in GRPOTrainer._compute_loss.__code__.co_consts:
+        pytest.skip("trl 0.27 has no VESPO")
+    trainer = build("grpo", tmp_path, wrapped={**REAL, "resample": "sequence"}, loss_type="vespo")
+    with pytest.raises(RuntimeError, match="loss_type='vespo' weighs completions by a function"):
+        trainer.train()
+
+
+def test_supervised_training_reports_no_ratio(tmp_path):
+    """A trainer without an old policy has neither figure in its log."""
+    trainer = build("sft", tmp_path, wrapped=REAL)
+    assert isinstance(trainer, SFTTrainer)
+    trainer.train()
+    assert penalties(trainer, "strength")
+    assert penalties(trainer, "reweighted") == penalties(trainer, "clipped_by_loss") == []
+
+
+def test_only_what_the_loss_has_just_counted_is_reported():
+    """A figure from before, of a loss that clipped then, is not this one's."""
+    before = {"_metrics": {"train": {"cispo_clip_ratio": [0.5]}}}
+    assert clipped_by_loss(SimpleNamespace(**before), before) is None
+    after = {"_metrics": {"train": {"cispo_clip_ratio": [0.5, 0.25]}}}
+    assert clipped_by_loss(SimpleNamespace(**after), before) == 0.25
