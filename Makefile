@@ -22,6 +22,9 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 ARGS ?=
 
+# Where DeepSpeed compiles: shared between environments, one version's build would be taken for another's.
+export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
+
 PY := $(VENV)/bin/python
 DEV := $(VENV)/.stamp-$(EXTRAS)
 DEMO := $(VENV)/.stamp-demo
@@ -30,7 +33,7 @@ CHECK := build/wheel-check
 
 .PHONY: help
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
 demo: $(DEMO)  ## Train a small language model by GRPO with gradient regularization (ARGS="...")
@@ -41,6 +44,10 @@ demo-zero: $(DEV)  ## The demo's model under DeepSpeed ZeRO-2, a few steps on tw
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(VENV)/bin/accelerate launch \
 	    --config_file benchmarks/accelerate/zero2.yaml --mixed_precision no benchmarks/grpo.py --ddp_backend gloo \
 	    --per_device_train_batch_size 8 --max_steps 8 --output_dir runs/demo-zero $(ARGS)
+
+.PHONY: reward-hacking
+reward-hacking: $(DEMO)  ## A policy that hacks a learned reward, without and with regularization, in minutes (ARGS="...")
+	$(PY) benchmarks/reward_hacking.py $(ARGS)
 
 .PHONY: test
 test: $(DEV)  ## Run the tests (PYTEST_ARGS="...", WORKERS=2)

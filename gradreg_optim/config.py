@@ -9,7 +9,7 @@ from typing import Any
 
 from gradreg_optim.schedule import NAMES, Schedule
 
-__all__ = ["DEFAULT_EPS", "GradRegConfig", "check_settings", "exclude_patterns"]
+__all__ = ["DEFAULT_EPS", "METHODS", "RESAMPLES", "ROUNDINGS", "GradRegConfig", "check_settings", "exclude_patterns"]
 
 
 class _Default(float):
@@ -17,6 +17,9 @@ class _Default(float):
 
 
 DEFAULT_EPS = _Default(1e-3)
+METHODS = ("forward", "central", "exact")
+ROUNDINGS = ("nearest", "stochastic")
+RESAMPLES = ("reuse", "importance", "sequence")
 
 
 def exclude_patterns(exclude: str | Iterable[str] | None) -> tuple[str, ...]:
@@ -77,7 +80,7 @@ _RULES: dict[str, tuple[str, str, Callable[[Any], bool]]] = {
     ),
     "radius": (
         "None or a finite number > 0",
-        "Leave it out to use eps; bf16 weights want about 0.02.",
+        "Leave it out to use eps; fp32 wants about 0.0025, fp16 and bf16 0.005.",
         lambda value: value is None or _positive(value),
     ),
     "warmup_steps": ("an integer >= 0", "It counts optimizer steps without the penalty.", _whole),
@@ -94,6 +97,27 @@ _RULES: dict[str, tuple[str, str, Callable[[Any], bool]]] = {
     "g1_clip": ("None or a number > 0", "None switches the clip off.", _clip),
     "g2_clip": ("None or a number > 0", "None switches the clip off.", _clip),
     "max_penalty_ratio": ("None or a number > 0", "None leaves the penalty unbounded.", _clip),
+    "resample": (
+        f"one of {RESAMPLES}",
+        "reuse is the published choice; the others reweight the completions of GRPO, RLOO and kin in the second pass.",
+        lambda value: isinstance(value, str) and value in RESAMPLES,
+    ),
+    "method": (
+        f"one of {METHODS}",
+        "forward takes one further gradient, central two, exact differentiates twice.",
+        lambda value: isinstance(value, str) and value in METHODS,
+    ),
+    "rounding": (
+        f"one of {ROUNDINGS}",
+        "It says how bfloat16 weights take a step smaller than their spacing.",
+        lambda value: isinstance(value, str) and value in ROUNDINGS,
+    ),
+    "check_every": (
+        "None or an integer >= 0",
+        "It counts optimizer steps between self-checks; 0 makes none, None only in low precision.",
+        lambda value: value is None or _whole(value),
+    ),
+    "shrink": ("True or False", "True scales the penalty by its share of signal.", lambda value: isinstance(value, bool)),
 }
 
 
@@ -119,7 +143,7 @@ class GradRegConfig:
     )
     grad_reg_radius: float | None = field(
         default=None,
-        metadata={"help": "Length of the finite-difference step, instead of ε; bf16 wants about 0.02."},
+        metadata={"help": "Length of the finite-difference step, instead of ε; 0.0025 in fp32, 0.005 in fp16 and bf16."},
     )
     grad_reg_warmup: int = field(default=0, metadata={"help": "Optimizer steps before the penalty starts."})
     grad_reg_schedule: str = field(
@@ -134,11 +158,33 @@ class GradRegConfig:
     grad_reg_max_penalty_ratio: float | None = field(
         default=None, metadata={"help": "Bound on ‖penalty‖/‖g1‖; does not bias the difference."}
     )
+    grad_reg_method: str = field(
+        default="forward",
+        metadata={"help": "Estimate of H·d: one further gradient, two, or double backward.", "choices": list(METHODS)},
+    )
+    grad_reg_rounding: str = field(
+        default="stochastic",
+        metadata={"help": "How bfloat16 weights without fp32 masters take the step.", "choices": list(ROUNDINGS)},
+    )
+    grad_reg_check_every: int | None = field(
+        default=None,
+        metadata={"help": "Steps between self-checks of the difference; 0: none. Default: 100 in low precision."},
+    )
+    grad_reg_shrink: bool = field(
+        default=True, metadata={"help": "Scale the penalty by the share of the difference that is not rounding noise."}
+    )
     grad_reg_exclude: list[str] | None = field(
         default=None,
         metadata={
             "help": "Parts of parameter names left out of the penalty; `none` leaves out nothing. "
             "Default: embeddings, output layer and value or reward heads, found as modules."
+        },
+    )
+    grad_reg_resample: str = field(
+        default="reuse",
+        metadata={
+            "help": "Completions in the second pass of GRPO, RLOO and kin: as they are, or reweighted, by tokens or whole.",
+            "choices": list(RESAMPLES),
         },
     )
 
@@ -162,5 +208,10 @@ class GradRegConfig:
             "g1_clip": None if self.grad_reg_g1_clip == 0 else self.grad_reg_g1_clip,
             "g2_clip": None if self.grad_reg_g2_clip == 0 else self.grad_reg_g2_clip,
             "max_penalty_ratio": self.grad_reg_max_penalty_ratio,
+            "method": self.grad_reg_method,
+            "rounding": self.grad_reg_rounding,
+            "check_every": self.grad_reg_check_every,
+            "shrink": self.grad_reg_shrink,
             "exclude": tuple(self.grad_reg_exclude or ()),
+            "resample": self.grad_reg_resample,
         }

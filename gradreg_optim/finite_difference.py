@@ -24,15 +24,21 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "add_penalty_",
     "arrival",
     "clip_coefficient",
     "clipped_moments",
     "combine_",
     "difference_moments",
+    "halved_difference_",
+    "inner_of_differences",
+    "moments",
     "norm_squared",
     "ratio",
+    "readable",
     "scale_",
     "shift_",
+    "stochastically_rounded",
 ]
 
 Scalar = float | Tensor
@@ -76,6 +82,41 @@ def difference_moments(start: Sequence[Tensor], end: Sequence[Tensor], along: Se
             inner.append(torch.dot(delta, x.to(wide)).to(home))
             squares.append(torch.dot(delta, delta).to(home))
     return torch.stack(inner).sum(), torch.stack(squares).sum()
+
+
+def moments(delta: Sequence[Tensor], along: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """⟨delta, along⟩ and ‖delta‖², summed over the lists: :func:`difference_moments` of a difference that is there.
+
+    >>> moments([torch.tensor([2.0])], [torch.tensor([5.0])])
+    (tensor(10.), tensor(4.))
+    """
+    if not delta:
+        return torch.zeros(()), torch.zeros(())
+    home, inner = delta[0].device, []
+    for tensors in zip(delta, along, strict=True):
+        wide = accumulation_dtype(tensors[0].dtype)
+        for a, x in zip(*(_blocks(tensor) for tensor in tensors), strict=True):
+            inner.append(torch.dot(a.to(wide), x.to(wide)).to(home))
+    return torch.stack(inner).sum(), norm_squared(delta)
+
+
+def inner_of_differences(
+    a: Sequence[Tensor], b: Sequence[Tensor], c: Sequence[Tensor], d: Sequence[Tensor], *, scale: Scalar = 1.0
+) -> Tensor:
+    """⟨a − scale·b, c − scale·d⟩, summed over the lists, as one 0-d tensor; the differences live a block at a time.
+
+    >>> inner_of_differences([torch.tensor([3.0])], [torch.tensor([1.0])], [torch.tensor([9.0])], [torch.tensor([4.0])])
+    tensor(10.)
+    """
+    if not a:
+        return torch.zeros(())
+    home, products = a[0].device, []
+    for tensors in zip(a, b, c, d, strict=True):
+        wide = accumulation_dtype(tensors[0].dtype)
+        for blocks in zip(*(_blocks(tensor) for tensor in tensors), strict=True):
+            w, x, y, z = (block.to(wide) for block in blocks)
+            products.append(torch.dot(w - scale * x, y - scale * z).to(home))
+    return torch.stack(products).sum()
 
 
 def _blocks(tensor: Tensor) -> Sequence[Tensor]:
@@ -139,14 +180,36 @@ def scale_(tensors: Sequence[Tensor], factor: Scalar) -> None:
         torch._foreach_mul_(list(tensors), factor)
 
 
-def shift_(weights: Sequence[Tensor], direction: Sequence[Tensor], *, eps: Scalar) -> None:
+def stochastically_rounded(values: Tensor, generator: torch.Generator) -> Tensor:
+    """Float32 ``values`` as bfloat16, each rounded up or down with the probability that makes it right on average.
+
+    bfloat16 is the upper half of float32: random bits are added below the cut, and cut off with the rest.
+    """
+    noise = torch.randint(0, 2**16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
+    return (values.view(torch.int32) + noise).bitwise_and_(-(2**16)).view(torch.float32).to(torch.bfloat16)
+
+
+def shift_(
+    weights: Sequence[Tensor], direction: Sequence[Tensor], *, eps: Scalar, generator: torch.Generator | None = None
+) -> None:
     """``θ ← θ + ε·d`` in place, each element rounded to the nearest value of the weights' dtype.
+
+    With a ``generator``, bfloat16 weights are rounded stochastically: of steps shorter than half a spacing, which rounding
+    to nearest drops altogether, the right share then arrives on average.
 
     >>> w = torch.tensor([1.0]); shift_([w], [torch.tensor([2.0])], eps=0.5); w
     tensor([2.])
     """
     if not weights:  # torch._foreach_* refuses empty lists, which a group without gradients has
         return
+    if generator is not None:
+        coarse = [pair for pair in zip(weights, direction, strict=True) if pair[0].dtype == torch.bfloat16]
+        for weight, along in coarse:
+            weight.copy_(stochastically_rounded(weight.float().add_(along.float() * eps), generator))
+        fine = [pair for pair in zip(weights, direction, strict=True) if pair[0].dtype != torch.bfloat16]
+        weights, direction = [weight for weight, _ in fine], [along for _, along in fine]
+        if not weights:
+            return
     if isinstance(eps, Tensor):  # ``alpha=`` takes Python numbers only
         torch._foreach_add_(list(weights), torch._foreach_mul(list(direction), eps))
     else:
@@ -170,3 +233,25 @@ def combine_(g1: Sequence[Tensor], g2: Sequence[Tensor], *, weight: Scalar) -> N
         torch._foreach_add_(list(g2), list(g1))
     else:
         torch._foreach_lerp_(list(g2), list(g1), 1.0 - weight)
+
+
+def halved_difference_(plus: Sequence[Tensor], minus: Sequence[Tensor]) -> None:
+    """``plus ← (plus − minus)/2`` in place: the central difference times ε.
+
+    >>> g = torch.tensor([3.0]); halved_difference_([g], [torch.tensor([1.0])]); g
+    tensor([1.])
+    """
+    if plus:
+        torch._foreach_sub_(list(plus), list(minus))
+        torch._foreach_mul_(list(plus), 0.5)
+
+
+def add_penalty_(g1: Sequence[Tensor], delta: Sequence[Tensor], *, weight: Scalar) -> None:
+    """``delta ← g1 + weight·delta`` in place.
+
+    >>> d = torch.tensor([3.0]); add_penalty_([torch.tensor([1.0])], [d], weight=2.0); d
+    tensor([7.])
+    """
+    if delta:
+        torch._foreach_mul_(list(delta), weight)
+        torch._foreach_add_(list(delta), list(g1))

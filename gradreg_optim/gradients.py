@@ -53,12 +53,15 @@ class Share:
 class FirstGradient:
     """Everything taken out of ``.grad`` after the first pass: shares to regularize, and gradients kept as they are.
 
-    ``absent`` are the parameters to regularize that had no gradient.
+    ``absent`` are the parameters to regularize that had no gradient. ``further`` holds gradients from other points than
+    the last, by their distance from θ in units of the step; ``clip`` is the factor by which g1 was clipped.
     """
 
     shares: list[Share]
     kept: list[tuple[Tensor, Tensor | None]]
     absent: list[Tensor] = field(default_factory=list)
+    further: dict[float, Any] = field(default_factory=dict)
+    clip: Scalar = 1.0
 
 
 def device_mesh(parameters: Iterable[Tensor]) -> DeviceMesh | None:

@@ -3,7 +3,7 @@
 Living there, hyperparameters are saved with the optimizer, can differ between groups and can be scheduled. ``strength``,
 ``eps`` and ``radius`` are read group by group; the other settings and the step count hold for the whole optimizer, are
 written to every group and read from the first. ``gradreg_excluded`` lists positions in ``group["params"]``: positions
-survive FSDP2 and tensor parallelism, which put other tensors there.
+survive FSDP2 and tensor parallelism, which put other tensors there. ``gradreg_floor`` is the noise floor last measured.
 """
 
 from __future__ import annotations
@@ -20,8 +20,19 @@ __all__ = ["KEYS", "PER_GROUP", "SHARED", "adopt_group", "excluded_positions", "
 Group = dict[str, Any]
 
 PER_GROUP = ("strength", "eps", "radius")
-SHARED = ("warmup_steps", "schedule", "schedule_steps", "g1_clip", "g2_clip", "max_penalty_ratio")
-KEYS = tuple(f"gradreg_{name}" for name in (*PER_GROUP, *SHARED, "step", "excluded"))
+SHARED = (
+    "warmup_steps",
+    "schedule",
+    "schedule_steps",
+    "g1_clip",
+    "g2_clip",
+    "max_penalty_ratio",
+    "method",
+    "rounding",
+    "check_every",
+    "shrink",
+)
+KEYS = tuple(f"gradreg_{name}" for name in (*PER_GROUP, *SHARED, "step", "floor", "excluded"))
 
 
 def missing_keys(group: Group) -> list[str]:
@@ -48,6 +59,7 @@ def adopt_group(group: Group, settings: dict[str, Any], *, step: int, excluded: 
     for name in SHARED:
         group.setdefault(f"gradreg_{name}", settings[name])
     group.setdefault("gradreg_step", step)
+    group.setdefault("gradreg_floor", None)
     group.setdefault("gradreg_excluded", excluded)
 
 

@@ -26,7 +26,11 @@ __all__ = ["RandomState", "batch_norm_statistics_kept", "shifted"]
 
 @contextmanager
 def shifted(
-    weights: Sequence[Sequence[Tensor]], direction: Sequence[Sequence[Tensor]], eps: Sequence[Scalar]
+    weights: Sequence[Sequence[Tensor]],
+    direction: Sequence[Sequence[Tensor]],
+    eps: Sequence[Scalar],
+    *,
+    seed: int | None = None,
 ) -> Iterator[list[list[Tensor]]]:
     """The weights, moved to θ + ε·d inside the block and copied back on the way out, however it is left.
 
@@ -34,6 +38,7 @@ def shifted(
         weights: θ, one list of tensors a parameter group.
         direction: d, tensors of the same shapes.
         eps: ε of each group.
+        seed: for stochastic rounding of bfloat16 weights; ``None`` rounds to nearest. Replicas need the same one.
 
     Yields:
         The copies of θ that will be written back; treat them as read-only.
@@ -41,7 +46,9 @@ def shifted(
     backup = [[weight.clone() for weight in group] for group in weights]
     try:
         for group, along, step in zip(weights, direction, eps, strict=True):
-            shift_(group, along, eps=step)
+            if group:
+                generator = None if seed is None else torch.Generator(group[0].device).manual_seed(seed)
+                shift_(group, along, eps=step, generator=generator)
         torch.clear_autocast_cache()  # inside an autocast block around both passes, bf16 copies of θ would be used again
         yield backup
     finally:

@@ -21,7 +21,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,8 +38,11 @@ from gradreg_optim.config import GradRegConfig, check_settings, exclude_patterns
 from gradreg_optim.exclusion import default_exclusion
 from gradreg_optim.optimizer import GradRegOptimizer
 from gradreg_optim.perturbation import RandomState, batch_norm_statistics_kept
+from gradreg_optim.resample import METHOD, OldPolicy, clipped_by_loss, is_given
 from gradreg_optim.snapshot import copied, counters, untouched
+from gradreg_optim.versions import warn_outside_range
 from gradreg_optim.whole_steps import Answer, Answers, answered_methods
+from gradreg_optim.written_out import written_out
 
 __all__ = ["Attachment", "attach", "attach_to_caller", "detach", "find_wrapper"]
 
@@ -154,6 +157,7 @@ class MicroBatch:
     is_last: bool
     loss: Tensor | None = None
     answers: list[Answer] = field(default_factory=list)
+    old: list[Tensor] = field(default_factory=list)
 
 
 class Attachment:
@@ -190,12 +194,20 @@ class Attachment:
             self._listen(owner, name, self._answers)
         if self._repeats_whole_steps:
             self._listen(trainer, "training_step", self._training_step)
+        self._old_policy = OldPolicy(trainer)
+        if hasattr(trainer, METHOD):
+            self._listen(trainer, METHOD, self._old_policy)
         self._listen(trainer.accelerator, "backward", self._backward)
         beginning = _Beginning(self)
         trainer.add_callback(beginning)
         self._undo.append(functools.partial(trainer.remove_callback, beginning))
         trainer._gradreg_attachment = self  # type: ignore[attr-defined]
         self._undo.append(functools.partial(delattr, trainer, "_gradreg_attachment"))
+
+    @property
+    def computes_in_low_precision(self) -> bool:
+        """Whether the trainer's forward runs in half precision, whatever the weights are kept in."""
+        return str(self.trainer.accelerator.mixed_precision) != "no"
 
     def detach(self) -> None:
         """Give the trainer its methods and its optimizer back."""
@@ -296,6 +308,8 @@ class Attachment:
         self._awaits, self._consulted, self._is_checked = None, False, False
         if self._is_sharded:
             self._shard()
+        if self._repeats_whole_steps and self._resample() != "reuse":
+            raise self._old_policy.refusal(self._resample(), "its loss compares completions of one policy with each other")
         if find_wrapper(self.trainer.optimizer) is None:
             raise RuntimeError(
                 "The trainer's optimizer is not the GradRegOptimizer that was attached any more: it would train without "
@@ -315,7 +329,14 @@ class Attachment:
             raise RuntimeError(self._not_repeatable("compute_loss was called twice in one micro-batch"))
         if listening and self._awaits == "compute_loss":
             self._record(model, inputs, kwargs.get("num_items_in_batch", args[1] if len(args) > 1 else None))
-        return compute_loss(model, inputs, *args, **kwargs)
+        if not listening or self._resample() == "reuse":
+            return compute_loss(model, inputs, *args, **kwargs)
+        kept = self._micro_batches[-1].old if self._awaits == "backward" else []  # in warm-up, for the sake of the refusal
+        with self._old_policy.keeping(self._resample(), inputs, kept):
+            return compute_loss(model, inputs, *args, **kwargs)
+
+    def _resample(self) -> str:
+        return "reuse" if self.optimizer is None else str(self.optimizer.resample)
 
     def _training_step(
         self, training_step: Callable[..., Tensor], model: nn.Module, inputs: Any, num_items_in_batch: Any = None
@@ -364,7 +385,7 @@ class Attachment:
         if self._micro_batches[-1].is_last:
             start = time.perf_counter()
             try:
-                if not self._is_checked and not self._is_sharded:  # DeepSpeed's engine counts forwards
+                if not self._is_checked:
                     self._check_repetition()
                 self.optimizer.regularize_(self._replay)
             finally:
@@ -397,12 +418,28 @@ class Attachment:
             self._replayed(),
             torch.enable_grad(),
             self.optimizer.second_window() if self._is_sharded else nullcontext(),
+            self._written_out(),
         ):
             for micro_batch in self._micro_batches:
                 alone = micro_batch.is_last or self._is_sharded
                 gathering = nullcontext() if alone else self.trainer.accelerator.no_sync(micro_batch.model)
                 with gathering:
                     self._repeat(micro_batch)
+                self._note_ratios(micro_batch)
+
+    def _written_out(self) -> AbstractContextManager[None]:
+        """For second derivatives, losses without fused kernels; they hold the old policy fixed, which has to be wanted."""
+        if self.optimizer.param_groups[0]["gradreg_method"] != "exact":
+            return nullcontext()
+        resample = self.optimizer.resample
+        recomputes = hasattr(self.trainer, METHOD) and not is_given(self._micro_batches[0].inputs)
+        if resample == "sequence" or (resample == "reuse" and recomputes):
+            raise RuntimeError(
+                f"{type(self.trainer).__name__}: method='exact' differentiates the loss twice, with the policy that drew "
+                f"the completions held fixed: that is not what resample={resample!r} measures. Pass resample='importance', "
+                "or method='forward' or 'central'."
+            )
+        return written_out()
 
     @contextmanager
     def _replayed(self) -> Iterator[ExitStack]:
@@ -423,13 +460,16 @@ class Attachment:
         trainer.accelerator.gradient_state._set_sync_gradients(micro_batch.is_last)
         self._answers.repeat(micro_batch.answers)
         step = trainer.training_step if self._repeats_whole_steps else functools.partial(Trainer.training_step, trainer)
-        step(micro_batch.model, inputs, micro_batch.num_items_in_batch)
+        # TRL's activation offloading begins anew with each training step, or frees nothing in later backwards.
+        offloading = getattr(trainer, "maybe_activation_offload_context", nullcontext())
+        with offloading, self._old_policy.repeating(self._resample(), inputs, micro_batch.old):
+            step(micro_batch.model, inputs, micro_batch.num_items_in_batch)
 
     def _check_repetition(self) -> None:
         """Once in each training: the first loss, repeated at θ, is the recorded one. Costs one forward on every rank.
 
         Raises:
-            RuntimeError: it is not; the second gradient would be another loss's.
+            RuntimeError: on some rank it is not; the second gradient would be another loss's. Raised on every rank.
         """
         micro_batch, self._is_checked = self._micro_batches[0], True
         losses: list[Tensor] = []
@@ -437,6 +477,7 @@ class Attachment:
             self._replayed() as done,
             torch.no_grad(),
             batch_norm_statistics_kept(self.optimizer._model),
+            self.optimizer.second_window() if self._is_sharded else nullcontext(),  # forwards restart the engine's timer
             warnings.catch_warnings(),
         ):
             warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True")  # reentrant checkpointing
@@ -449,12 +490,14 @@ class Attachment:
                 module.reshard()
         recorded, repeated = float(micro_batch.loss), float(losses[0])  # type: ignore[arg-type]
         # Equal but for kernels that add in no fixed order: a bf16 loss has three digits, and GRPO's cancels to about 0.
-        if not torch.isclose(torch.tensor(repeated), torch.tensor(recorded), rtol=1e-3, atol=1e-5, equal_nan=True):
+        equal = torch.isclose(torch.tensor(repeated), torch.tensor(recorded), rtol=1e-3, atol=1e-5, equal_nan=True)
+        unequal = (~equal).float().to(losses[0].device)
+        if accelerator.reduce(unequal, "sum") > 0:  # one rank that stopped alone would leave the others waiting for it
             raise RuntimeError(
                 f"{type(self.trainer).__name__}: the first loss was {recorded!r}, and {repeated!r} when it was repeated at "
-                "the same weights. A second pass needs a loss that depends on weights, inputs and random numbers alone. "
-                "Keep what it counts or averages in plain attributes of the trainer, which are put back for the second "
-                "pass, or train without GradRegOptimizer."
+                f"the same weights{' (on another rank it was another one)' if equal else ''}. A second pass needs a loss "
+                "that depends on weights, inputs and random numbers alone. Keep what it counts or averages in plain "
+                "attributes of the trainer, which are put back for the second pass, or train without GradRegOptimizer."
             )
 
     # Afterwards.
@@ -466,6 +509,14 @@ class Attachment:
         self._consulted = False
         for name, value in self.optimizer.metrics.items():
             self._note(name, value)
+
+    def _note_ratios(self, micro_batch: MicroBatch) -> None:
+        """Note what a loss that has just run at θ' did with its ratio to the old policy, if it has one."""
+        if hasattr(self.trainer, METHOD) or is_given(micro_batch.inputs):
+            self._note("reweighted", float(bool(micro_batch.old) or is_given(micro_batch.inputs)))
+        clipped = clipped_by_loss(self.trainer, micro_batch.counters)
+        if clipped is not None:
+            self._note("clipped_by_loss", clipped)
 
     def _note(self, name: str, value: Any) -> None:
         self._logged.setdefault(f"grad_reg/{name}", []).append(value)
@@ -509,4 +560,5 @@ def _exchange(holder: Any, optimizer: Optimizer) -> None:
         holder.__setstate__({})  # under a GradScaler it keeps the step method of the optimizer that it holds
 
 
+warn_outside_range("accelerate", "transformers", "trl")
 keep_given_optimizers()

@@ -27,6 +27,11 @@ FIELDS = {
     "g2_clip": "grad_reg_g2_clip",
     "max_penalty_ratio": "grad_reg_max_penalty_ratio",
     "exclude": "grad_reg_exclude",
+    "method": "grad_reg_method",
+    "rounding": "grad_reg_rounding",
+    "check_every": "grad_reg_check_every",
+    "shrink": "grad_reg_shrink",
+    "resample": "grad_reg_resample",
 }
 
 

@@ -13,12 +13,16 @@ import pytest
 import torch
 from problems import closure_of, regression
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from gradreg_optim import GradRegConfig, GradRegOptimizer
 from gradreg_optim.gradients import device_mesh
 
 # Files that need torch alone; those for trainers and DeepSpeed have tests, and messages, of their own.
-CORE = ("config", "finite_difference", "gradients", "groups", "optimizer", "perturbation", "schedule", "wrapper")
+CORE = (
+    *("config", "exact", "finite_difference", "gradients", "groups"),
+    *("optimizer", "perturbation", "phases", "precision", "schedule", "uncleared", "wrapper"),
+)
 
 
 def sgd(**group):
@@ -57,6 +61,45 @@ def no_second_gradient():
 def leave_out_everything():
     optimizer = GradRegOptimizer(named())
     optimizer.leave_out(optimizer.param_groups[0]["params"])
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return gradient.expand(1)
+
+
+def uncleared():
+    model, loss = regression()
+    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    loss().backward()
+    optimizer.step(lambda: loss().backward())
+
+
+def not_twice_differentiable():
+    optimizer = GradRegOptimizer(sgd(), method="exact")
+    weight = optimizer.param_groups[0]["params"][0]
+    optimizer.step(closure_of(optimizer, lambda: Once.apply(weight).square()))
+
+
+def exact_through_reentrant_checkpoints():
+    model, _ = regression()
+    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), method="exact")
+    inputs = torch.ones(1, 4, dtype=torch.float64, requires_grad=True)
+    optimizer.step(closure_of(optimizer, lambda: checkpoint(model[:2], inputs, use_reentrant=True).sum()))
+
+
+def exact_of_shards():
+    optimizer = GradRegOptimizer(sgd(), method="exact")
+    weight = optimizer.param_groups[0]["params"][0]
+    weight.device_mesh = type("Mesh", (), {"device_type": "cpu", "ndim": 0})()
+    weight.device_mesh.get_coordinate, weight.device_mesh.get_all_groups = tuple, list
+    optimizer.step(closure_of(optimizer, lambda: weight.square().sum()))
 
 
 def two_meshes():
@@ -202,6 +245,48 @@ CASES = {
         "The second call of the closure left no gradient",
         "the first one did",
         "Let the closure clear the gradients and run forward and backward each time",
+    ),
+    "resample": setting(
+        "resample", "draw", "must be one of ('reuse', 'importance', 'sequence')", "reuse is the published choice"
+    ),
+    "resample without a trainer": Case(
+        lambda: stepped(resample="importance"),
+        RuntimeError,
+        "resample='importance'",
+        "this step got a closure, which decides itself",
+        "leave resample out",
+    ),
+    "method": setting("method", "backward", "must be one of ('forward', 'central', 'exact')", "exact differentiates twice"),
+    "rounding": setting("rounding", "up", "must be one of ('nearest', 'stochastic')", "smaller than their spacing"),
+    "check_every": setting("check_every", -1, "must be None or an integer >= 0", "0 makes none"),
+    "shrink": setting("shrink", 0.5, "must be True or False", "scales the penalty by its share of signal"),
+    "a closure that clears nothing": Case(
+        uncleared,
+        RuntimeError,
+        "The closure added to gradients from before it was called",
+        "its second call would lack them",
+        "Clear gradients in the closure and run all micro-batches of the step in it",
+    ),
+    "not twice differentiable": Case(
+        not_twice_differentiable,
+        RuntimeError,
+        "method='exact': the model",
+        "cannot be differentiated twice: trying to differentiate twice",
+        "Use method='central' or 'forward', or attention that is written out",
+    ),
+    "exact through reentrant checkpoints": Case(
+        exact_through_reentrant_checkpoints,
+        RuntimeError,
+        "2 of 2 parameters",
+        "reentrant gradient checkpointing hides them",
+        "Set use_reentrant=False",
+    ),
+    "exact of shards": Case(
+        exact_of_shards,
+        RuntimeError,
+        "method='exact'",
+        "no second derivatives are taken of parameters that are distributed",
+        "Use method='forward' or 'central' under FSDP2",
     ),
     "two device meshes": Case(
         two_meshes,

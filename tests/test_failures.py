@@ -172,7 +172,7 @@ def test_theta_is_restored_to_the_bit(dtype):
     model, loss = regression(dtype=dtype)
     before = weights(model)
     for settings in ({"eps": 1e-3}, {"eps": 10.0}, {"radius": 0.02}):
-        optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), **settings)
+        optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), check_every=0, **settings)
         closure = closure_of(optimizer, loss)
         optimizer.step(closure)
         assert closure.calls == 2
@@ -187,3 +187,29 @@ def test_a_second_pass_that_leaves_no_gradient():
     with pytest.raises(RuntimeError, match="second call of the closure"):
         optimizer.step(lambda: closure() if closure.calls == 0 else None)
     assert_same([parameter.grad for parameter in model.parameters()], closure.gradients[0])
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_the_mark_of_a_gradient_is_gone(set_to_none):
+    """Finding out whether a closure clears gradients leaves nothing behind, also if it raises before it does."""
+    model, loss = regression()
+    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.0))
+    loss().backward()
+    before = [parameter.grad.clone() for parameter in model.parameters()]
+
+    def failing():
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        optimizer.step(failing)
+    assert_same([parameter.grad for parameter in model.parameters()], before)
+
+    def closure():
+        optimizer.zero_grad(set_to_none=set_to_none)
+        loss().backward()
+
+    optimizer.step(closure)
+    combined = [parameter.grad.clone() for parameter in model.parameters()]
+    optimizer.step(closure)
+    assert_same([parameter.grad for parameter in model.parameters()], combined)
+    assert float(torch.cat([gradient.flatten() for gradient in combined]).norm()) < 100

@@ -135,7 +135,7 @@ def test_strides_of_any_kind(layout):
 def test_mixed_precisions_in_one_group():
     """float64, float32 and bfloat16 parameters side by side: each gradient keeps its dtype, and γ = ε leaves g2."""
     parameters = [nn.Parameter(torch.randn(3).to(dtype)) for dtype in (torch.bfloat16, torch.float32, torch.float64)]
-    optimizer = GradRegOptimizer(torch.optim.SGD(parameters, lr=0.1), strength=0.5, eps=0.5)
+    optimizer = GradRegOptimizer(torch.optim.SGD(parameters, lr=0.1), strength=0.5, eps=0.5, check_every=0)
     closure = closure_of(optimizer, lambda: sum(parameter.double().pow(4).sum() for parameter in parameters) / 100)
     optimizer.step(closure)
     assert_same([parameter.grad for parameter in parameters], closure.gradients[1])
@@ -191,7 +191,7 @@ def test_sparse_adam_is_wrapped_if_all_is_excluded_and_refused_otherwise():
 def test_a_zero_gradient_has_no_direction(settings, read, monkeypatch):
     """At a stationary point nothing moves and no figure is NaN, also where ε = ρ/0, and where nobody has read that."""
     if not read:
-        monkeypatch.setattr("gradreg_optim.optimizer.readable", lambda value: value)
+        monkeypatch.setattr("gradreg_optim.phases.readable", lambda value: value)
     w = nn.Parameter(torch.zeros(3))
     optimizer = GradRegOptimizer(torch.optim.SGD([w], lr=0.1), **settings)
     optimizer.step(closure_of(optimizer, lambda: w.square().sum()))

@@ -15,8 +15,11 @@ SETTINGS = {
     "eps": {"strength": 0.1, "eps": 0.05},
     "radius": {"strength": 0.1, "radius": 0.05},
     "clipped": {"strength": 0.1, "radius": 0.05, "g1_clip": 0.1, "g2_clip": 0.2},
+    "central": {"strength": 0.1, "eps": 0.05, "method": "central"},
+    "checked": {"strength": 0.1, "eps": 0.05, "check_every": 2, "shrink": True},
     "bounded": {"strength": 5.0, "radius": 0.05, "max_penalty_ratio": 0.3, "exclude": "0."},
 }
+EXACT = {"strength": 0.1, "method": "exact"}
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -108,6 +111,26 @@ def test_ddp_matches_one_process(world, name, accumulation):
     """Under DDP every rank ends at the weights and metrics of one process, bucket views and no_sync included."""
     for bucket_views in (False, True):
         assert_like_one_process(world.run(ddp_case, SETTINGS[name], accumulation, bucket_views), SETTINGS[name])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_exact_products_under_ddp(world, accumulation):
+    """Ranks average their products as they average gradients, from the same hooks."""
+    for bucket_views in (False, True):
+        assert_like_one_process(world.run(ddp_case, EXACT, accumulation, bucket_views), EXACT)
+
+
+def exact_of_shards():
+    try:
+        fsdp_case(EXACT, 1, False)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_exact_products_of_shards_are_refused(world):
+    """FSDP2 reduces gradients in hooks that run once: every rank says so."""
+    assert all("distributed over ranks (DTensor)" in message for message in world.run(exact_of_shards))
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -14,7 +14,7 @@ import zero_worker as worker
 from distributed import World
 
 STEPS = 5
-SETTINGS = {"strength": 0.1, "eps": 0.1}
+SETTINGS = {"strength": 0.1, "eps": 0.1, "shrink": False}
 BF16_OPTIMIZER = {
     "precision": "bf16",
     "data_types": {"grad_accum_dtype": "fp32"},

@@ -112,14 +112,21 @@ def reference(
     for step in range(steps):
         g1 = clipped(gradients(step), settings["g1_clip"])
         start = {p: p.detach().clone() for p in names}
-        with torch.no_grad():
-            for group in optimizer.param_groups:
-                for p in regularized(group):
-                    p.add_(g1[p], alpha=group.get("gradreg_eps", settings["eps"]))
-        g2 = clipped(gradients(step), settings["g2_clip"])
-        with torch.no_grad():
-            for p, value in start.items():
-                p.copy_(value)
+
+        def gradients_at(distance: float, step: int = step, g1: Any = g1, start: Any = start) -> dict[Tensor, Tensor]:
+            with torch.no_grad():
+                for group in optimizer.param_groups:
+                    for p in regularized(group):
+                        p.add_(g1[p], alpha=distance * group.get("gradreg_eps", settings["eps"]))
+            found = clipped(gradients(step), settings["g2_clip"])
+            with torch.no_grad():
+                for p, value in start.items():
+                    p.copy_(value)
+            return found
+
+        g2 = gradients_at(1.0)
+        if settings.get("method") == "central":
+            g2 = {p: g1[p] + (g2[p] - before) / 2 for p, before in gradients_at(-1.0).items()}
         for group in optimizer.param_groups:
             chosen = set(regularized(group))
             weight = group.get("gradreg_strength", settings["strength"]) / group.get("gradreg_eps", settings["eps"])

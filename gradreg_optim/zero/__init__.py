@@ -7,6 +7,10 @@ DeepSpeed's private attributes, each listed at the top of its file.
 
 from __future__ import annotations
 
-from gradreg_optim.zero.optimizer import ZeroGradRegOptimizer
+from gradreg_optim.versions import warn_outside_range
+
+warn_outside_range("accelerate", "deepspeed")  # first, lest a name that has moved away be the only word about it
+
+from gradreg_optim.zero.optimizer import ZeroGradRegOptimizer  # noqa: E402
 
 __all__ = ["ZeroGradRegOptimizer"]

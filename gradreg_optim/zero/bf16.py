@@ -76,12 +76,15 @@ class BF16Partitions(GatheredPartitions):
         """Copies: the next backward adds to the same buffers."""
         self.first = [gradient.clone() for gradient in self.gradients()]
         self._reached = [list(reached) for reached in self.zero.fp32_groups_has_gradients]
-        self.zero.zero_grad()
+        self._clear()
         return self.first
+
+    def _clear(self) -> None:
+        self.zero.zero_grad()
 
     def put_back(self) -> None:
         """The copies go back into the buffers of every rank, over the group that works after an exception as well."""
-        self.zero.zero_grad()
+        self._clear()
         torch._foreach_copy_(self.gradients(), self.first)
         for whole, own in self._buffers():
             self._collect(whole, own)

@@ -24,6 +24,7 @@ from torch import Tensor
 from gradreg_optim.config import DEFAULT_EPS
 from gradreg_optim.gradients import FirstGradient, Share
 from gradreg_optim.optimizer import GradRegOptimizer
+from gradreg_optim.phases import WHOLE
 from gradreg_optim.schedule import Schedule
 from gradreg_optim.wrapper import OptimizerWrapper
 from gradreg_optim.zero.bf16 import BF16Partitions
@@ -34,6 +35,10 @@ from gradreg_optim.zero.stage12 import Stage12Partitions
 from gradreg_optim.zero.window import AccumulationWindow
 
 __all__ = ["ZeroGradRegOptimizer"]
+
+
+ONLY_PLAIN = ("model", "scaler", "rounding")
+"""Settings that the engine makes pointless: it has the model, the loss scale, and masters to round from."""
 
 
 def _partitions(zero: Any) -> Partitions:
@@ -49,8 +54,9 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
         engine: what ``deepspeed.initialize`` returned. Its client optimizer, stage, precision, clipping, loss scaling and
             LR scheduler work as ever; ``gradient_clipping`` acts on the combined gradient.
         strength: as in :class:`~gradreg_optim.GradRegOptimizer`, as are ``eps``, ``radius``, ``warmup_steps``,
-            ``schedule``, ``schedule_steps``, ``g1_clip``, ``g2_clip``, ``max_penalty_ratio`` and ``exclude``. The
-            parameter names are those of ``engine.module``.
+            ``schedule``, ``schedule_steps``, ``g1_clip``, ``g2_clip``, ``max_penalty_ratio``, ``method``
+            (``"forward"`` or ``"central"``), ``check_every``, ``shrink``, ``exclude`` and ``resample``. The parameter names
+            are those of ``engine.module``.
 
     Raises:
         TypeError: ``engine`` is no DeepSpeed engine.
@@ -95,9 +101,18 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
         g1_clip: float | None = 10.0,
         g2_clip: float | None = 10.0,
         max_penalty_ratio: float | None = None,
+        method: str = "forward",
+        check_every: int | None = None,
+        shrink: bool = True,
         exclude: str | Iterable[str] = (),
+        resample: str = "reuse",
     ) -> None:
         check_engine(engine)
+        if method == "exact":
+            raise ValueError(
+                "method='exact': no second derivatives are taken of weights that DeepSpeed partitions and of gradients "
+                "that it reduces by hooks of its own. Use method='forward', or method='central' for more accuracy."
+            )
         zero = engine.optimizer
         if isinstance(zero.optimizer, OptimizerWrapper):  # the phases are this object's now; the groups stay shared
             zero.optimizer = engine.basic_optimizer = zero.optimizer.optimizer
@@ -114,7 +129,11 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
             g1_clip=g1_clip,
             g2_clip=g2_clip,
             max_penalty_ratio=max_penalty_ratio,
+            method=method,
+            check_every=check_every,
+            shrink=shrink,
             exclude=exclude,
+            resample=resample,
             model=engine.module,
         )
         self._note_excluded()
@@ -124,7 +143,7 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
 
     @classmethod
     def taking_over(
-        cls, engine: DeepSpeedEngine, wrapper: OptimizerWrapper | None, settings: dict[str, Any], excluded: Iterable[Tensor]
+        cls, engine: DeepSpeedEngine, wrapper: GradRegOptimizer | None, settings: dict[str, Any], excluded: Iterable[Tensor]
     ) -> ZeroGradRegOptimizer:
         """The optimizer of an engine that a trainer drives, with everything that ``wrapper`` was told, or ``settings``.
 
@@ -134,8 +153,9 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
         told: list[dict[str, Any]] = []
         if wrapper is not None:
             settings = {**wrapper._settings, "schedule": wrapper._schedule or wrapper._settings["schedule"]}
+            settings["resample"] = wrapper.resample
             told = [{key: group[key] for key in group if key.startswith("gradreg_")} for group in wrapper.param_groups]
-        optimizer = cls(engine, **{name: value for name, value in settings.items() if name not in ("model", "scaler")})
+        optimizer = cls(engine, **{name: value for name, value in settings.items() if name not in ONLY_PLAIN})
         optimizer.exclude = optimizer.exclude if wrapper is None else wrapper.exclude
         for group, values in zip(optimizer.param_groups, told, strict=False):
             group.update(values, gradreg_excluded=[])
@@ -163,6 +183,10 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
             for position in group["gradreg_excluded"]
         }
 
+    def _precision_is_low(self) -> bool:
+        engine: Any = self._engine
+        return bool(engine.fp16_enabled() or engine.bfloat16_enabled()) or super()._precision_is_low()
+
     def _devices(self) -> set[torch.device]:
         return {torch.device(self._engine.device)}
 
@@ -170,6 +194,9 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
 
     def _prepared(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         return AccumulationWindow(self, super()._prepared(closure))
+
+    def _first_call(self, closure: Callable[[], Any]) -> Any:
+        return closure()  # a window of the engine, which clears gradients itself
 
     @contextmanager
     def held_back(self, *, counting: bool = True) -> Iterator[list[Callable[[], Any]]]:
@@ -226,15 +253,15 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
             yield (share if share.strength and id(fragment.parameter) not in self._excluded else None), tensor
 
     @contextmanager
-    def _perturbed(self, first: FirstGradient) -> Iterator[None]:
+    def _perturbed(self, first: FirstGradient, distance: float) -> Iterator[None]:
         """Write θ' into the model; it stays there until the engine's step copies the masters, or until something raises."""
         unscale = 1.0 / self._loss_scale()
         pairs = list(self._regularized(first.shares, self._partitions.first))
-        steps = ((0.0, None) if share is None else (share.eps * unscale, g1) for share, g1 in pairs)
+        steps = ((0.0, None) if share is None else (share.eps * unscale * distance, g1) for share, g1 in pairs)
         self._shifted = True
         with self._back_at_theta_if_it_raises():
             for (share, _), (arrived, sent) in zip(pairs, self._partitions.shift(steps), strict=True):
-                if share is not None:
+                if share is not None and distance == WHOLE:
                     share.arrived = share.arrived.to(arrived.device) + arrived * unscale
                     share.sent = share.sent.to(sent.device) + sent * unscale**2
             yield
@@ -250,14 +277,21 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
             raise
 
     def _second_gradients(self, first: FirstGradient) -> list[list[Tensor]]:
-        second: dict[int, list[Tensor]] = {id(share): [] for share in first.shares}
-        pairs = self._regularized(first.shares, self._partitions.gradients())
-        for (share, g2), g1 in zip(pairs, self._partitions.first, strict=True):
+        gradients = self._partitions.gradients()
+        for (share, g2), g1 in zip(self._regularized(first.shares, gradients), self._partitions.first, strict=True):
             if share is None:
                 g2.copy_(g1)
-            else:
-                second[id(share)].append(g2)
-        return [second[id(share)] for share in first.shares]
+        return self._aligned(first, gradients)
+
+    def _take_further(self, first: FirstGradient) -> Any:
+        return self._partitions.take_again()
+
+    def _aligned(self, first: FirstGradient, taken: Any) -> list[list[Tensor]]:
+        aligned: dict[int, list[Tensor]] = {id(share): [] for share in first.shares}
+        for share, gradient in self._regularized(first.shares, taken):
+            if share is not None:
+                aligned[id(share)].append(gradient)
+        return [aligned[id(share)] for share in first.shares]
 
     def _combine(self, first: FirstGradient) -> None:
         with self._back_at_theta_if_it_raises():

@@ -64,6 +64,16 @@ class Partitions(ABC):
     def take_gradients(self) -> list[Tensor]:
         """The gradients again, out of the reach of the next backward; the engine is left as after ``zero_grad``."""
 
+    def take_again(self) -> list[Tensor]:
+        """The gradients of a further pass, likewise; the first ones stay where they are."""
+        taken = [gradient.clone() for gradient in self.gradients()]
+        self._clear()
+        return taken
+
+    @abstractmethod
+    def _clear(self) -> None:
+        """Leave the engine as after ``zero_grad``."""
+
     @abstractmethod
     def put_back(self) -> None:
         """Make the gradients that were taken the engine's again."""

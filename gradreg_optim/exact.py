@@ -1,0 +1,100 @@
+"""H·d itself, by differentiating twice, where the model allows it: no difference, no step length, no rounding of one.
+
+    s = ⟨∇L, d⟩        ∇s = H·d        (Pearlmutter 1994; Karakida et al. 2023 call it double backpropagation)
+
+The closure stays what it is: while it runs, what its ``backward`` adds to ``.grad`` is ∇s in place of ∇L. That holds for
+every micro-batch by itself, and DistributedDataParallel averages ∇s as it averages gradients, from the same hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+__all__ = ["hessian_products"]
+
+_REFUSALS = (
+    "derivative for",  # fused attention and other kernels that have no second derivative
+    "does not currently support double backward",  # torch.compile
+    "donated buffers",  # torch.compile too
+    "don't support automatic differentiation",  # backwards that write into buffers
+    "trying to differentiate twice",  # once_differentiable functions
+)
+
+
+@contextmanager
+def hessian_products(
+    parameters: Sequence[Tensor], direction: Sequence[Tensor], *, scale: float = 1.0, model: nn.Module | None = None
+) -> Iterator[None]:
+    """Inside the block, ``loss.backward()`` adds H·(scale·d) to ``.grad`` of what the loss depends on.
+
+    PyTorch's own fused attention is replaced by its mathematical form, which can be differentiated twice.
+
+    Args:
+        parameters: those along which d points.
+        direction: d, tensors of the same shapes.
+        scale: a factor on d.
+        model: for error messages, which name its attention implementation.
+
+    Raises:
+        RuntimeError: something in the model cannot be differentiated twice.
+    """
+    backward = torch.autograd.backward
+    unreached = {id(parameter) for parameter in parameters}
+
+    def twice(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
+        torch.autograd.backward = backward  # reentrant checkpoints call it while they are differentiated themselves
+        with torch.enable_grad():
+            try:
+                gradients = torch.autograd.grad(
+                    tensors, list(parameters), grad_outputs=grad_tensors, create_graph=True, allow_unused=True
+                )
+                # A parameter that ∇s does not reach gets a zero: hooks such as DDP's wait for every one of them.
+                product = sum((parameter.real.sum() * 0 for parameter in parameters), torch.zeros(()))
+                for parameter, gradient, along in zip(parameters, gradients, direction, strict=True):
+                    if gradient is not None:
+                        unreached.discard(id(parameter))
+                    if gradient is not None and gradient.requires_grad:
+                        product = product + (_flat(gradient) * (_flat(along) * scale)).sum()
+                backward(product)
+            except RuntimeError as error:
+                raise _explained(error, model) from error.__cause__
+            finally:
+                torch.autograd.backward = twice
+
+    torch.autograd.backward = twice
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.autograd.backward = backward
+    if unreached:
+        raise RuntimeError(
+            f"method='exact': {len(unreached)} of {len(parameters)} parameters that had a gradient had none that can be "
+            "differentiated again: reentrant gradient checkpointing hides them. Set use_reentrant=False "
+            "(gradient_checkpointing_kwargs={'use_reentrant': False} in a trainer), or use method='central'."
+        )
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """Real numbers, in single precision at least, in which the product is summed."""
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _explained(error: RuntimeError, model: nn.Module | None) -> RuntimeError:
+    """What the user can do about it, if it is a second derivative that is missing; else the error itself."""
+    if not any(words in str(error) for words in _REFUSALS):
+        return error
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    implementation = f" (attention implementation {attention!r})" if attention else ""
+    return RuntimeError(
+        f"method='exact': the model{implementation} cannot be differentiated twice: {str(error).splitlines()[0]} "
+        "Use method='central' or 'forward', or attention that is written out (attn_implementation='eager'), without "
+        "torch.compile and with use_reentrant=False in gradient checkpointing."
+    )

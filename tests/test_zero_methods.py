@@ -1,0 +1,74 @@
+"""ZeRO: further points than two, and the check of the difference, against one float64 process."""
+
+import math
+
+import pytest
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
+
+import zero_worker as worker
+from distributed import World
+from test_zero import BF16_OPTIMIZER, OFFLOADED, SETTINGS, STEPS, largest_error
+
+CENTRAL = SETTINGS | {"method": "central"}
+
+
+@pytest.fixture(scope="module")
+def pair():
+    started = World(2)
+    yield started
+    started.close()
+
+
+@pytest.mark.parametrize("more", [{}, OFFLOADED, {"micro_batches": 2}], ids=["", "offload", "accumulation"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_central_difference(pair, stage, more):
+    """Three windows and one engine step walk the central path, which is not the forward one; masters stay untouched."""
+    config = worker.make_config(stage, **more)
+    expected = worker.reference(CENTRAL, steps=STEPS, micro_batches=more.get("micro_batches", 1), world=2)
+    for found in pair.run(worker.train, config, CENTRAL, steps=STEPS):
+        assert largest_error(found["masters"][-1], expected[-1]) < 1e-6
+        assert found["touched"] == 0
+        assert found["rounded"]
+    forward = worker.reference(SETTINGS, steps=STEPS, micro_batches=more.get("micro_batches", 1), world=2)
+    assert largest_error(expected[-1], forward[-1]) > 1e-3
+
+
+def test_central_difference_of_bf16_optimizer(pair):
+    """DeepSpeed's other engine for bf16, whose gradients are whole on every rank."""
+    found = pair.run(worker.train, worker.make_config(1, **BF16_OPTIMIZER), CENTRAL, steps=STEPS)[0]
+    expected = worker.reference(CENTRAL, steps=STEPS, micro_batches=1, world=2)
+    assert largest_error(found["masters"][-1], expected[-1]) < 2**-8
+
+
+@pytest.mark.parametrize("method", ["forward", "central"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_check_changes_nothing(pair, stage, method):
+    """Two windows more, on all ranks alike: the same masters to the bit, and figures that are those of fp32."""
+    config, settings = worker.make_config(stage, micro_batches=2), SETTINGS | {"method": method, "shrink": False}
+    plain = pair.run(worker.train, config, settings, steps=3)[0]
+    ranks = pair.run(worker.train, config, settings | {"check_every": 2}, steps=3)
+    assert largest_error(ranks[0]["masters"][-1], {k: v.double() for k, v in plain["masters"][-1].items()}) == 0.0
+    assert [set(entry) & {"self_check"} for entry in ranks[0]["metrics"]] == [{"self_check"}, set(), {"self_check"}]
+    assert ranks[0]["metrics"] == ranks[1]["metrics"]
+    first = ranks[0]["metrics"][0]
+    assert first["self_check"] > 0.9
+    assert first["signal"] > 0.99
+    assert first["noise_floor"] < 0.01
+
+
+def test_half_precision_is_checked_by_default(pair):
+    """In bf16 the first step measures its noise, from masters that a hundredth of the step still reaches."""
+    found = pair.run(worker.train, worker.make_config(2, precision="bf16"), SETTINGS, steps=2)[0]
+    first, second = found["metrics"]
+    assert 0 < first["noise_floor"] < 0.2
+    assert math.isfinite(first["self_check"])
+    assert "self_check" not in second
+    assert second["noise_floor"] == first["noise_floor"]
+
+
+def test_exact_is_refused(pair):
+    """Before anything is changed, with the remedy."""
+    message = pair.run(worker.refused, {}, {"method": "exact"})[0]
+    assert "method='exact'" in message
+    assert "method='central'" in message
