@@ -11,7 +11,7 @@ minutes on two CPU cores and without a network::
 A model of the Hub, in bf16 (whose weights are too coarse for a step of ``eps``, hence the radius)::
 
     python benchmarks/grpo.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dtype bfloat16 --bf16 True \\
-        --grad_reg_radius 0.02 --learning_rate 1e-6 --max_completion_length 64 --system_prompt "Answer with a number."
+        --grad_reg_radius 0.005 --learning_rate 1e-6 --max_completion_length 64 --system_prompt "Answer with a number."
 
 On several GPUs, under ZeRO::
 
@@ -79,7 +79,7 @@ DEMO = {
     "report_to": "none",
 }
 
-Arguments: TypeAlias = tuple[TaskArguments, GRPOConfig, ModelConfig, GradRegConfig]
+Arguments: TypeAlias = tuple[Any, GRPOConfig, ModelConfig, GradRegConfig]
 
 
 class Parser(TrlParser):
@@ -89,11 +89,11 @@ class Parser(TrlParser):
         raise InputError(f"{message} (--help lists the flags and what they take)")
 
 
-def parse(argv: list[str]) -> Arguments:
-    """Read the flags; their defaults are DEMO's, and otherwise those of the dataclasses."""
-    types: Any = (TaskArguments, GRPOConfig, ModelConfig, GradRegConfig)
-    parser: Any = Parser(types, prog="grpo.py")
-    parser.set_defaults_with_config(**DEMO)
+def parse(argv: list[str], what: type = TaskArguments, defaults: dict[str, Any] = DEMO) -> Arguments:
+    """Read the flags of ``what``, TRL and GradRegConfig; where ``defaults`` has none, they are the dataclasses' own."""
+    types: Any = (what, GRPOConfig, ModelConfig, GradRegConfig)
+    parser: Any = Parser(types, prog=Path(sys.argv[0]).name)
+    parser.set_defaults_with_config(**defaults)
     try:
         *arguments, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
     except (ValueError, OSError) as error:
