@@ -122,3 +122,16 @@ def test_a_quick_run_on_the_random_model_writes_everything(accuracy: ModuleType,
     smallest = min((row for row in report["rows"] if row["scheme"] == "published"), key=lambda row: row["radius"])
     assert smallest["cosine"] < 0.5  # the published step of a gradient of norm 0.05 is rounded away
     assert smallest["fidelity"] < 0.1 < 0.9 < rows["bf16", "master", 0.01]["fidelity"]
+
+
+def test_precision_through_the_optimizer(schemes: ModuleType, tmp_path: Path) -> None:
+    """One real step for each row: the more bits, and the more gradients, the nearer to the product."""
+    importlib.import_module("precision").main(["--model", "random", "--tokens", "80", "--output", str(tmp_path)])
+    rows = json.loads(next(tmp_path.glob("*.json")).read_text())["rows"]
+    cosines = {
+        (row["passes"], row["settings"].get("method", "forward"), "eps" in row["settings"]): row["cosine"] for row in rows
+    }
+    assert cosines["fp32", "central", False] > cosines["fp32", "forward", False] > 0.99
+    assert cosines["bf16", "exact", False] > 0.999
+    assert cosines["bf16", "forward", True] < 0.95  # as published
+    assert "| bf16 | `method='exact'` |" in next(tmp_path.glob("*.md")).read_text()
