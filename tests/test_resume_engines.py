@@ -2,6 +2,7 @@
 
 import pytest
 import resume_worker as worker
+import transformers
 from distributed import World
 from test_trainer_engines import on
 from trainers import REAL, assert_same
@@ -12,6 +13,19 @@ def world():
     ranks = World(2)
     yield ranks
     ranks.close()
+
+
+OLD = {
+    "ddp": "transformers 4.57 cannot load an optimizer's state onto the CPUs of DDP",
+    "fsdp2": "plain FSDP2 of transformers 4.57 and accelerate 1.12 goes on from other weights, and not from another's state",
+}
+
+
+@pytest.fixture(autouse=True)
+def _can_resume_by_itself(request):
+    engine = request.getfixturevalue("engine")
+    if transformers.__version__ < "5" and engine in OLD:
+        pytest.skip(OLD[engine])
 
 
 def own(entry):
