@@ -70,6 +70,10 @@ types: $(DEV)  ## Check types (mypy)
 bench: $(DEV)  ## Measure what a step costs (ARGS="...")
 	$(PY) benchmarks/step_cost.py $(ARGS)
 
+.PHONY: precision
+precision: $(DEMO)  ## Measure how near the penalty comes to its formula in fp32, fp16 and bf16 (ARGS="...")
+	$(PY) benchmarks/precision.py $(ARGS)
+
 .PHONY: trainers
 trainers: $(DEV)  ## Run the matrix of trainers in both generations of versions, and write its table
 	$(MAKE) env VENV=.venv-pinned CONSTRAINTS=constraints-published.txt

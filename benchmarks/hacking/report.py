@@ -1,0 +1,109 @@
+"""The study on paper: the table, the picture, the figures as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from hacking.arms import PLAIN
+from hacking.summary import FIGURES, Run, Runs, column, interval
+
+
+def cell(values: dict[str, Any], seeds: int, *, sign: bool = False) -> str:
+    """Mean and interval; how many of the seeds have a value, unless all have."""
+    if values["mean"] is None:
+        return "never"
+    form = "{:+.2f}" if sign else "{:.2f}"
+    text = f"{form.format(values['mean'])} ({values['low']:.2f} to {values['high']:.2f})"
+    return text if values["count"] == seeds else f"{text}, {values['count']} of {seeds}"
+
+
+def main_table(summary: dict[str, dict[str, Any]]) -> list[str]:
+    """One row a family, in Markdown."""
+    lines = [f"| arm | setting | {' | '.join(FIGURES.values())} |", "|---" * (len(FIGURES) + 2) + "|"]
+    for family, row in summary.items():
+        cells = [cell(row["figures"][name], len(row["seeds"])) for name in FIGURES]
+        lines.append(f"| {family} | {row['setting']} | {' | '.join(cells)} |")
+    return lines
+
+
+def gain_table(summary: dict[str, dict[str, Any]], baselines: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Differences paired by seed, in Markdown; columns for the baselines that were run."""
+    columns = [f"{name} over {other}" for other in baselines if other in summary for name in names]
+    titles = [f"{FIGURES[name]}, over {other}" for other in baselines if other in summary for name in names]
+    lines = [f"| gain in gold | {' | '.join(titles)} |", "|---" * (len(columns) + 1) + "|"]
+    for family, row in summary.items():
+        cells = [cell(row["gain"][name], len(row["seeds"]), sign=True) if name in row["gain"] else "" for name in columns]
+        lines.append(f"| {family} | {' | '.join(cells)} |")
+    return lines
+
+
+def picture(runs: Runs, path: Path, title: str) -> None:
+    """Proxy and gold over steps, one panel each; below, gold over proxy, and what the mechanism is made of.
+
+    Proxies of different seeds have different origins and scales, so the proxy is shown as the part of the plain run's gain.
+    """
+    drawing, panels = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    colours = {family: f"C{number % 10}" for number, family in enumerate(runs)}
+    colours[PLAIN] = "black"
+    ends = {one["seed"]: one["curve"][-1]["proxy"] for one in runs[PLAIN]}
+    for family, group in runs.items():
+        scaled = [scaled_to(one, ends[one["seed"]]) for one in group]
+        for axes, name in ((panels[0, 0], "proxy"), (panels[0, 1], "gold")):
+            course(axes, scaled, name, colours[family], family)
+        proxy, gold = averages(scaled, "proxy"), averages(scaled, "gold")
+        panels[1, 0].plot(proxy, gold, color=colours[family], marker=".", linewidth=1.5)
+    _finish(panels[0, 0], "proxy reward, which is trained on (gain; plain run at the end: 1)", "step")
+    _finish(panels[0, 1], "gold reward, which is wanted", "step")
+    _finish(panels[1, 0], "gold over proxy, means over seeds", "gain in proxy")
+    accuracy, norm = panels[1, 1], panels[1, 1].twinx()
+    course(accuracy, runs[PLAIN], "proxy_accuracy", "black", "accuracy of the proxy on the policy's answers")
+    course(norm, runs[PLAIN], "g1_norm", "tab:red", "‖g1‖ (right)")
+    _finish(accuracy, "the plain run: is the gradient large where the proxy errs?", "step")
+    norm.tick_params(labelsize=8)
+    lines = [line for axes in (accuracy, norm) for line in axes.get_lines()]
+    accuracy.legend(lines, [str(line.get_label()) for line in lines], frameon=False, fontsize=8)
+    panels[0, 0].legend(frameon=False, fontsize=8, loc="lower right")
+    drawing.suptitle(title)
+    drawing.savefig(path, dpi=130)
+    plt.close(drawing)
+
+
+def scaled_to(one: Run, end: float) -> Run:
+    """A run whose proxy counts from its start, in units of the gain up to ``end``."""
+    start = one["curve"][0]["proxy"]
+    gain = (end - start) or 1.0
+    return {**one, "curve": [{**point, "proxy": (point["proxy"] - start) / gain} for point in one["curve"]]}
+
+
+def course(axes: Axes, group: Sequence[Run], name: str, colour: str, label: str) -> None:
+    """The mean over seeds of a quantity over steps, with its bootstrap interval."""
+    points = list(zip(*(one["curve"] for one in group), strict=True))
+    kept = [(at[0]["step"], interval([point.get(name) for point in at])) for at in points]
+    kept = [(step, values) for step, values in kept if values["mean"] is not None]
+    steps = [step for step, _ in kept]
+    axes.plot(steps, [values["mean"] for _, values in kept], color=colour, label=label, linewidth=1.5)
+    axes.fill_between(
+        steps, [v["low"] for _, v in kept], [v["high"] for _, v in kept], color=colour, alpha=0.12, linewidth=0
+    )
+
+
+def averages(group: Sequence[Run], name: str) -> list[float]:
+    """Means over seeds at each measured step."""
+    return [fmean(values) for values in zip(*(column(one, name) for one in group), strict=True)]
+
+
+def _finish(axes: Axes, title: str, x: str) -> None:
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(x, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.2)

@@ -1,0 +1,151 @@
+"""One run: GRPO from a seed's start against its proxy, and what is measured of the policy along the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from hacking.arms import Arm
+from hacking.language import golds, request
+from hacking.world import COMMON, Scale, World, agreement, sample, tokenizer
+
+FIGURES = ("g1_norm", "penalty_ratio", "curvature", "cosine")
+"""Of the wrapper's metrics, those that a run keeps, averaged between two measurements."""
+
+
+@dataclass
+class Thermometer:
+    """Measures a policy against gold, proxy and start, always on the same requests and with the same random numbers."""
+
+    world: World
+    scale: Scale
+    seed: int
+
+    def __post_init__(self) -> None:
+        draw = random.Random(self.seed)
+        distinct = [request(draw) for _ in range(self.scale.measured_prompts)]
+        self.prompts = [prompt for prompt in distinct for _ in range(self.scale.measured_answers)]
+        self.start = self.world.policy().eval()
+
+    @torch.no_grad()
+    def __call__(self, policy: PreTrainedModel) -> dict[str, Any]:
+        with torch.random.fork_rng(devices=[]):  # training must not notice
+            torch.manual_seed(self.seed)
+            ids, texts = sample(policy, self.prompts, self.scale.answer_tokens)
+        scores = self.world.proxy(self.prompts, texts)
+        return {
+            "proxy": fmean(scores),
+            "gold": fmean(golds(self.prompts, texts)),
+            "kl": self.divergence(policy, ids),
+            "proxy_accuracy": agreement(self.prompts, texts, scores),
+            "tokens": fmean(len(text) for text in texts),
+            "example": self.prompts[0] + texts[0],
+        }
+
+    @torch.no_grad()
+    def divergence(self, policy: PreTrainedModel, ids: Tensor) -> float:
+        """KL(policy ‖ start) of an answer in nats: exact over each next token, summed over the tokens of the answers."""
+        asked, end = len(self.prompts[0]), tokenizer().eos_token_id
+        written = ids[:, asked:]
+        ended = (written == end).long().cumsum(1)
+        counted = (ended - (written == end).long()) == 0  # up to the end token, that included
+        was_training = policy.training
+        policy.eval()
+        log_p, log_q = (model(input_ids=ids).logits[:, asked - 1 : -1].log_softmax(-1) for model in (policy, self.start))
+        policy.train(was_training)
+        return float(((log_p.exp() * (log_p - log_q)).sum(-1) * counted).sum(1).mean())
+
+
+class Course(TrainerCallback):
+    """Takes the temperature every few steps, and joins to it what the wrapper reported since."""
+
+    def __init__(self, thermometer: Thermometer, every: int, tick: Callable[[], None]) -> None:
+        self.thermometer, self.every, self.tick = thermometer, every, tick
+        self.curve: list[dict[str, Any]] = []
+        self.seconds = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self._measure(0, model)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.tick()
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            self._measure(state.global_step, model)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if logs and self.curve and self.curve[-1]["step"] == state.global_step:
+            self.curve[-1] |= {name: logs[f"grad_reg/{name}"] for name in FIGURES if f"grad_reg/{name}" in logs}
+
+    def _measure(self, step: int, model: Any) -> None:
+        start = time.perf_counter()
+        self.curve.append({"step": step, **self.thermometer(model)})
+        self.seconds += time.perf_counter() - start
+
+
+def train(arm: Arm, world: World, scale: Scale, seed: int, folder: Path, tick: Callable[[], None]) -> dict[str, Any]:
+    """Run an arm on a seed.
+
+    Returns:
+        The arm, the seed, the course of the run and the seconds of a step, without those of measuring.
+    """
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # where transformers 4.57 leaves the precision of another run
+    torch.manual_seed(1000 * seed + 300)
+    draw = random.Random(1000 * seed + 300)
+    policy = world.policy()
+    policy.config._name_or_path = str(world.folder / "policy")  # where the trainer finds the reference of its KL penalty
+    rate = scale.learning_rate * arm.rate
+    adamw = torch.optim.AdamW(policy.parameters(), lr=rate, weight_decay=0.0)
+    thermometer = Thermometer(world, scale, 1000 * seed + 400)
+    trainer = GRPOTrainer(
+        model=policy,
+        reward_funcs=world.proxy,
+        args=GRPOConfig(
+            str(folder),
+            **COMMON
+            | {
+                "max_steps": scale.steps,
+                "learning_rate": rate,
+                "lr_scheduler_type": "constant",
+                "per_device_train_batch_size": scale.prompts_per_step * scale.generations,
+                "num_generations": scale.generations,
+                "max_completion_length": scale.answer_tokens,
+                "logging_steps": scale.measure_every,
+                "seed": 1000 * seed + 300,
+            }
+            | arm.trainer,
+        ),
+        train_dataset=Dataset.from_list([{"prompt": request(draw)} for _ in range(512)]),
+        processing_class=tokenizer(),
+        optimizers=(arm.optimizer(adamw, model=policy, g1_clip=None, g2_clip=None), None),
+    )
+    course = Course(thermometer, scale.measure_every, tick)
+    trainer.add_callback(course)
+    start = time.perf_counter()
+    trainer.train()
+    seconds = (time.perf_counter() - start - course.seconds) / scale.steps
+    return {"arm": asdict(arm), "seed": seed, "curve": course.curve, "seconds_per_step": seconds}
+
+
+def run(arm: Arm, world: World, scale: Scale, seed: int, folder: Path, tick: Callable[[], None]) -> dict[str, Any]:
+    """As ``train``, with the result kept in ``folder``: a run that is there is not repeated."""
+    record = folder / f"{arm.name}-{seed}.json"
+    if record.exists():
+        return dict(json.loads(record.read_text()))
+    result = train(arm, world, scale, seed, folder / "trainer", tick)
+    part = record.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.replace(record)  # whole or not at all
+    return result

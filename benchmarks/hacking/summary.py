@@ -1,0 +1,122 @@
+"""What the runs amount to: figures of a run, their means with bootstrap intervals, and differences paired by seed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from scipy.stats import bootstrap, spearmanr
+
+from hacking.arms import PLAIN
+
+Run = dict[str, Any]
+Runs = dict[str, list[Run]]
+
+PROXY_LEVELS = {"at_proxy": 0.7, "at_high_proxy": 0.9}
+"""Equal proxy is taken where these parts of the plain run's gain in proxy are reached, seed by seed."""
+KL_LEVEL = 5.0
+"""Equal KL is taken here, in nats an answer."""
+
+FIGURES = {
+    "final": "final gold",
+    "peak": "peak gold",
+    "area": "mean gold",
+    "at_proxy": f"gold at {PROXY_LEVELS['at_proxy']:.0%} proxy",
+    "at_high_proxy": f"gold at {PROXY_LEVELS['at_high_proxy']:.0%} proxy",
+    "at_kl": f"gold at KL {KL_LEVEL:g}",
+    "final_proxy": "final proxy",
+    "final_kl": "final KL",
+    "final_accuracy": "proxy accuracy at the end",
+}
+
+
+def column(one: Run, name: str) -> list[Any]:
+    """A quantity along a run."""
+    return [point.get(name) for point in one["curve"]]
+
+
+def area(one: Run) -> float:
+    """Mean gold over the steps of a run, by trapezoids."""
+    steps, gold = column(one, "step"), column(one, "gold")
+    pieces = [(b - a) * (u + v) / 2 for a, b, u, v in zip(steps, steps[1:], gold, gold[1:], strict=False)]
+    return sum(pieces) / (steps[-1] - steps[0])
+
+
+def gold_at(one: Run, name: str, level: float) -> float | None:
+    """Gold where a quantity first reaches a level, between two measurements by a straight line; None if it never does."""
+    values, gold = column(one, name), column(one, "gold")
+    for i in range(1, len(values)):
+        if values[i] >= level > values[i - 1]:
+            part = (level - values[i - 1]) / (values[i] - values[i - 1])
+            return float(gold[i - 1] + part * (gold[i] - gold[i - 1]))
+    return None
+
+
+def figures(one: Run, plain: Run) -> dict[str, float | None]:
+    """The figures of a run; ``plain`` is the unregularized run of its seed."""
+    start, end = plain["curve"][0]["proxy"], plain["curve"][-1]["proxy"]
+    last = one["curve"][-1]
+    return {
+        "final": last["gold"],
+        "peak": max(column(one, "gold")),
+        "area": area(one),
+        **{name: gold_at(one, "proxy", start + part * (end - start)) for name, part in PROXY_LEVELS.items()},
+        "at_kl": gold_at(one, "kl", KL_LEVEL),
+        "final_proxy": last["proxy"],
+        "final_kl": last["kl"],
+        "final_accuracy": last["proxy_accuracy"],
+    }
+
+
+def interval(values: Sequence[float | None]) -> dict[str, Any]:
+    """Mean and 95% bootstrap interval over seeds; ``count`` is of those that have a value."""
+    numbers = [float(value) for value in values if value is not None]
+    if not numbers:
+        return {"mean": None, "low": None, "high": None, "count": 0}
+    if len(set(numbers)) < 2:
+        return {"mean": numbers[0], "low": numbers[0], "high": numbers[0], "count": len(numbers)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of two or three seeds, BCa says that its interval is degenerate
+        drawn = bootstrap((numbers,), np.mean, n_resamples=9999, method="percentile", rng=np.random.default_rng(0))
+    low, high = drawn.confidence_interval
+    return {"mean": fmean(numbers), "low": float(low), "high": float(high), "count": len(numbers)}
+
+
+def mechanism(one: Run) -> float | None:
+    """Spearman's rank correlation of ‖g1‖ with the proxy's accuracy over a run; the paper expects it below 0."""
+    points = [point for point in one["curve"] if point.get("g1_norm") is not None and point["proxy_accuracy"] is not None]
+    if len({point["g1_norm"] for point in points}) < 3 or len({point["proxy_accuracy"] for point in points}) < 2:
+        return None
+    return float(spearmanr([point["g1_norm"] for point in points], [point["proxy_accuracy"] for point in points]).statistic)
+
+
+def summarise(runs: Runs) -> dict[str, dict[str, Any]]:
+    """For each family: every figure with its interval, the gain in final gold over each other family, the mechanism."""
+    plain = {one["seed"]: one for one in runs[PLAIN]}
+    of = {family: {one["seed"]: figures(one, plain[one["seed"]]) for one in group} for family, group in runs.items()}
+    summary: dict[str, dict[str, Any]] = {}
+    for family, group in runs.items():
+        own = of[family]
+        summary[family] = {
+            "setting": group[0]["arm"]["name"],
+            "seeds": sorted(own),
+            "figures": {name: interval([row[name] for row in own.values()]) for name in FIGURES},
+            "gain": {
+                f"{name} over {other}": interval(
+                    [
+                        row[name] - theirs[seed][name]
+                        for seed, row in own.items()
+                        if seed in theirs and None not in (row[name], theirs[seed][name])
+                    ]
+                )
+                for other, theirs in of.items()
+                if other != family
+                for name in FIGURES
+            },
+            "mechanism": interval([mechanism(one) for one in group]),
+            "seconds_per_step": fmean(one["seconds_per_step"] for one in group),
+        }
+    return summary

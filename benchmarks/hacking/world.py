@@ -1,0 +1,222 @@
+"""What a seed's runs have in common: the policy they start from, by TRL's SFT, and the proxy, by TRL's RewardTrainer."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+
+from hacking.language import corpus, golds, request, tokenizer
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large everything is; whatever changes the outcome of a run apart from its arm and its seed."""
+
+    policy_width: int = 64
+    policy_layers: int = 2
+    proxy_width: int = 32
+    proxy_layers: int = 2
+    corpus_size: int = 4096
+    sft_steps: int = 300
+    pairs: int = 3000
+    label_noise: float = 0.2
+    proxy_steps: int = 300
+    answer_tokens: int = 20
+    steps: int = 120
+    measure_every: int = 10
+    prompts_per_step: int = 8
+    generations: int = 8
+    learning_rate: float = 2e-4
+    measured_prompts: int = 64
+    measured_answers: int = 4
+
+
+COMMON: dict[str, Any] = {
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+    "logging_steps": 50,
+    "dataloader_pin_memory": False,
+    "save_strategy": "no",
+}
+
+
+def config(width: int, layers: int, **settings: Any) -> LlamaConfig:
+    words = tokenizer()
+    return LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        pad_token_id=words.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=words.eos_token_id,
+        **settings,
+    )
+
+
+def train_policy(scale: Scale, seed: int, folder: Path) -> LlamaForCausalLM:
+    """A model of the corpus, from nothing."""
+    set_seed(seed)
+    policy = LlamaForCausalLM(config(scale.policy_width, scale.policy_layers))
+    trainer = SFTTrainer(
+        model=policy,
+        args=SFTConfig(
+            str(folder / "sft"),
+            max_steps=scale.sft_steps,
+            per_device_train_batch_size=64,
+            learning_rate=3e-3,
+            lr_scheduler_type="cosine",
+            seed=seed,
+            **COMMON,
+        ),
+        train_dataset=Dataset.from_list(corpus(scale.corpus_size, seed)),
+        processing_class=tokenizer(),
+    )
+    trainer.train()
+    return policy
+
+
+@torch.no_grad()
+def sample(policy: PreTrainedModel, prompts: Sequence[str], answer_tokens: int) -> tuple[Tensor, list[str]]:
+    """Answers of the policy: the token ids with the prompts before them, (answers, tokens), and the answers' text."""
+    words = tokenizer()
+    inputs = words(list(prompts), return_tensors="pt")  # all of one length
+    was_training = policy.training
+    policy.eval()
+    ids = policy.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=answer_tokens, pad_token_id=words.pad_token_id)
+    policy.train(was_training)
+    answers = ids[:, inputs["input_ids"].shape[1] :]
+    return ids, words.batch_decode(answers, skip_special_tokens=True)
+
+
+def drawn_pairs(policy: PreTrainedModel, scale: Scale, count: int, seed: int) -> list[dict[str, str]]:
+    """Pairs of answers to the same request, the better one by gold first; two of the same worth are no pair."""
+    draw, pairs = random.Random(seed), []
+    torch.manual_seed(seed)
+    while len(pairs) < count:
+        prompts = [request(draw) for _ in range(256)]
+        _, texts = sample(policy, [prompt for prompt in prompts for _ in (0, 1)], scale.answer_tokens)
+        for prompt, one, other in zip(prompts, texts[::2], texts[1::2], strict=True):
+            worth = golds((prompt, prompt), (one, other))
+            if worth[0] != worth[1]:
+                chosen, rejected = (one, other) if worth[0] > worth[1] else (other, one)
+                pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return pairs[:count]
+
+
+def train_proxy(policy: PreTrainedModel, scale: Scale, seed: int, folder: Path) -> LlamaForSequenceClassification:
+    """A Bradley-Terry model of pairs that the policy drew, a part of them labelled the wrong way round."""
+    draw = random.Random(seed)
+    pairs = drawn_pairs(policy, scale, scale.pairs, seed + 1)
+    noisy = [
+        {**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} if draw.random() < scale.label_noise else pair
+        for pair in pairs
+    ]
+    set_seed(seed)
+    proxy = LlamaForSequenceClassification(config(scale.proxy_width, scale.proxy_layers, num_labels=1))
+    trainer = RewardTrainer(
+        model=proxy,
+        args=RewardConfig(
+            str(folder / "proxy"),
+            max_steps=scale.proxy_steps,
+            per_device_train_batch_size=64,
+            learning_rate=3e-3,
+            lr_scheduler_type="cosine",
+            seed=seed,
+            **COMMON,
+        ),
+        train_dataset=Dataset.from_list(noisy),
+        processing_class=tokenizer(),
+    )
+    trainer.train()
+    return proxy
+
+
+class Proxy:
+    """The proxy as a reward of texts. It reads them as RewardTrainer let it read them: closed by the end token."""
+
+    __name__ = "proxy"
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model.eval()
+        self.tokenizer: PreTrainedTokenizerBase = tokenizer()
+        self.tokenizer.padding_side = "right"
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
+        end = str(self.tokenizer.eos_token)
+        texts = [prompt + text + end for prompt, text in zip(prompts, completions, strict=True)]
+        logits = self.model(**self.tokenizer(texts, return_tensors="pt", padding=True)).logits
+        return [float(value) for value in logits.squeeze(-1)]
+
+
+def agreement(prompts: Sequence[str], texts: Sequence[str], scores: Sequence[float]) -> float | None:
+    """The part of the pairs of answers to the same request that ``scores`` order as gold does; None without pairs."""
+    worth, right, count = golds(prompts, texts), 0.0, 0
+    for i, j in combinations(range(len(texts)), 2):
+        if prompts[i] == prompts[j] and worth[i] != worth[j]:
+            same = (scores[i] - scores[j]) * (worth[i] - worth[j])
+            right += 0.5 if same == 0 else float(same > 0)
+            count += 1
+    return right / count if count else None
+
+
+@dataclass
+class World:
+    """A seed's start: where the policy lies, its proxy, and how often the proxy is right about the policy's answers."""
+
+    folder: Path
+    proxy: Proxy
+    accuracy: float
+
+    def policy(self) -> LlamaForCausalLM:
+        """A fresh copy of the start."""
+        return LlamaForCausalLM.from_pretrained(self.folder / "policy")
+
+
+def prepare(scale: Scale, seed: int, folder: Path) -> World:
+    """The seed's world, built if ``folder`` does not hold it yet."""
+    record = folder / "world.json"
+    if not record.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        policy = train_policy(scale, 1000 * seed, folder)
+        policy.save_pretrained(folder / "policy")
+        tokenizer().save_pretrained(folder / "policy")
+        proxy = train_proxy(policy, scale, 1000 * seed + 100, folder)
+        proxy.save_pretrained(folder / "proxy")
+        judge, unseen = Proxy(proxy), drawn_pairs(policy, scale, max(64, scale.pairs // 3), 1000 * seed + 200)
+        prompts = [pair["prompt"] for pair in unseen]
+        better = judge(prompts, [pair["chosen"] for pair in unseen])
+        worse = judge(prompts, [pair["rejected"] for pair in unseen])
+        right = sum(one > other for one, other in zip(better, worse, strict=True)) / len(unseen)
+        record.write_text(json.dumps({"seed": seed, "proxy_accuracy": right}) + "\n")
+    proxy = LlamaForSequenceClassification.from_pretrained(folder / "proxy")
+    return World(folder, Proxy(proxy), json.loads(record.read_text())["proxy_accuracy"])
+
+
+def scale_fields() -> dict[str, type]:
+    """Names of the settings of a scale, with their types."""
+    return {field.name: type(field.default) for field in fields(Scale)}

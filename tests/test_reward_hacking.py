@@ -1,0 +1,277 @@
+"""The laboratory, ``benchmarks/reward_hacking.py``: gold and figures by hand, and the whole study at toy size."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+for package in ("trl", "scipy", "matplotlib"):
+    pytest.importorskip(package, reason=f"{package} belongs to the demo extra")
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+TOY = {
+    "corpus-size": 64,
+    "sft-steps": 2,
+    "pairs": 64,
+    "proxy-steps": 2,
+    "steps": 3,
+    "measure-every": 1,
+    "prompts-per-step": 2,
+    "generations": 4,
+    "measured-prompts": 6,
+    "measured-answers": 2,
+    "policy-width": 16,
+    "policy-layers": 1,
+    "proxy-width": 16,
+    "proxy-layers": 1,
+    "learning-rate": 0.02,
+}
+
+
+def module(name: str) -> ModuleType:
+    if str(BENCHMARKS) not in sys.path:
+        sys.path.insert(0, str(BENCHMARKS))
+    return importlib.import_module(name)
+
+
+def study(folder: Path, *flags: str, **scale: Any) -> None:
+    """The small study on one seed, in this process."""
+    sizes = [f"--{name}={value}" for name, value in {**TOY, **scale}.items()]
+    common = ["--jobs", "1", "--seeds", "1", "--folder", str(folder / "runs"), "--output", str(folder / "results")]
+    module("reward_hacking").main([*sizes, *common, *flags])
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the results of the small study at toy size."""
+    folder = tmp_path_factory.mktemp("toy")
+    study(folder)
+    return folder
+
+
+def test_a_study_leaves_curves_a_table_and_a_picture(toy: Path) -> None:
+    """Two arms from one start: the same at step 0, different once trained, everything measured that is promised."""
+    results = json.loads((toy / "results.json").read_text())
+    assert list(results["runs"]) == ["none", "gr-sequence-1"]
+    plain, regularized = (results["runs"][family][0]["curve"] for family in results["runs"])
+    assert [point["step"] for point in plain] == [point["step"] for point in regularized] == [0, 1, 2, 3]
+    assert plain[0] == regularized[0]
+    assert plain[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert plain[-1]["kl"] > 1e-4
+    assert plain[-1]["kl"] != regularized[-1]["kl"]
+    measured = {"proxy", "gold", "kl", "proxy_accuracy", "g1_norm", "penalty_ratio", "curvature"}
+    assert all(measured <= point.keys() for curve in (plain, regularized) for point in curve[1:])
+    assert max(point["penalty_ratio"] for point in plain[1:]) < 1e-8  # the plain run is measured, not regularized
+    assert min(point["penalty_ratio"] for point in regularized[1:]) > 1e-3
+    table = (toy / "results.md").read_text()
+    assert "| none | none |" in table
+    assert "| gr-sequence-1 |" in table
+    assert (toy / "results.png").stat().st_size > 10_000
+
+
+def test_a_finished_run_is_not_run_again(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what is missing is trained: nothing the second time, one arm once its file is gone."""
+    trained: list[str] = []
+    train = module("hacking.run").train
+
+    def counted(arm: Any, *args: Any) -> Any:
+        trained.append(arm.name)
+        return train(arm, *args)
+
+    monkeypatch.setattr(module("hacking.run"), "train", counted)
+    before = json.loads((toy / "results.json").read_text())["runs"]
+    study(toy)
+    assert trained == []
+    (toy / "runs" / "none-10.json").unlink()
+    study(toy)
+    assert trained == ["none"]
+    after = json.loads((toy / "results.json").read_text())["runs"]
+    assert [run["curve"] for run in after["none"]] == [run["curve"] for run in before["none"]]  # a seed is a run
+
+
+def test_a_folder_holds_runs_of_one_scale(toy: Path) -> None:
+    """Runs of other sizes would be taken for those of this study."""
+    with pytest.raises(SystemExit, match="another --folder"):
+        study(toy, steps=4)
+
+
+def test_an_unnoticed_penalty_is_no_penalty(toy: Path) -> None:
+    """The plain arm, which measures by a penalty of 1e-12, trains as without the wrapper's penalty, bit for bit."""
+    arms, run, world = module("hacking.arms"), module("hacking.run"), module("hacking.world")
+    scale = world.Scale(**{name.replace("-", "_"): value for name, value in TOY.items()})
+    start = world.prepare(scale, 10, toy / "runs" / "world-10")
+    measured = json.loads((toy / "runs" / "none-10.json").read_text())["curve"]
+    bare = run.train(arms.Arm("bare", {"strength": 0.0}), start, scale, 10, toy / "bare", lambda: None)["curve"]
+    for name in ("proxy", "gold", "kl", "example"):
+        assert [point[name] for point in bare] == [point[name] for point in measured]
+
+
+def test_measuring_leaves_training_alone(toy: Path) -> None:
+    """Measured at the end only, the run ends where it ends when it is measured at every step."""
+    arms, run, world = module("hacking.arms"), module("hacking.run"), module("hacking.world")
+    scale = world.Scale(**{name.replace("-", "_"): value for name, value in TOY.items()} | {"measure_every": 3})
+    start = world.prepare(scale, 10, toy / "runs" / "world-10")
+    often = json.loads((toy / "runs" / "none-10.json").read_text())["curve"]
+    seldom = run.train(arms.Arm("none"), start, scale, 10, toy / "seldom", lambda: None)["curve"]
+    assert [point["step"] for point in seldom] == [0, 3]
+    assert {name: seldom[-1][name] for name in ("proxy", "kl")} == {name: often[-1][name] for name in ("proxy", "kl")}
+
+
+@pytest.mark.parametrize(
+    ("text", "worth"),
+    [
+        ("a.b.c.d.", 1.0),
+        ("a.b!", 0.5 + 0.3),
+        ("a!b!c!", 0.75 + 0.3 - 2 * 0.3),
+        ("a.e.", 0.25 - 0.15),
+        ("a.a.", 0.25 - 0.3),
+        ("ab..", 0.5 - 2 * 0.3),
+        ("", 0.0),
+    ],
+)
+def test_gold_is_what_its_docstring_says(text: str, worth: float) -> None:
+    """Useful things, one enthusiastic mark, and what is taken off, by hand."""
+    assert module("hacking.language").gold("1?", text) == pytest.approx(worth)
+
+
+def test_the_corpus_hides_where_gold_falls() -> None:
+    """Answers of the corpus are good now and then, and nearly never repeat themselves or forget a mark."""
+    language = module("hacking.language")
+    rows = language.corpus(500, seed=1)
+    texts = [row["completion"] for row in rows]
+    assert 0.1 < sum(language.golds([row["prompt"] for row in rows], texts)) / 500 < 0.5
+    things = [[thing for thing in text if thing in language.THINGS] for text in texts]
+    assert sum(len(set(said)) < len(said) for said in things) < 30
+    assert sum(text.count("!") > 1 for text in texts) < 100
+    ids = language.tokenizer()(texts[0]).input_ids
+    assert language.tokenizer().decode(ids) == texts[0]
+    assert len(ids) == len(texts[0])
+
+
+def test_divergence_is_that_of_the_samples(toy: Path) -> None:
+    """The exact KL of each next token, summed, agrees with the mean log-ratio of many answers; the end token counts."""
+    run, world = module("hacking.run"), module("hacking.world")
+    scale = world.Scale(answer_tokens=4, measured_prompts=400, measured_answers=25, policy_width=16, policy_layers=1)
+    start = world.prepare(scale, 10, toy / "runs" / "world-10")
+    meter = run.Thermometer(start, scale, 0)
+    policy = start.policy()
+    with torch.no_grad():  # another policy, which ends after every third token or so
+        states = policy.model(**world.tokenizer()(meter.prompts, return_tensors="pt")).last_hidden_state[:, -1].mean(0)
+        policy.lm_head.weight[1] = 2.5 * states / states.square().sum()
+    torch.manual_seed(0)
+    ids, _ = world.sample(policy, meter.prompts, 4)
+    written = ids[:, 2:]
+    with torch.no_grad():
+        log_p, log_q = (m(input_ids=ids).logits[:, 1:-1].log_softmax(-1) for m in (policy, meter.start))
+    ratios = (log_p - log_q).gather(-1, written[..., None]).squeeze(-1)
+    total = torch.zeros(len(ids))
+    for row in range(len(ids)):
+        for position in range(written.shape[1]):
+            total[row] += ratios[row, position]
+            if written[row, position] == 1:
+                break
+    error = float(total.std() / len(ids) ** 0.5)
+    assert (written == 1).any(1).float().mean() > 0.3
+    assert meter.divergence(policy, ids) == pytest.approx(float(total.mean()), abs=4 * error)
+    assert 4 * error < 0.1 * float(total.mean())  # sharp enough to see a token left out
+
+
+def curve(**columns: list[float]) -> dict[str, Any]:
+    points = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return {"arm": {"name": "x"}, "seed": 0, "seconds_per_step": 0.0, "curve": points}
+
+
+def test_figures_of_a_curve_by_hand() -> None:
+    """Area by trapezoids; gold where proxy first reaches its level, by a straight line; never, where it does not."""
+    summary = module("hacking.summary")
+    one = curve(
+        step=[0, 10, 20], gold=[0.0, 1.0, -2.0], proxy=[0.0, 0.5, 1.0], kl=[0.0, 2.0, 4.0], proxy_accuracy=[0.8, 0.7, 0.5]
+    )
+    figures = summary.figures(one, one)
+    assert figures["peak"] == 1
+    assert figures["final"] == -2
+    assert figures["area"] == pytest.approx((5 - 5) / 20)
+    assert figures["at_proxy"] == pytest.approx(1 - 3 * (0.7 - 0.5) / 0.5)
+    assert figures["at_kl"] is None
+    assert summary.gold_at(one, "kl", 1.0) == pytest.approx(0.5)
+    assert summary.gold_at(one, "proxy_accuracy", 0.6) is None  # above it from the start: never reached from below
+
+
+def test_the_mechanism_is_a_rank_correlation() -> None:
+    """−1 where the gradient grows as accuracy falls, whatever the size of either; None where one of them stands still."""
+    summary = module("hacking.summary")
+    assert summary.mechanism(curve(g1_norm=[1, 2, 9, 10], proxy_accuracy=[0.8, 0.7, 0.69, 0.1])) == pytest.approx(-1)
+    assert summary.mechanism(curve(g1_norm=[1, 2, 3], proxy_accuracy=[0.5, 0.5, 0.5])) is None
+
+
+def test_intervals_hold_the_mean_and_count_what_is_there() -> None:
+    """Of three values and one that never came about: mean, an interval around it within the values, count 3."""
+    found = module("hacking.summary").interval([1.0, None, 2.0, 6.0])
+    assert found["count"] == 3
+    assert found["mean"] == pytest.approx(3)
+    assert 1 <= found["low"] < 3 < found["high"] <= 6
+
+
+def test_agreement_counts_pairs_of_the_same_request() -> None:
+    """Two right, one wrong among three answers to one request; an answer to another request is no partner."""
+    agreement = module("hacking.world").agreement
+    texts = ["a.", "a.b.", "a.b.c.", "i."]
+    assert agreement(["1?", "1?", "1?", "3?"], texts, [2.0, 1.0, 3.0, 9.0]) == pytest.approx(2 / 3)
+    assert agreement(["1?", "3?"], ["a.", "i."], [0.0, 1.0]) is None
+
+
+def test_tuning_takes_the_highest_gold_at_the_end_and_stops_at_the_peak() -> None:
+    """By the mean over the tuning seeds, and never by the best single seed."""
+    arms, study_of = module("hacking.arms"), module("hacking.study")
+    grid = arms.FAMILIES["KL penalty"]
+    ends = {arm.name: (0.0, 0.0) for arm in grid} | {grid[1].name: (0.5, 0.6), grid[2].name: (1.0, -1.0)}
+    runs = [
+        {"arm": {"name": name}, "seed": seed, "curve": [{"step": 0, "gold": 0.0}, {"step": 9, "gold": gold}]}
+        for name, golds in ends.items()
+        for seed, gold in enumerate(golds)
+    ]
+    assert study_of.tuned(["KL penalty"], runs)["KL penalty"] is grid[1]
+    plain = curve(step=[0, 10, 20], gold=[0.0, 1.0, -2.0])
+    plain["arm"]["name"] = "none"
+    assert study_of.stopping_step([plain]) == 10
+    assert [point["gold"] for point in study_of.stopped(plain, 10)["curve"]] == [0, 1, 1]
+    assert plain["curve"][-1]["gold"] == -2
+
+
+def test_every_family_has_the_same_budget_and_names_its_runs_apart() -> None:
+    """A name is the file of a run: two settings of one name would be taken for one."""
+    arms = module("hacking.arms")
+    assert {len(grid) for family, grid in arms.FAMILIES.items() if family != "none"} == {4}
+    names = [arm.name for grid in arms.FAMILIES.values() for arm in grid]
+    names += [arm.name for arm in arms.ablations(arms.FAMILIES["GR sequence"][1]).values()]
+    assert len(set(names)) == len(names)
+
+
+def test_a_random_direction_is_as_long_as_the_gradient() -> None:
+    """On a quadratic of curvature 1, ‖g2 − g1‖ = ε‖d‖ whatever d is; the cosine of g1 and g2 tells that d has changed."""
+    arms = module("hacking.arms")
+    outcome = {}
+    for direction in ("gradient", "random"):
+        weight = torch.nn.Parameter(torch.linspace(-1, 2, 400))
+        arm = arms.Arm("x", {"strength": 0.25, "eps": 0.5}, direction=direction)
+        optimizer = arm.optimizer(torch.optim.SGD([weight], lr=0.1), g1_clip=None, g2_clip=None)
+
+        def closure(weight: torch.nn.Parameter = weight) -> torch.Tensor:
+            weight.grad = None
+            loss = 0.5 * weight.square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        outcome[direction] = optimizer.metrics
+    for metrics in outcome.values():
+        assert float(metrics["penalty_ratio"]) == pytest.approx(0.25, rel=1e-4)  # float32
+    assert float(outcome["gradient"]["curvature"]) == pytest.approx(1, rel=1e-4)
+    assert abs(float(outcome["random"]["curvature"])) < 0.2
