@@ -9,13 +9,11 @@ they take gradients and in what they make of them:
     central     θ, θ − ε·d, θ + ε·d     Δ = (g₊ − g₋)/2           g = g1 + (γ/ε)·Δ
     exact       θ, twice                Δ = H·d                   g = g1 + γ·Δ
 
-Where precision is low, now and then two further gradients tell how much of Δ is rounding (:mod:`gradreg_optim.precision`).
+Where precision is low, now and then two further gradients tell how much of Δ is rounding (:mod:`gradreg_optim.checks`).
 """
 
 from __future__ import annotations
 
-import math
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -24,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from gradreg_optim.checks import CheckedDifference, Gradients
 from gradreg_optim.exact import hessian_products
 from gradreg_optim.finite_difference import (
     Scalar,
@@ -34,7 +33,6 @@ from gradreg_optim.finite_difference import (
     combine_,
     difference_moments,
     halved_difference_,
-    inner_of_differences,
     moments,
     norm_squared,
     ratio,
@@ -43,8 +41,7 @@ from gradreg_optim.finite_difference import (
 )
 from gradreg_optim.gradients import FirstGradient, Share, dense, device_mesh, owned, real, stack_scalars
 from gradreg_optim.perturbation import batch_norm_statistics_kept, shifted
-from gradreg_optim.precision import DEFAULT_CHECK_EVERY, MIRRORED, SUFFICIENT, VANISHING, advice, signal_fraction
-from gradreg_optim.wrapper import OptimizerWrapper
+from gradreg_optim.precision import MIRRORED, VANISHING
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -54,19 +51,14 @@ __all__ = ["WHOLE", "RegularizedStep"]
 WHOLE = 1.0
 """The point of the second gradient, in units of the step."""
 
-Gradients = list[list[Tensor]]
-"""Tensors as the arithmetic wants them, one list a share."""
-
 Moments = tuple[Tensor, Tensor, Scalar, Scalar]
 """⟨Δ, g1⟩ and ‖Δ‖² of each share, whether Δ is finite, and a factor that g2 still needs."""
 
 
-class RegularizedStep(OptimizerWrapper):
+class RegularizedStep(CheckedDifference):
     """From the gradients at θ, which ``.grad`` holds, to the combined ones."""
 
-    _metrics: dict[str, Scalar]
     _skipped: Scalar
-    _admonished: bool
 
     @torch.no_grad()
     def regularize_(self, second_pass: Callable[[], Any]) -> None:
@@ -99,24 +91,6 @@ class RegularizedStep(OptimizerWrapper):
             return []
         is_checked = self._check_is_due()
         return [MIRRORED] * (method == "central" or is_checked) + [VANISHING] * is_checked
-
-    def _check_is_due(self) -> bool:
-        group = self.param_groups[0]
-        every = group["gradreg_check_every"]
-        if every is None:
-            every = DEFAULT_CHECK_EVERY if self._precision_is_low() else 0
-        return bool(every) and (group["gradreg_floor"] is None or self.step_count % every == 0)
-
-    def _precision_is_low(self) -> bool:
-        """Whether weights, or what a trainer computes with, have fewer bits than float32."""
-        if self._attachment is not None and self._attachment.computes_in_low_precision:
-            return True
-        return any(
-            parameter.dtype.itemsize < torch.float32.itemsize
-            for group in self.param_groups
-            for parameter in group["params"]
-            if parameter.requires_grad
-        )
 
     @contextmanager
     def _at(self, first: FirstGradient, distance: float) -> Iterator[None]:
@@ -388,50 +362,6 @@ class RegularizedStep(OptimizerWrapper):
         ]
         return self._sum_over_ranks(stack_scalars(squares)).sqrt() / self._loss_scale()
 
-    # The check: is Δ curvature, or rounding?
-
-    def _check(self, first: FirstGradient, further: dict[float, Gradients], second: Gradients) -> None:
-        """Measure self-check and noise floor, which costs a wait for the device, and say if the former is low."""
-        mesh, unclip = self._mesh(), 1.0 / first.clip
-        method = self.param_groups[0]["gradreg_method"]
-        mirrored, near = further[MIRRORED], further[VANISHING]
-
-        def inner(left: Gradients, right: Gradients) -> Tensor:
-            """⟨left − g1, right − g1⟩, g1 as it was before it was clipped."""
-            return stack_scalars(
-                [
-                    inner_of_differences(*(share.counted(x, mesh) for x in (a, share.g1, b, share.g1)), scale=unclip)
-                    for share, a, b in zip(first.shares, left, right, strict=True)
-                ]
-            ).sum()
-
-        pairs = ((second, mirrored), (second, second), (mirrored, mirrored), (near, near))
-        sums = self._sum_over_ranks(stack_scalars([inner(*pair) for pair in pairs])).double() / self._loss_scale() ** 2
-        product, ahead, behind, noise = sums.tolist()
-        norm, eps = float(self._metrics["g1_norm"]), float(self._metrics["eps"])
-        self_check = -product / math.sqrt(ahead * behind) if ahead * behind else 1.0
-        floor = math.sqrt(noise) / norm if norm else 0.0
-        if not math.isfinite(self_check) or not math.isfinite(floor):  # an overflow: once more in the next step
-            return
-        self._metrics["self_check"] = self_check
-        for group in self.param_groups:
-            group["gradreg_floor"] = floor
-        if self_check < SUFFICIENT[method] and not self._admonished:
-            self._admonished = True
-            relative = math.sqrt(ahead if method == "forward" else (ahead + behind - 2 * product) / 4) / norm
-            length = eps * norm * float(first.clip)
-            warnings.warn(advice(self_check, floor * _noise(method), relative, eps, length), stacklevel=2)
-
-    def _signal(self, relative_square: Tensor) -> Tensor | None:
-        """Note floor and signal, if they are known; the factor on the penalty, if it is to shrink."""
-        group = self.param_groups[0]
-        floor = group["gradreg_floor"]
-        if floor is None or group["gradreg_method"] == "exact":
-            return None
-        signal = signal_fraction(relative_square, floor * _noise(group["gradreg_method"]))
-        self._metrics |= {"noise_floor": floor, "signal": signal}
-        return signal if group["gradreg_shrink"] else None
-
     def _put_back(self, first: FirstGradient) -> None:
         """Leave the first gradient in ``.grad``, as if there had been no second pass."""
         for parameter, gradient in first.kept:
@@ -464,12 +394,3 @@ class RegularizedStep(OptimizerWrapper):
     @abstractmethod
     def _overflow_skips_step(self) -> bool:
         """Whether whoever scales the loss skips a step whose gradient is not finite: the combined one has to show it."""
-
-    @abstractmethod
-    def _loss_scale(self) -> float:
-        """The factor that ``.grad`` carries."""
-
-
-def _noise(method: str) -> float:
-    """The rounding errors of Δ, in units of those of a difference: in (g₊ − g₋)/2 they are halved."""
-    return 0.5 if method == "central" else 1.0

@@ -20,7 +20,7 @@ from gradreg_optim.gradients import device_mesh
 
 # Files that need torch alone; those for trainers and DeepSpeed have tests, and messages, of their own.
 CORE = (
-    *("config", "exact", "finite_difference", "gradients", "groups"),
+    *("checks", "config", "exact", "finite_difference", "gradients", "groups"),
     *("optimizer", "perturbation", "phases", "precision", "schedule", "uncleared", "wrapper"),
 )
 
