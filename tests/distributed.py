@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import faulthandler
 import os
 import pathlib
+import secrets
 import socket
-import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import connection as pipes
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-CASE_TIMEOUT = 480.0
+CASE_TIMEOUT = 270.0
 """Seconds after which a case counts as hung, and its processes are killed: the first ones wait for a compiler."""
-COLLECTIVE_TIMEOUT = 180.0
+COLLECTIVE_TIMEOUT = 150.0
 """Seconds that a rank waits for the others in a collective: a machine shared with others may stall one for a minute."""
 
 
 class World:
     """``size`` processes that run the same function and hand back what each rank returned.
 
-    A case that raises on any rank raises here, with that rank's traceback and, if it was slow, where it stood halfway to
-    the timeout of a collective. The processes then end, for their connections may be broken; the next case starts new ones.
+    A case that raises on any rank raises here, with that rank's traceback; so does one that hangs, or whose process dies.
+    The processes then end, for their connections may be broken; the next case starts new ones.
     """
 
     def __init__(self, size: int, collective_timeout: float = COLLECTIVE_TIMEOUT) -> None:
@@ -35,9 +36,7 @@ class World:
         self._ranks: list[tuple[Any, Any]] = []
 
     def _start(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = port = free.getsockname()[1]
+        self._port = port = free_port()
         context = mp.get_context("spawn")
         for rank in range(self.size):
             here, there = context.Pipe()
@@ -54,20 +53,24 @@ class World:
             self._start()
         for _, connection in self._ranks:
             connection.send((case, args, kwargs))
-        answers: list[Any] = []
-        for _, connection in self._ranks:
-            try:
-                answered = connection.poll(timeout)
-                answers.append(connection.recv() if answered else ("hung", f"no answer within {timeout} s"))
-            except EOFError:
-                answers.append(("died", "the process ended"))
-            if answers[-1][0] in ("hung", "died"):
-                timeout = 1.0
+        deadline = time.monotonic() + timeout
+        answers = [self._answer(rank, deadline) for rank in range(self.size)]
         failures = [f"rank {rank} {how}:\n{what}" for rank, (how, what) in enumerate(answers) if how != "returned"]
         if failures:
             self.close()
             raise AssertionError("\n".join(failures))
         return [what for _, what in answers]
+
+    def _answer(self, rank: int, deadline: float) -> Any:
+        """What ``rank`` sends; without an answer by the deadline, or soon after the death of any rank, why there is none."""
+        connection, sentinels = self._ranks[rank][1], [process.sentinel for process, _ in self._ranks]
+        ready = pipes.wait([connection, *sentinels], max(0.0, deadline - time.monotonic()))
+        if connection not in ready and not connection.poll(5.0 if ready else 0.0):
+            return ("gave no answer", "a process ended" if ready else "it hangs")
+        try:
+            return connection.recv()
+        except EOFError:
+            return ("died", "the process ended")
 
     def close(self) -> None:
         """End the processes."""
@@ -78,6 +81,15 @@ class World:
         if self._ranks:
             remove_shared_memory(self._port)
         self._ranks = []
+
+
+def free_port() -> int:
+    """A port below those that the system gives to outgoing connections, one of which could take it before it is used."""
+    while True:
+        port = 20_000 + secrets.randbelow(9_000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
 
 
 def remove_shared_memory(port: int) -> None:
@@ -106,12 +118,8 @@ def _serve(connection: Any, rank: int, size: int, port: int, collective_timeout:
             case, args, kwargs = connection.recv()
         except EOFError:
             os._exit(0)
-        with tempfile.TemporaryFile("w+") as halfway:
-            faulthandler.dump_traceback_later(collective_timeout / 2, file=halfway)
-            try:
-                answer = ("returned", case(*args, **kwargs))
-            except BaseException:
-                halfway.seek(0)
-                answer = ("raised", traceback.format_exc() + halfway.read())
-            faulthandler.cancel_dump_traceback_later()
+        try:
+            answer = ("returned", case(*args, **kwargs))
+        except BaseException:
+            answer = ("raised", traceback.format_exc())
         connection.send(answer)

@@ -1,0 +1,40 @@
+"""The group of processes that other tests run on: what is wrong on one rank is told, and the next case starts afresh."""
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import World
+
+
+def total():
+    value = torch.tensor(float(dist.get_rank() + 1))
+    dist.all_reduce(value)
+    return float(value)
+
+
+def wrong_on_one_rank(how):
+    if dist.get_rank() == 1:
+        if how == "dies":
+            os._exit(1)
+        raise KeyError(how)
+    return total() if how == "dies" else "fine"
+
+
+@pytest.mark.parametrize("how", ["dies", "raises"])
+def test_one_rank_fails(how):
+    """Without waiting for the timeout of the others, whose collective will not end."""
+    world = World(2)
+    try:
+        assert world.run(total) == [3.0, 3.0]
+        start = time.monotonic()
+        with pytest.raises(
+            AssertionError, match=r"rank 1 (died|gave no answer)" if how == "dies" else "(?s)rank 1 raised.*KeyError"
+        ):
+            world.run(wrong_on_one_rank, how)
+        assert time.monotonic() - start < 60
+        assert world.run(total) == [3.0, 3.0]
+    finally:
+        world.close()
