@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from gradreg_optim.finite_difference import stochastically_rounded
+
 Tensors = list[Tensor]
 BFLOAT16_STEP = 2.0**-8  # relative size of the last bit of bf16, at its smallest
 
@@ -286,13 +288,6 @@ class Passes:
 def _blocks(tensor: Tensor | None) -> Iterable[Tensor | None]:
     """Flat views of pieces that fit a cache; of nothing, nothing as often as asked."""
     return itertools.repeat(None) if tensor is None else torch.split(tensor.view(-1), 2**18)
-
-
-def stochastically_rounded(wanted: Tensor, random: torch.Generator) -> Tensor:
-    """float32 to bf16, up or down at random so that the expectation is ``wanted``."""
-    bits = wanted.view(torch.int32)
-    noise = torch.randint(2**16, bits.shape, generator=random, dtype=torch.int32)
-    return ((bits + noise) & -(2**16)).view(torch.float32).bfloat16()
 
 
 def jitter_(model: nn.Module) -> Tensors:

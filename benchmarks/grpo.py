@@ -26,6 +26,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias, cast
@@ -232,8 +233,36 @@ def write_report(trainer: GRPOTrainer, title: str, command: str) -> None:
     console.print(f"Figure: {folder / 'training.png'}   Log: {folder / 'log_history.json'}", soft_wrap=True)
 
 
+def train(
+    script: str,
+    argv: list[str],
+    what: type,
+    defaults: dict[str, Any],
+    build: Callable[..., GRPOTrainer],
+    title: Callable[[Any, str | None, float], str],
+    *,
+    saves: bool = False,
+) -> None:
+    """Read the flags, train what ``build`` makes of them, save it if asked, report under ``title(what, model, strength)``.
+
+    Raises:
+        SystemExit: something given on the command line does not work; the message is one line.
+    """
+    try:
+        given, args, model_args, grad_reg = parse(argv, what, defaults)
+        trainer = build(given, args, model_args, grad_reg)
+    except InputError as error:
+        sys.exit(f"{script}: {' '.join(str(error).split())}")
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if saves:
+        trainer.save_model(str(args.output_dir))
+    if trainer.is_world_process_zero():
+        heading = title(given, model_args.model_name_or_path, grad_reg.grad_reg_strength)
+        write_report(trainer, heading, command=" ".join([script, *argv]))
+
+
 def main(argv: list[str]) -> None:
-    """Train and report.
+    """Train on verifiable tasks, and report.
 
     Raises:
         SystemExit: something given on the command line does not work; the message is one line.
@@ -241,16 +270,12 @@ def main(argv: list[str]) -> None:
     # A bar for loading weights that ends as it starts, and trl 1.16's use of a name that transformers 5.23 has changed.
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     warnings.filterwarnings("ignore", r".*Use `(is_)?activation_checkpointing", FutureWarning)
-    try:
-        what, args, model_args, grad_reg = parse(argv)
-        trainer = build_trainer(what, args, model_args, grad_reg)
-    except InputError as error:
-        sys.exit(f"grpo.py: {' '.join(str(error).split())}")
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    if trainer.is_world_process_zero():
-        name = os.path.basename(model_args.model_name_or_path or "SmolLM2-135M-Instruct")
-        title = f"{name} on {what.task}: GRPO with gradient regularization, strength {grad_reg.grad_reg_strength:g}"
-        write_report(trainer, title, command=" ".join(["grpo.py", *argv]))
+
+    def title(what: TaskArguments, model: str | None, strength: float) -> str:
+        name = os.path.basename(model or "SmolLM2-135M-Instruct")
+        return f"{name} on {what.task}: GRPO with gradient regularization, strength {strength:g}"
+
+    train("grpo.py", argv, TaskArguments, DEMO, build_trainer, title)
 
 
 if __name__ == "__main__":

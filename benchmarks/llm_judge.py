@@ -18,10 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grpo import load_model, parse, regularized_adamw, write_report
+from grpo import load_model, regularized_adamw, train
 from judge import SYSTEM_PROMPT, Judge, correctness, format_reward
-from tables import load_rows
-from tasks import InputError
+from tables import found, load_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, ModelConfig
 
@@ -79,15 +78,9 @@ def load_judge(what: JudgeArguments, device: Any) -> Judge:
     Raises:
         InputError: there is no such model.
     """
-    try:
+    with found("judge", what.judge):
         model = AutoModelForCausalLM.from_pretrained(what.judge)
         tokenizer = AutoTokenizer.from_pretrained(what.judge)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"judge={what.judge!r} must be a folder or a model of the Hub that can be reached from here. Transformers says: "
-            f"{reason}"
-        ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return Judge(model.to(device), tokenizer, unparsable=what.unparsable_reward, batch_size=what.judge_batch_size)
@@ -115,16 +108,11 @@ def main(argv: list[str]) -> None:
     Raises:
         SystemExit: something given on the command line does not work; the message is one line.
     """
-    try:
-        what, args, model_args, grad_reg = parse(argv, JudgeArguments, PUBLISHED)
-        trainer = build_trainer(what, args, model_args, grad_reg)
-    except InputError as error:
-        sys.exit(f"llm_judge.py: {' '.join(str(error).split())}")
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model(str(args.output_dir))
-    if trainer.is_world_process_zero():
-        title = f"{Path(str(model_args.model_name_or_path)).name} judged by {Path(what.judge).name}: GRPO"
-        write_report(trainer, f"{title}, strength {grad_reg.grad_reg_strength:g}", command=" ".join(["llm_judge.py", *argv]))
+
+    def title(what: JudgeArguments, model: str | None, strength: float) -> str:
+        return f"{Path(str(model)).name} judged by {Path(what.judge).name}: GRPO, strength {strength:g}"
+
+    train("llm_judge.py", argv, JudgeArguments, PUBLISHED, build_trainer, title, saves=True)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grpo import load_model, parse, regularized_adamw, write_report
-from tables import load_rows
+from grpo import load_model, regularized_adamw, train
+from tables import found, load_rows
 from tasks import InputError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, ModelConfig
@@ -65,15 +65,9 @@ def load_reward_model(name: str) -> tuple[Any, Any]:
     Raises:
         InputError: there is no such model, or it has several outputs.
     """
-    try:
+    with found("reward_model", name):
         model = AutoModelForSequenceClassification.from_pretrained(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"reward_model={name!r} must be a folder or a model of the Hub that can be reached from here. "
-            f"Transformers says: {reason}"
-        ) from error
     if model.config.num_labels != 1:
         raise InputError(
             f"reward_model={name!r} has {model.config.num_labels} outputs, a reward is one number: give a model with one"
@@ -105,16 +99,11 @@ def main(argv: list[str]) -> None:
     Raises:
         SystemExit: something given on the command line does not work; the message is one line.
     """
-    try:
-        what, args, model_args, grad_reg = parse(argv, RLHFArguments, PUBLISHED)
-        trainer = build_trainer(what, args, model_args, grad_reg)
-    except InputError as error:
-        sys.exit(f"rlhf.py: {' '.join(str(error).split())}")
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model(str(args.output_dir))
-    if trainer.is_world_process_zero():
-        title = f"{Path(str(model_args.model_name_or_path)).name} against {Path(what.reward_model).name}: GRPO"
-        write_report(trainer, f"{title}, strength {grad_reg.grad_reg_strength:g}", command=" ".join(["rlhf.py", *argv]))
+
+    def title(what: RLHFArguments, model: str | None, strength: float) -> str:
+        return f"{Path(str(model)).name} against {Path(what.reward_model).name}: GRPO, strength {strength:g}"
+
+    train("rlhf.py", argv, RLHFArguments, PUBLISHED, build_trainer, title, saves=True)
 
 
 if __name__ == "__main__":

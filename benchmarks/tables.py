@@ -1,13 +1,15 @@
-"""Rows to train and to evaluate on: a dataset of the Hub, a folder that was saved, or a file."""
+"""What the experiments load: models, and rows of a dataset of the Hub, a folder that was saved, or a file."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from tasks import InputError
 
-__all__ = ["load_rows"]
+__all__ = ["found", "load_rows"]
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -41,3 +43,16 @@ def load_rows(name: str, config: str | None, split: str, columns: tuple[str, ...
     if missing:
         raise InputError(f"dataset_name={name!r} has the columns {rows.column_names}, and needs {missing} as well")
     return rows
+
+
+@contextmanager
+def found(flag: str, name: str) -> Iterator[None]:
+    """Say, of a model that the block loads and ``flag`` names, that it cannot be loaded."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"{flag}={name!r} must be a folder or a model of the Hub that can be reached from here. "
+            f"Transformers says: {reason}"
+        ) from error

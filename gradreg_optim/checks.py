@@ -65,7 +65,8 @@ class CheckedDifference(OptimizerWrapper):
 
         pairs = ((second, mirrored), (second, second), (mirrored, mirrored), (near, near))
         sums = self._sum_over_ranks(stack_scalars([inner(*pair) for pair in pairs])).tolist()
-        product, ahead, behind, noise = (value / self._loss_scale() ** 2 for value in sums)
+        scale = self._loss_scale()
+        product, ahead, behind, noise = (value / scale**2 for value in sums)
         norm, eps = float(self._metrics["g1_norm"]), float(self._metrics["eps"])
         self_check = -product / math.sqrt(ahead * behind) if ahead * behind else 1.0
         floor = math.sqrt(noise) / norm if norm else 0.0
