@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from gradreg_optim.config import GradRegConfig
+from gradreg_optim.fraction import MicroBatches
 from gradreg_optim.optimizer import GradRegOptimizer
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from gradreg_optim.zero import ZeroGradRegOptimizer
 
 __version__ = "0.1.0"
-__all__ = ["GradRegConfig", "GradRegOptimizer", "ZeroGradRegOptimizer", "attach", "detach"]
+__all__ = ["GradRegConfig", "GradRegOptimizer", "MicroBatches", "ZeroGradRegOptimizer", "attach", "detach"]
 
 _LAZY = {
     "ZeroGradRegOptimizer": "gradreg_optim.zero",

@@ -35,7 +35,8 @@ class CheckedDifference(OptimizerWrapper):
         every = group["gradreg_check_every"]
         if every is None:
             every = DEFAULT_CHECK_EVERY if self._precision_is_low() else 0
-        return bool(every) and (group["gradreg_floor"] is None or self.step_count % every == 0)
+        # Of ``gradreg_every`` steps in a row one is regularized: it is checked if the round number is among them.
+        return bool(every) and (group["gradreg_floor"] is None or self.step_count % every < group["gradreg_every"])
 
     def _precision_is_low(self) -> bool:
         """Whether weights, or what a trainer computes with, have fewer bits than float32."""

@@ -9,7 +9,18 @@ from typing import Any
 
 from gradreg_optim.schedule import NAMES, Schedule
 
-__all__ = ["DEFAULT_EPS", "METHODS", "RESAMPLES", "ROUNDINGS", "GradRegConfig", "check_settings", "exclude_patterns"]
+__all__ = [
+    "BETWEEN",
+    "DEFAULT_CLIP",
+    "DEFAULT_EPS",
+    "MEMORIES",
+    "METHODS",
+    "RESAMPLES",
+    "ROUNDINGS",
+    "GradRegConfig",
+    "check_settings",
+    "exclude_patterns",
+]
 
 
 class _Default(float):
@@ -17,9 +28,12 @@ class _Default(float):
 
 
 DEFAULT_EPS = _Default(1e-3)
+DEFAULT_CLIP = _Default(10.0)
 METHODS = ("forward", "central", "exact")
 ROUNDINGS = ("nearest", "stochastic")
 RESAMPLES = ("reuse", "importance", "sequence")
+BETWEEN = ("plain", "reuse")
+MEMORIES = ("full", "lean")
 
 
 def exclude_patterns(exclude: str | Iterable[str] | None) -> tuple[str, ...]:
@@ -49,6 +63,27 @@ def check_settings(**settings: Any) -> None:
             f"eps={eps!r} and radius={radius!r}: both set the length of the same step. "
             "Give eps (a multiple of the gradient) or radius (the length itself), not both."
         )
+    if settings.get("memory") == "lean":
+        _check_lean(settings)
+
+
+def _check_lean(settings: dict[str, Any]) -> None:
+    """Refuse what needs both gradients side by side."""
+    clip = settings.get("g2_clip")
+    conflicts = {
+        "method": settings.get("method", "forward") != "forward",
+        "g2_clip": clip is not None and not isinstance(clip, _Default),
+        "max_penalty_ratio": settings.get("max_penalty_ratio") is not None,
+        "check_every": bool(settings.get("check_every")),
+        "between": settings.get("between", "plain") != "plain",
+        "fraction": settings.get("fraction", 1.0) != 1.0,
+    }
+    for name, conflict in conflicts.items():
+        if conflict:
+            raise ValueError(
+                f"memory='lean' and {name}={settings[name]!r}: the second gradient is added to the first as it arrives, and "
+                f"{name} needs both of them side by side. Leave {name} at its default, or use memory='full'."
+            )
 
 
 def _number(value: Any) -> bool:
@@ -117,6 +152,26 @@ _RULES: dict[str, tuple[str, str, Callable[[Any], bool]]] = {
         "It counts optimizer steps between self-checks; 0 makes none, None only in low precision.",
         lambda value: value is None or _whole(value),
     ),
+    "every": (
+        "an integer >= 1",
+        "1 regularizes every step, k each k-th one.",
+        lambda value: _whole(value) and value >= 1,
+    ),
+    "between": (
+        f"one of {BETWEEN}",
+        "It says what the steps between two regularized ones use: g1, or g1 and the last penalty.",
+        lambda value: isinstance(value, str) and value in BETWEEN,
+    ),
+    "fraction": (
+        "a number > 0 and <= 1",
+        "0.25 takes the difference on a quarter of the micro-batches.",
+        lambda value: _number(value) and 0 < value <= 1,
+    ),
+    "memory": (
+        f"one of {MEMORIES}",
+        "lean adds the second gradient to the first as it arrives, instead of keeping both.",
+        lambda value: isinstance(value, str) and value in MEMORIES,
+    ),
     "shrink": ("True or False", "True scales the penalty by its share of signal.", lambda value: isinstance(value, bool)),
 }
 
@@ -154,7 +209,7 @@ class GradRegConfig:
         metadata={"help": "Steps over which a linear or cosine schedule rises; default: all of training."},
     )
     grad_reg_g1_clip: float = field(default=10.0, metadata={"help": "Norm bound on the first gradient; 0: none."})
-    grad_reg_g2_clip: float = field(default=10.0, metadata={"help": "Norm bound on the second gradient; 0: none."})
+    grad_reg_g2_clip: float = field(default=DEFAULT_CLIP, metadata={"help": "Norm bound on the second gradient; 0: none."})
     grad_reg_max_penalty_ratio: float | None = field(
         default=None, metadata={"help": "Bound on ‖penalty‖/‖g1‖; does not bias the difference."}
     )
@@ -172,6 +227,21 @@ class GradRegConfig:
     )
     grad_reg_shrink: bool = field(
         default=True, metadata={"help": "Scale the penalty by the share of the difference that is not rounding noise."}
+    )
+    grad_reg_every: int = field(default=1, metadata={"help": "Regularize each k-th step."})
+    grad_reg_between: str = field(
+        default="plain",
+        metadata={
+            "help": "The steps between regularized ones: without penalty, or with the last one.",
+            "choices": list(BETWEEN),
+        },
+    )
+    grad_reg_fraction: float = field(
+        default=1.0, metadata={"help": "Fraction of a step's micro-batches that make the difference."}
+    )
+    grad_reg_memory: str = field(
+        default="full",
+        metadata={"help": "Keep both gradients, or add the second to the first as it arrives.", "choices": list(MEMORIES)},
     )
     grad_reg_exclude: list[str] | None = field(
         default=None,
@@ -212,6 +282,10 @@ class GradRegConfig:
             "rounding": self.grad_reg_rounding,
             "check_every": self.grad_reg_check_every,
             "shrink": self.grad_reg_shrink,
+            "every": self.grad_reg_every,
+            "between": self.grad_reg_between,
+            "fraction": self.grad_reg_fraction,
+            "memory": self.grad_reg_memory,
             "exclude": tuple(self.grad_reg_exclude or ()),
             "resample": self.grad_reg_resample,
         }

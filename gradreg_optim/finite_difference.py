@@ -29,19 +29,26 @@ __all__ = [
     "clip_coefficient",
     "clipped_moments",
     "combine_",
+    "combine_and_measure_",
     "difference_moments",
+    "fused",
     "halved_difference_",
     "inner_of_differences",
     "moments",
     "norm_squared",
     "ratio",
     "readable",
+    "recombine_",
+    "save_and_shift_",
     "scale_",
     "shift_",
     "stochastically_rounded",
 ]
 
 Scalar = float | Tensor
+
+BLOCK = 2**16
+"""Elements that a few operations in a row find in the cache of a CPU, and that one core works on faster than two."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -122,7 +129,7 @@ def inner_of_differences(
 def _blocks(tensor: Tensor) -> Sequence[Tensor]:
     """Flat pieces that three operations find in the cache of a CPU; one piece where launching operations costs more."""
     flat = tensor.flatten()
-    return torch.split(flat, 2**16) if flat.device.type == "cpu" else [flat]
+    return torch.split(flat, BLOCK) if flat.device.type == "cpu" else [flat]
 
 
 def sampled(tensor: Tensor, *, limit: int = 2**12, block: int = 64) -> Tensor:
@@ -216,6 +223,26 @@ def shift_(
         torch._foreach_add_(list(weights), list(direction), alpha=eps)
 
 
+def save_and_shift_(weights: Sequence[Tensor], direction: Sequence[Tensor], *, eps: float) -> list[Tensor]:
+    """Copies of θ, and :func:`shift_`, in one pass over memory, for tensors that are :func:`fused`.
+
+    If it is interrupted, θ is as it was.
+    """
+    saved = [torch.empty_like(weight) for weight in weights]
+    done = []
+    try:
+        for tensors in zip(weights, saved, direction, strict=True):
+            for weight, copy, along in zip(*map(_blocks, tensors), strict=True):
+                copy.copy_(weight)
+                done.append((weight, copy))
+                weight.add_(along, alpha=eps)
+    except BaseException:
+        for weight, copy in done:
+            weight.copy_(copy)
+        raise
+    return saved
+
+
 def combine_(g1: Sequence[Tensor], g2: Sequence[Tensor], *, weight: Scalar) -> None:
     """``g2 ← g1 + weight·(g2 − g1)`` in place.
 
@@ -233,6 +260,47 @@ def combine_(g1: Sequence[Tensor], g2: Sequence[Tensor], *, weight: Scalar) -> N
         torch._foreach_add_(list(g2), list(g1))
     else:
         torch._foreach_lerp_(list(g2), list(g1), 1.0 - weight)
+
+
+def fused(weight: Scalar, *groups: Sequence[Tensor]) -> bool:
+    """Whether several operations on these tensors can run block by block while a block is in the cache of a CPU."""
+    return isinstance(weight, float) and weight != 0 and all(
+        x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.is_contiguous()
+        for tensors in groups
+        for x in tensors
+    )
+
+
+def combine_and_measure_(g1: Sequence[Tensor], g2: Sequence[Tensor], *, weight: float) -> tuple[Tensor, Tensor]:
+    """:func:`combine_` and :func:`difference_moments` in one pass over memory, for tensors that are :func:`fused`.
+
+    >>> g = torch.tensor([3.0]); combine_and_measure_([torch.tensor([1.0])], [g], weight=10.0), g
+    ((tensor(2.), tensor(4.)), tensor([21.]))
+    """
+    if not g2:
+        return torch.zeros(()), torch.zeros(())
+    inner, squares = [], []
+    room = torch.empty(BLOCK, dtype=g2[0].dtype)
+    for a, b in ((a, b) for tensors in zip(g1, g2, strict=True) for a, b in zip(*map(_blocks, tensors), strict=True)):
+        if room.dtype != b.dtype:
+            room = torch.empty(BLOCK, dtype=b.dtype)
+        delta = torch.sub(b, a, out=room[: b.numel()])
+        inner.append(torch.dot(delta, a))
+        squares.append(torch.dot(delta, delta))
+        b.lerp_(a, 1.0 - weight)
+    return torch.stack(inner).sum(), torch.stack(squares).sum()
+
+
+def recombine_(g1: Sequence[Tensor], g: Sequence[Tensor], *, before: float, weight: float, coefficient: float) -> None:
+    """``g ← g1 + weight·(coefficient·g2 − g1)`` in place, where g is ``g1 + before·(g2 − g1)``.
+
+    >>> g = torch.tensor([21.0]); recombine_([torch.tensor([1.0])], [g], before=10.0, weight=5.0, coefficient=0.5); g
+    tensor([3.5000])
+    """
+    if g:
+        factor = weight * coefficient / before
+        torch._foreach_mul_(list(g), factor)
+        torch._foreach_add_(list(g), list(g1), alpha=1.0 - weight * (1.0 - coefficient) - factor)
 
 
 def halved_difference_(plus: Sequence[Tensor], minus: Sequence[Tensor]) -> None:

@@ -14,7 +14,7 @@ from gradreg_optim.finite_difference import Scalar, ratio
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["FirstGradient", "Share", "dense", "device_mesh", "owned", "real", "stack_scalars"]
+__all__ = ["FirstGradient", "Part", "Share", "dense", "device_mesh", "owned", "real", "stack_scalars"]
 
 
 @dataclass
@@ -23,6 +23,8 @@ class Share:
 
     ``weights`` and ``g1`` are what the arithmetic runs on: real views of complex tensors, local shards of distributed ones.
     ``g1_squared`` is ‖g1‖² after clipping; ``arrived`` and ``sent`` are ⟨θ'_real − θ, g1⟩ and ‖g1‖² on a sample of elements.
+    ``written`` is the weight with which g1 + weight·(g2 − g1) has been written over g2 already, if it has been.
+    ``absent`` are parameters to regularize that had no gradient; ``samples`` some elements of each g1, where it is not kept.
     """
 
     strength: float
@@ -34,6 +36,9 @@ class Share:
     g1_squared: Tensor = field(default_factory=lambda: torch.zeros(()))
     arrived: Tensor = field(default_factory=lambda: torch.zeros(()))
     sent: Tensor = field(default_factory=lambda: torch.zeros(()))
+    written: float | None = None
+    absent: list[Tensor] = field(default_factory=list)
+    samples: list[Tensor] = field(default_factory=list)
 
     def counted(self, tensors: list[Tensor], mesh: DeviceMesh | None) -> list[Tensor]:
         """Those of ``tensors``, laid out like ``g1``, that this rank adds to sums over the ranks of ``mesh``."""
@@ -50,18 +55,29 @@ class Share:
 
 
 @dataclass
+class Part:
+    """The micro-batches that make the difference, if not all do: their part of the first gradient, before any clip.
+
+    ``factor`` is the number of all micro-batches over that of these.
+    """
+
+    factor: float
+    gradients: Any
+
+
+@dataclass
 class FirstGradient:
     """Everything taken out of ``.grad`` after the first pass: shares to regularize, and gradients kept as they are.
 
-    ``absent`` are the parameters to regularize that had no gradient. ``further`` holds gradients from other points than
-    the last, by their distance from θ in units of the step; ``clip`` is the factor by which g1 was clipped.
+    ``further`` holds gradients from other points than the last, by their distance from θ in units of the step; ``clip``
+    is the factor by which g1 was clipped.
     """
 
     shares: list[Share]
     kept: list[tuple[Tensor, Tensor | None]]
-    absent: list[Tensor] = field(default_factory=list)
     further: dict[float, Any] = field(default_factory=dict)
     clip: Scalar = 1.0
+    part: Part | None = None
 
 
 def device_mesh(parameters: Iterable[Tensor]) -> DeviceMesh | None:

@@ -3,7 +3,8 @@
 Living there, hyperparameters are saved with the optimizer, can differ between groups and can be scheduled. ``strength``,
 ``eps`` and ``radius`` are read group by group; the other settings and the step count hold for the whole optimizer, are
 written to every group and read from the first. ``gradreg_excluded`` lists positions in ``group["params"]``: positions
-survive FSDP2 and tensor parallelism, which put other tensors there. ``gradreg_floor`` is the noise floor last measured.
+survive FSDP2 and tensor parallelism, which put other tensors there. ``gradreg_floor`` is the noise floor last measured,
+``gradreg_along`` the curvature that steps between regularized ones use again.
 """
 
 from __future__ import annotations
@@ -31,8 +32,12 @@ SHARED = (
     "rounding",
     "check_every",
     "shrink",
+    "every",
+    "between",
+    "fraction",
+    "memory",
 )
-KEYS = tuple(f"gradreg_{name}" for name in (*PER_GROUP, *SHARED, "step", "floor", "excluded"))
+KEYS = tuple(f"gradreg_{name}" for name in (*PER_GROUP, *SHARED, "step", "floor", "along", "excluded"))
 
 
 def missing_keys(group: Group) -> list[str]:
@@ -58,8 +63,12 @@ def adopt_group(group: Group, settings: dict[str, Any], *, step: int, excluded: 
     group.update({f"gradreg_{name}": value for name, value in values.items()})
     for name in SHARED:
         group.setdefault(f"gradreg_{name}", settings[name])
+    clip = group["gradreg_g2_clip"]
+    if isinstance(clip, float):  # likewise; a lean step has no g2 to clip
+        group["gradreg_g2_clip"] = None if group["gradreg_memory"] == "lean" else float(clip)
     group.setdefault("gradreg_step", step)
     group.setdefault("gradreg_floor", None)
+    group.setdefault("gradreg_along", None)
     group.setdefault("gradreg_excluded", excluded)
 
 

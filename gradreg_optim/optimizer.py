@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradreg_optim.config import DEFAULT_EPS, check_settings
+from gradreg_optim.between import ReusedPenalty
+from gradreg_optim.config import DEFAULT_CLIP, DEFAULT_EPS, check_settings
 from gradreg_optim.finite_difference import Scalar
+from gradreg_optim.fraction import MicroBatches, PartialDifference
+from gradreg_optim.lean import LeanStep
 from gradreg_optim.perturbation import RandomState
-from gradreg_optim.phases import RegularizedStep
 from gradreg_optim.schedule import Schedule
 from gradreg_optim.uncleared import called_on_marked_gradient
 
@@ -26,7 +28,7 @@ __all__ = ["GradRegOptimizer"]
 Closure = Callable[[], Any]
 
 
-class GradRegOptimizer(RegularizedStep):
+class GradRegOptimizer(ReusedPenalty, PartialDifference, LeanStep):
     r"""Gradient regularization around any :class:`torch.optim.Optimizer`.
 
     Minimises :math:`L(θ) + \frac{γ}{2}‖∇L(θ)‖²` with the finite-difference gradient :math:`g_1 + \frac{γ}{ε}(g_2 − g_1)`,
@@ -60,6 +62,17 @@ class GradRegOptimizer(RegularizedStep):
             100 steps where precision is low (half-precision weights, mixed precision of a trainer), else none.
         shrink: scale the penalty by the measured share of signal, 1 − floor²/rel² (:mod:`gradreg_optim.precision`), which
             takes effect where checks are made and nowhere else.
+        every: regularize the first step after the warm-up and each ``every``-th from there on; others take one gradient.
+        between: what those others use. ``"plain"``: g1, so that the penalty's mean over steps is 1/``every`` of what it
+            would be. ``"reuse"``: g1 and the last penalty, turned to it (:mod:`gradreg_optim.between`), at the memory of
+            one gradient; not under ZeRO.
+        fraction: of a step's micro-batches, how many make the difference, at the cost of 1 + ``fraction`` gradients
+            (:mod:`gradreg_optim.fraction`). Needs to know micro-batches: those that a trainer accumulates, or
+            :class:`~gradreg_optim.MicroBatches` as the closure.
+        memory: ``"full"``: beyond the base step, one copy of the regularized weights and one gradient. ``"lean"``: the weights
+            alone; g2 is added to g1 as it arrives (:mod:`gradreg_optim.lean`), which needs float32 gradients, and has no
+            clip of g2, no ``max_penalty_ratio``, no checks, and estimates for ``metrics``; not with
+            DistributedDataParallel or ZeRO.
         exclude: parts of parameter names; matching parameters are neither perturbed nor regularized and are updated with
             g1. ``"none"`` leaves nothing out, in trainers either, which otherwise leave out embeddings and heads.
         resample: in the trainers of GRPO, RLOO and their kin, what the second pass makes of completions drawn at θ:
@@ -103,12 +116,16 @@ class GradRegOptimizer(RegularizedStep):
         schedule: str | Schedule | None = None,
         schedule_steps: int | None = None,
         g1_clip: float | None = 10.0,
-        g2_clip: float | None = 10.0,
+        g2_clip: float | None = DEFAULT_CLIP,
         max_penalty_ratio: float | None = None,
         method: str = "forward",
         rounding: str = "stochastic",
         check_every: int | None = None,
         shrink: bool = True,
+        every: int = 1,
+        between: str = "plain",
+        fraction: float = 1.0,
+        memory: str = "full",
         exclude: str | Iterable[str] = (),
         resample: str = "reuse",
         model: nn.Module | None = None,
@@ -130,6 +147,10 @@ class GradRegOptimizer(RegularizedStep):
                 "rounding": rounding,
                 "check_every": check_every,
                 "shrink": shrink,
+                "every": every,
+                "between": between,
+                "fraction": fraction,
+                "memory": memory,
             },
             exclude=exclude,
             model=model,
@@ -141,6 +162,8 @@ class GradRegOptimizer(RegularizedStep):
         self._metrics: dict[str, Scalar] = {}
         self._admonished = False
         self._is_seen_to_clear = False
+        self._fresh: dict[Tensor, Tensor] = {}
+        self._stateless: dict[Tensor, Tensor] = {}
 
     @property
     def metrics(self) -> dict[str, Scalar]:
@@ -158,22 +181,26 @@ class GradRegOptimizer(RegularizedStep):
         return {**self._metrics, "skipped": self._skipped}
 
     @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Any:
+    def step(self, closure: Closure | MicroBatches | None = None) -> Any:
         """Take one regularized step.
 
         Args:
             closure: clears the gradients, runs forward and backward over the whole batch (all micro-batches) and returns
-                the loss. Called with gradients enabled: twice, or once when the strength is 0 or warming up; three times
-                for ``method="central"``; in the step of a check four times.
+                the loss. Called with gradients enabled: twice, or once in a step that is not regularized; three times
+                for ``method="central"``; in the step of a check four times. Or :class:`~gradreg_optim.MicroBatches`.
 
         Returns:
             The loss at θ, as the first call of ``closure`` returned it.
 
         Raises:
-            RuntimeError: no closure, and no trainer attached that provides the second gradient.
+            RuntimeError: no closure, and no trainer attached that provides the second gradient; or ``fraction`` is less
+                than 1, and the closure is one that runs whole steps only.
         """
         if closure is None:
             return self._step_without_closure()
+        self._check_closure(closure)
+        if isinstance(closure, MicroBatches):
+            return self._step_in_parts(closure)
         closure = self._prepared(closure)
         if not self.regularizes:
             return self._plain_step(closure)
@@ -191,14 +218,23 @@ class GradRegOptimizer(RegularizedStep):
         loss, self._is_seen_to_clear = called_on_marked_gradient(closure, parameters)
         return loss
 
-    def _prepared(self, closure: Closure) -> Closure:
-        """The closure as each pass calls it."""
+    def _check_closure(self, closure: Closure | MicroBatches) -> None:
+        """Refuse settings that a step with this closure cannot honour."""
+        fraction = self.param_groups[0]["gradreg_fraction"]
+        if fraction < 1 and not isinstance(closure, MicroBatches):
+            raise RuntimeError(
+                f"fraction={fraction!r} takes the difference on some micro-batches of a step; this closure runs them all. "
+                "Pass optimizer.step(gradreg_optim.MicroBatches(backward, batches)), or leave fraction at 1."
+            )
         if self.resample != "reuse":
             raise RuntimeError(
                 f"resample={self.resample!r}: completions are reweighted in the losses of trainers, and this step got a "
                 "closure, which decides itself what its second call makes of them. Keep the log-probabilities of its first "
                 "call there, and leave resample out."
             )
+
+    def _prepared(self, closure: Closure) -> Closure:
+        """The closure as each pass calls it."""
         return torch.enable_grad()(closure)
 
     @property
@@ -218,9 +254,11 @@ class GradRegOptimizer(RegularizedStep):
         self._advance()
 
     def _plain_step(self, closure: Closure) -> Any:
-        """A step without penalty: the wrapped optimizer's, with one gradient."""
+        """A step of one gradient: the wrapped optimizer's, or one that uses the last penalty again."""
         loss = closure()
         self._metrics = {"strength": 0.0}
+        if self.reuses:
+            self.reuse_()
         self._base_step()
         return loss
 
@@ -229,7 +267,7 @@ class GradRegOptimizer(RegularizedStep):
             self.optimizer.step()
             return
         if self._attachment is not None:
-            if not self.regularizes:
+            if not self.regularizes and not self.reuses:
                 self._metrics = {"strength": 0.0}
             self._attachment.check_consulted()
         else:

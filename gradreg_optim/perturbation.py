@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from gradreg_optim.finite_difference import Scalar, shift_
+from gradreg_optim.finite_difference import Scalar, fused, save_and_shift_, shift_
 
 __all__ = ["RandomState", "batch_norm_statistics_kept", "shifted"]
 
@@ -43,16 +43,20 @@ def shifted(
     Yields:
         The copies of θ that will be written back; treat them as read-only.
     """
-    backup = [[weight.clone() for weight in group] for group in weights]
+    backup: list[list[Tensor]] = []
     try:
         for group, along, step in zip(weights, direction, eps, strict=True):
+            if fused(step, group, along):
+                backup.append(save_and_shift_(group, along, eps=float(step)))
+                continue
+            backup.append([weight.clone() for weight in group])
             if group:
                 generator = None if seed is None else torch.Generator(group[0].device).manual_seed(seed)
                 shift_(group, along, eps=step, generator=generator)
         torch.clear_autocast_cache()  # inside an autocast block around both passes, bf16 copies of θ would be used again
         yield backup
     finally:
-        for group, saved in zip(weights, backup, strict=True):
+        for group, saved in zip(weights, backup, strict=False):  # fewer if a copy could not be had
             if group:
                 torch._foreach_copy_(list(group), saved)
         torch.clear_autocast_cache()

@@ -31,25 +31,33 @@ from gradreg_optim.finite_difference import (
     clip_coefficient,
     clipped_moments,
     combine_,
+    combine_and_measure_,
     difference_moments,
+    fused,
     halved_difference_,
     moments,
     norm_squared,
     ratio,
     readable,
+    recombine_,
     scale_,
 )
-from gradreg_optim.gradients import FirstGradient, Share, dense, device_mesh, owned, real, stack_scalars
+from gradreg_optim.gradients import FirstGradient, Part, Share, dense, device_mesh, owned, real, stack_scalars
 from gradreg_optim.perturbation import batch_norm_statistics_kept, shifted
 from gradreg_optim.precision import MIRRORED, VANISHING
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["WHOLE", "RegularizedStep"]
+__all__ = ["NO_SECOND_GRADIENT", "WHOLE", "RegularizedStep"]
 
 WHOLE = 1.0
 """The point of the second gradient, in units of the step."""
+
+NO_SECOND_GRADIENT = (
+    "The second call of the closure left no gradient on any regularized parameter, the first one did. "
+    "Let the closure clear the gradients and run forward and backward each time it is called."
+)
 
 Moments = tuple[Tensor, Tensor, Scalar, Scalar]
 """⟨Δ, g1⟩ and ‖Δ‖² of each share, whether Δ is finite, and a factor that g2 still needs."""
@@ -61,28 +69,33 @@ class RegularizedStep(CheckedDifference):
     _skipped: Scalar
 
     @torch.no_grad()
-    def regularize_(self, second_pass: Callable[[], Any]) -> None:
+    def regularize_(self, second_pass: Callable[[], Any], part: Part | None = None) -> None:
         """Replace the gradients at θ, which ``.grad`` holds, by the combined ones; ``second_pass`` is run at θ'.
 
         It is run more than once for ``method="central"`` and where a check is due. If it raises, the weights are at θ
-        again, bit for bit, and ``.grad`` holds the first gradient.
+        again, bit for bit, and ``.grad`` holds the first gradient. ``part`` says of which part of the first pass
+        ``second_pass`` is a repetition, if not of all.
         """
-        first = FirstGradient([], [])
+        first = FirstGradient([], [], part=part)
         try:
             self._take_gradients(first)
             if not self._choose_step(first):
                 self._put_back(first)
                 return
-            for distance in self._further_points():
-                with self._at(first, distance):
-                    second_pass()
-                first.further[distance] = self._take_further(first)
-            with self._at(first, WHOLE):
-                second_pass()
+            self._pass_again(first, second_pass)
         except BaseException:
             self._put_back(first)
             raise
         self._combine(first)
+
+    def _pass_again(self, first: FirstGradient, second_pass: Callable[[], Any]) -> None:
+        """Take the gradients of all points but θ; ``.grad`` is left with those at the last one."""
+        for distance in self._further_points():
+            with self._at(first, distance):
+                second_pass()
+            first.further[distance] = self._take_further(first)
+        with self._at(first, WHOLE):
+            second_pass()
 
     def _further_points(self) -> list[float]:
         """Where to take gradients besides θ and the last point."""
@@ -127,7 +140,7 @@ class RegularizedStep(CheckedDifference):
                     share.weights.append(real(parameter))
                     share.g1.append(real(gradient))
                 else:
-                    first.absent.append(parameter)
+                    share.absent.append(parameter)
                 parameter.grad = None
 
     def _choose_step(self, first: FirstGradient) -> bool:
@@ -196,7 +209,7 @@ class RegularizedStep(CheckedDifference):
                 if parameter.grad is not None:
                     taken[id(parameter)] = owned(parameter.grad)
                 parameter.grad = None
-        for parameter in (*(parameter for parameter, _ in first.kept), *first.absent):
+        for parameter in (*(parameter for parameter, _ in first.kept), *(p for share in first.shares for p in share.absent)):
             parameter.grad = None
         return taken
 
@@ -210,11 +223,10 @@ class RegularizedStep(CheckedDifference):
             for share in first.shares
         ]
 
-    def _second_gradient(self, share: Share, group: dict[str, Any], absent: list[Tensor]) -> list[Tensor]:
+    def _second_gradient(self, share: Share) -> list[Tensor]:
         """g2 of one share. A parameter that only one of the two passes reached has a gradient of 0 in the other."""
-        late = {id(parameter) for parameter in absent if parameter.grad is not None}
-        for parameter in group["params"]:
-            if id(parameter) in late:
+        for parameter in share.absent:
+            if parameter.grad is not None:
                 share.parameters.append(parameter)
                 share.gradients.append(torch.zeros_like(parameter.grad))
                 share.g1.append(real(share.gradients[-1]))
@@ -231,18 +243,15 @@ class RegularizedStep(CheckedDifference):
             parameter.grad = gradient
         if not any(parameter.grad is not None for share in shares for parameter in share.parameters):
             self._put_back(first)
-            raise RuntimeError(
-                "The second call of the closure left no gradient on any regularized parameter, the first one did. "
-                "Let the closure clear the gradients and run forward and backward each time it is called."
-            )
-        return [
-            self._second_gradient(share, group, first.absent) for share, group in zip(shares, self.param_groups, strict=True)
-        ]
+            raise RuntimeError(NO_SECOND_GRADIENT)
+        return [self._second_gradient(share) for share in shares]
 
     def _combine(self, first: FirstGradient) -> None:
         """Write g1 + (γ/ε)·Δ over g2."""
         shares, second = first.shares, self._second_gradients(first)
         further = {distance: self._aligned(first, taken) for distance, taken in first.further.items()}
+        for gradients in (second, *further.values()):
+            self._completed(first, gradients)
         if VANISHING in further:
             self._check(first, further, second)
         method = self.param_groups[0]["gradreg_method"]
@@ -277,25 +286,30 @@ class RegularizedStep(CheckedDifference):
             self._put_back(first)
             return
         for share, g2, weight in zip(shares, second, weights, strict=True):
-            if method == "forward":
+            if method != "forward":
+                add_penalty_(share.g1, g2, weight=weight)
+            elif share.written is None:
                 scale_(g2, clip)
                 combine_(share.g1, g2, weight=weight)
-            else:
-                add_penalty_(share.g1, g2, weight=weight)
+            elif (weight, clip) != (share.written, 1.0):
+                recombine_(share.g1, g2, before=share.written, weight=float(weight), coefficient=float(clip))
             if isinstance(finite, Tensor) and not self._overflow_skips_step:  # nobody has read it: choose on the device
                 for a, b in zip(share.g1, g2, strict=True):
                     torch.where(finite, b, a, out=b)
+        self._keep(first, second)
+
+    @abstractmethod
+    def _completed(self, first: FirstGradient, gradients: Gradients) -> None:
+        """Make gradients of a part of the micro-batches stand for those of all."""
+
+    @abstractmethod
+    def _keep(self, first: FirstGradient, combined: Gradients) -> None:
+        """Keep what later steps use again of this one's penalty."""
 
     def _forward_moments(self, first: FirstGradient, second: Gradients) -> Moments:
         """Those of Δ = c·g2 − g1, which is not written anywhere, with the clip c."""
-        shares, mesh = first.shares, self._mesh()
-        inner, squares, arrived, sent = self._summed(
-            shares,
-            [
-                difference_moments(*(share.counted(x, mesh) for x in (share.g1, g2, share.g1)))
-                for share, g2 in zip(shares, second, strict=True)
-            ],
-        )
+        shares = first.shares
+        inner, squares, arrived, sent = self._summed(shares, list(map(self._measured, shares, second)))
         g1_squared = stack_scalars([share.g1_squared for share in shares])
         # A sum that cancels may come out below 0, and its root as NaN: clamp, which lets a NaN of the gradients through.
         g2_norm = (g1_squared + 2 * inner + squares).sum().clamp(min=0).sqrt()
@@ -303,6 +317,14 @@ class RegularizedStep(CheckedDifference):
         inner, squares = clipped_moments(inner, squares, g1_squared, coefficient=c)
         self._note_difference(first, inner, g2_norm, c * g2_norm, c < 1, arrived, sent)
         return inner, squares, readable(torch.isfinite(g2_norm)), readable(c)
+
+    def _measured(self, share: Share, g2: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """⟨g2 − g1, g1⟩ and ‖g2 − g1‖²; on a CPU in one pass with the combination, as it is if nothing bounds it."""
+        mesh, weight = self._mesh(), share.weight
+        if mesh is None and fused(weight, share.g1, g2):
+            share.written = float(weight)
+            return combine_and_measure_(share.g1, g2, weight=share.written)
+        return difference_moments(*(share.counted(x, mesh) for x in (share.g1, g2, share.g1)))
 
     def _central_moments(self, first: FirstGradient, minus: Gradients, second: Gradients) -> Moments:
         """The same for Δ = (g₊ − g₋)/2, each side clipped; Δ is written over g₊."""
@@ -369,8 +391,8 @@ class RegularizedStep(CheckedDifference):
         for share in first.shares:
             for parameter, gradient in zip(share.parameters, share.gradients, strict=True):
                 parameter.grad = gradient
-        for parameter in first.absent:  # the second pass may have reached it, and a zero is not the same as nothing
-            parameter.grad = None
+            for parameter in share.absent:  # the second pass may have reached it, and a zero is not the same as nothing
+                parameter.grad = None
 
     def _has_gradient(self, shares: list[Share]) -> bool:
         """Whether there is anything to regularize; the same answer on every rank."""

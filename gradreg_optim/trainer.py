@@ -31,11 +31,13 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback
 
 from gradreg_optim.config import GradRegConfig, check_settings, exclude_patterns
 from gradreg_optim.exclusion import default_exclusion
+from gradreg_optim.fraction import SplitGradient
 from gradreg_optim.optimizer import GradRegOptimizer
 from gradreg_optim.perturbation import RandomState, batch_norm_statistics_kept
 from gradreg_optim.resample import METHOD, OldPolicy, clipped_by_loss, is_given
@@ -172,6 +174,7 @@ class Attachment:
         self._groups_before: list[dict[str, Any]] = []
         self._undo: list[Callable[[], None]] = []
         self._micro_batches: list[MicroBatch] = []
+        self._split: SplitGradient | None = None
         self._awaits: str | None = None
         self._replaying = False
         self._consulted = False
@@ -320,6 +323,31 @@ class Attachment:
         """Called through ``optimizer.train()``: what follows is one ``compute_loss`` and one ``backward``."""
         if not self._replaying:
             self._awaits = "compute_loss" if self._regularizes() else None
+            if self._awaits is not None:
+                self._begin_split()
+
+    def _begin_split(self) -> None:
+        """With ``fraction``, see to it that the gradient is reduced over ranks wherever the part begins or ends."""
+        if not self._micro_batches:
+            self._split = self._new_split()
+        if self._split is not None and self._split.ends_after(len(self._micro_batches)):
+            model: Any = self.trainer.model_wrapped
+            if isinstance(model, DistributedDataParallel):  # inside its no_sync(), which puts this back
+                model.require_backward_grad_sync = True
+            elif isinstance(model, FSDPModule):
+                model.set_requires_gradient_sync(True)
+
+    def _new_split(self) -> SplitGradient | None:
+        fraction = self.optimizer.param_groups[0]["gradreg_fraction"]
+        if fraction == 1:
+            return None
+        if self.trainer.args.gradient_accumulation_steps == 1:
+            raise ValueError(
+                f"fraction={fraction!r} takes the difference on some of a step's micro-batches, and there is one "
+                "(gradient_accumulation_steps=1). Accumulate more, and make per_device_train_batch_size smaller by as much; "
+                "or leave fraction at 1."
+            )
+        return SplitGradient(self.optimizer, self.trainer.current_gradient_accumulation_steps)
 
     def _compute_loss(
         self, compute_loss: Callable[..., Any], model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
@@ -371,23 +399,41 @@ class Attachment:
             backward(loss, *args, **kwargs)
             self._after_backward()
             return
+        gradient_state = self.trainer.accelerator.gradient_state
+        is_last = gradient_state.sync_gradients
+        is_split_here = self._awaits == "backward" and self._split is not None
         with self.optimizer.held_back() as held:  # Accelerate takes the engine's step in backward
-            backward(loss, *args, **kwargs)
+            if is_split_here and self._split.ends_after(len(self._micro_batches) - 1):  # type: ignore[union-attr]
+                gradient_state._set_sync_gradients(True)
+            try:
+                backward(loss, *args, **kwargs)
+            finally:
+                gradient_state._set_sync_gradients(is_last)
         self._after_backward()
-        if held:
+        if held and is_last:
             self.optimizer.finish_window()
 
     def _after_backward(self) -> None:
-        if self._replaying or self._awaits is None:
+        if self._replaying:
+            return
+        if self._awaits is None:
+            if self.trainer.accelerator.sync_gradients and self.optimizer.reuses:
+                self.optimizer.reuse_()
             return
         self._awaits = "train"
         self._answers.record(None)
+        if self._split is not None:
+            self._split.close(len(self._micro_batches) - 1)
         if self._micro_batches[-1].is_last:
             start = time.perf_counter()
             try:
                 if not self._is_checked:
                     self._check_repetition()
-                self.optimizer.regularize_(self._replay)
+                part = None
+                if self._split is not None:
+                    part = self._split.joined()
+                    self._micro_batches = [self._micro_batches[position] for position in sorted(self._split.part)]
+                self.optimizer.regularize_(self._replay, part)
             finally:
                 self._micro_batches.clear()
             self._note("second_pass_time", time.perf_counter() - start)
@@ -421,10 +467,11 @@ class Attachment:
             self._written_out(),
         ):
             for micro_batch in self._micro_batches:
-                alone = micro_batch.is_last or self._is_sharded
+                is_last = micro_batch is self._micro_batches[-1]
+                alone = is_last or self._is_sharded
                 gathering = nullcontext() if alone else self.trainer.accelerator.no_sync(micro_batch.model)
                 with gathering:
-                    self._repeat(micro_batch)
+                    self._repeat(micro_batch, is_last)
                 self._note_ratios(micro_batch)
 
     def _written_out(self) -> AbstractContextManager[None]:
@@ -452,12 +499,12 @@ class Attachment:
             done.callback(gradient_state._set_sync_gradients, gradient_state.sync_gradients)
             yield done
 
-    def _repeat(self, micro_batch: MicroBatch) -> None:
+    def _repeat(self, micro_batch: MicroBatch, is_last: bool) -> None:
         """Run one micro-batch through the Trainer's own training step, or a whole step of the trainer, where it started."""
         trainer, inputs = self.trainer, copied(micro_batch.inputs)
         vars(trainer).update(counters(micro_batch.counters))
         micro_batch.random.restore()
-        trainer.accelerator.gradient_state._set_sync_gradients(micro_batch.is_last)
+        trainer.accelerator.gradient_state._set_sync_gradients(is_last)
         self._answers.repeat(micro_batch.answers)
         step = trainer.training_step if self._repeats_whole_steps else functools.partial(Trainer.training_step, trainer)
         # TRL's activation offloading begins anew with each training step, or frees nothing in later backwards.
@@ -484,7 +531,7 @@ class Attachment:
             accelerator: Any = self.trainer.accelerator
             done.callback(setattr, accelerator, "backward", accelerator.backward)
             accelerator.backward = lambda loss, **_: losses.append(loss)
-            self._repeat(micro_batch)
+            self._repeat(micro_batch, micro_batch.is_last)
         for module in micro_batch.model.modules():
             if isinstance(module, FSDPModule):  # its root keeps weights gathered for a backward, which does not come
                 module.reshard()

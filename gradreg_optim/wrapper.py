@@ -164,7 +164,12 @@ class OptimizerWrapper(Optimizer):
     @property
     def regularizes(self) -> bool:
         """Whether the step to come takes a second gradient."""
-        return any(strength > 0 for strength in self._strengths())
+        return any(strength > 0 for strength in self._strengths()) and self._is_turn()
+
+    def _is_turn(self) -> bool:
+        """Whether the step to come is the first after the warm-up, or one of each ``every`` from there on."""
+        group = self.param_groups[0]
+        return (self.step_count - int(group["gradreg_warmup_steps"])) % int(group["gradreg_every"]) == 0
 
     # Checkpoints and pickling.
 

@@ -31,6 +31,10 @@ FIELDS = {
     "rounding": "grad_reg_rounding",
     "check_every": "grad_reg_check_every",
     "shrink": "grad_reg_shrink",
+    "every": "grad_reg_every",
+    "between": "grad_reg_between",
+    "fraction": "grad_reg_fraction",
+    "memory": "grad_reg_memory",
     "resample": "grad_reg_resample",
 }
 

@@ -15,12 +15,12 @@ from problems import closure_of, regression
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from gradreg_optim import GradRegConfig, GradRegOptimizer
+from gradreg_optim import GradRegConfig, GradRegOptimizer, MicroBatches
 from gradreg_optim.gradients import device_mesh
 
 # Files that need torch alone; those for trainers and DeepSpeed have tests, and messages, of their own.
 CORE = (
-    *("checks", "config", "exact", "finite_difference", "gradients", "groups"),
+    *("between", "checks", "config", "exact", "finite_difference", "fraction", "gradients", "groups", "lean"),
     *("optimizer", "perturbation", "phases", "precision", "schedule", "uncleared", "wrapper"),
 )
 
@@ -120,7 +120,80 @@ def setting(name, value, rule, remedy):
     return Case(lambda: GradRegOptimizer(sgd(), **{name: value}), ValueError, f"{name}={value!r}", rule, remedy)
 
 
+def lean_in_half_precision():
+    model, loss = regression(dtype=torch.bfloat16)
+    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), memory="lean")
+    optimizer.step(closure_of(optimizer, loss))
+
+
+def overwritten_gradients():
+    """Somebody who writes gradients after the backward has handed them over, as DistributedDataParallel does."""
+    model, loss = regression()
+    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), memory="lean")
+    closure = closure_of(optimizer, loss)
+
+    def averaging():
+        closure()
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+
+    optimizer.step(averaging)
+
+
+def no_second_gradient_of_a_lean_step():
+    model, loss = regression()
+    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), memory="lean")
+    closure = closure_of(optimizer, loss)
+    optimizer.step(lambda: closure() if closure.calls == 0 else None)
+
+
 CASES = {
+    "every": setting("every", 0, "must be an integer >= 1", "k each k-th one"),
+    "between": setting("between", "old", "must be one of ('plain', 'reuse')", "the last penalty"),
+    "fraction": setting("fraction", 1.5, "must be a number > 0 and <= 1", "a quarter of the micro-batches"),
+    "memory": setting("memory", "low", "must be one of ('full', 'lean')", "instead of keeping both"),
+    "a lean step with a clip of g2": Case(
+        lambda: GradRegOptimizer(sgd(), memory="lean", g2_clip=10.0),
+        ValueError,
+        "memory='lean' and g2_clip=10.0",
+        "needs both of them side by side",
+        "Leave g2_clip at its default, or use memory='full'",
+    ),
+    "a lean step in half precision": Case(
+        lean_in_half_precision,
+        ValueError,
+        "memory='lean': the gradient of a parameter of shape (6, 4) is torch.bfloat16",
+        "in float32 and float64 only",
+        "Use memory='full'",
+    ),
+    "a lean step whose gradients are overwritten": Case(
+        overwritten_gradients,
+        RuntimeError,
+        "memory='lean': gradients were written after a backward had handed them over",
+        "they would be lost",
+        "Use memory='full', FSDP2 or ZeRO",
+    ),
+    "no second gradient of a lean step": Case(
+        no_second_gradient_of_a_lean_step,
+        RuntimeError,
+        "The second call of the closure left no gradient",
+        "the first one did",
+        "Let the closure clear the gradients",
+    ),
+    "a fraction of a closure": Case(
+        lambda: stepped(fraction=0.5),
+        RuntimeError,
+        "fraction=0.5",
+        "this closure runs them all",
+        "Pass optimizer.step(gradreg_optim.MicroBatches(backward, batches))",
+    ),
+    "no micro-batches": Case(
+        lambda: MicroBatches(print, []),
+        ValueError,
+        "batches=[]",
+        "a step needs at least one micro-batch",
+        "Skip the step, or give it data",
+    ),
     "strength": setting("strength", -1.0, "must be a finite number >= 0", "0 switches off"),
     "strength, NaN": setting("strength", math.nan, "must be a finite number >= 0", "Published values are 1e-2 and 1e-3"),
     "eps": setting("eps", 0.0, "must be a finite number > 0", "published value is 1e-3"),

@@ -41,6 +41,28 @@ def test_central_difference_of_bf16_optimizer(pair):
     assert largest_error(found["masters"][-1], expected[-1]) < 2**-8
 
 
+@pytest.mark.parametrize("fraction", [0.25, 0.5, 1.0])
+@pytest.mark.parametrize("more", [{}, OFFLOADED, {"precision": "bf16"}, BF16_OPTIMIZER], ids=["", "offload", "bf16", "BF16"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_part_of_a_window(pair, stage, more, fraction):
+    """MicroBatches: the path of the formula with a part that lies elsewhere in each step, and the engine counts as ever."""
+    if more is BF16_OPTIMIZER and stage > 1:
+        pytest.skip("DeepSpeed takes that engine at stage 1")
+    config, settings = worker.make_config(stage, micro_batches=4, **more), SETTINGS | {"fraction": fraction}
+    ranks = pair.run(worker.train, config, settings, steps=STEPS, parts=True)
+    expected = worker.reference(settings, steps=STEPS, micro_batches=4, world=2)
+    for found in ranks:
+        for step in range(STEPS):
+            assert largest_error(found["masters"][step], expected[step]) < (2**-8 if "precision" in more else 1e-6)
+        assert found["touched"] == 0
+        assert found["moved"] == STEPS
+        assert found["rounded"]
+    usual = pair.run(worker.train, config, SETTINGS, steps=STEPS)[0]
+    assert ranks[0]["steps"] == usual["steps"]
+    if fraction < 1:
+        assert largest_error(expected[-1], worker.reference(SETTINGS, steps=STEPS, micro_batches=4, world=2)[-1]) > 1e-3
+
+
 @pytest.mark.parametrize("method", ["forward", "central"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_check_changes_nothing(pair, stage, method):

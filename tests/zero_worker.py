@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gradreg_optim.fraction import chosen_part
+
 FEATURES, CLASSES, ROWS = 5, 3, 4
 UNIVERSAL_BATCH = 12
 
@@ -96,8 +98,8 @@ def reference(
         strength = group.get("gradreg_strength", settings["strength"])
         return [p for p in group["params"] if strength and not any(part in names[p] for part in settings["exclude"])]
 
-    def gradients(step: int) -> dict[Tensor, Tensor]:
-        x, y = inputs[step].double().flatten(0, -2), targets[step].double().flatten(0, -2)
+    def gradients(step: int, chosen: Any = slice(None)) -> dict[Tensor, Tensor]:
+        x, y = inputs[step][chosen].double().flatten(0, -2), targets[step][chosen].double().flatten(0, -2)
         loss = (model(x) - y).square().mean()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         return dict(zip(parameters, torch.autograd.grad(loss, parameters), strict=True))
@@ -112,19 +114,24 @@ def reference(
     for step in range(steps):
         g1 = clipped(gradients(step), settings["g1_clip"])
         start = {p: p.detach().clone() for p in names}
+        part = slice(None) if "fraction" not in settings else sorted(chosen_part(micro_batches, settings["fraction"], step))
 
-        def gradients_at(distance: float, step: int = step, g1: Any = g1, start: Any = start) -> dict[Tensor, Tensor]:
+        def gradients_at(
+            distance: float, step: int = step, g1: Any = g1, start: Any = start, part: Any = part
+        ) -> dict[Tensor, Tensor]:
             with torch.no_grad():
                 for group in optimizer.param_groups:
                     for p in regularized(group):
                         p.add_(g1[p], alpha=distance * group.get("gradreg_eps", settings["eps"]))
-            found = clipped(gradients(step), settings["g2_clip"])
+            found = clipped(gradients(step, part), settings["g2_clip"])
             with torch.no_grad():
                 for p, value in start.items():
                     p.copy_(value)
             return found
 
         g2 = gradients_at(1.0)
+        if settings.get("fraction"):  # clips that do not engage
+            g2 = {p: g1[p] + g2[p] - before for p, before in gradients(step, part).items()}
         if settings.get("method") == "central":
             g2 = {p: g1[p] + (g2[p] - before) / 2 for p, before in gradients_at(-1.0).items()}
         for group in optimizer.param_groups:
@@ -242,6 +249,27 @@ def window(engine: Any, step: int, inputs: Tensor, targets: Tensor, on_pass: Any
     return closure
 
 
+def in_parts(engine: Any, step: int, inputs: Tensor, targets: Tensor, on_pass: Any) -> Any:
+    """The same window as :class:`MicroBatches`."""
+    from gradreg_optim import MicroBatches
+
+    calls: list[int] = []
+    rank, dtype = dist.get_rank(), next(engine.module.parameters()).dtype
+    on_pass(1)
+
+    def backward(micro_batch: int) -> Tensor:
+        calls.append(1)
+        if len(calls) == inputs.shape[1] + 1:
+            on_pass(2)
+        x, y = inputs[step, micro_batch, rank].to(dtype), targets[step, micro_batch, rank]
+        loss = (engine(x).float() - y).square().mean()
+        engine.backward(loss)
+        engine.step()
+        return loss.detach()
+
+    return MicroBatches(backward, range(inputs.shape[1]))
+
+
 def train(
     config: dict[str, Any],
     settings: dict[str, Any],
@@ -251,6 +279,7 @@ def train(
     kind: str = "sgd",
     kinds: dict[str, bool] | None = None,
     one_tensor: bool = False,
+    parts: bool = False,
 ) -> dict[str, Any]:
     """Masters after each step, metrics, and whether the masters changed during the detour to θ'."""
     from gradreg_optim import ZeroGradRegOptimizer
@@ -273,13 +302,14 @@ def train(
                 seen["moved"] += any(not torch.equal(at_theta[name], now) for name, now in weights(engine).items())
 
         with quiet():
-            optimizer.step(window(engine, step, inputs, targets, on_pass))
+            optimizer.step((in_parts if parts else window)(engine, step, inputs, targets, on_pass))
         now = masters(engine)
         seen["masters"].append(now)
         rounded = {name: value.to(at_theta[name].dtype) for name, value in now.items()}
         seen["rounded"] &= all(torch.equal(value, rounded.get(name, value)) for name, value in weights(engine).items())
         seen["metrics"].append({name: float(value) for name, value in optimizer.metrics.items()})
     seen["weights"] = weights(engine)
+    seen["steps"] = (engine.global_steps, engine.global_samples, engine.micro_steps, engine.skipped_steps)
     engine.destroy()
     return seen
 

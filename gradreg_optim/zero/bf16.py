@@ -79,6 +79,13 @@ class BF16Partitions(GatheredPartitions):
         self._clear()
         return self.first
 
+    def take_again(self) -> list[Tensor]:
+        """Copies; which parameters were reached stays noted, for the step that will use them."""
+        reached = [list(group) for group in self.zero.fp32_groups_has_gradients]
+        taken = super().take_again()
+        self.zero.fp32_groups_has_gradients = reached
+        return taken
+
     def _clear(self) -> None:
         self.zero.zero_grad()
 

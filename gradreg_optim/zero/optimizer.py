@@ -21,7 +21,8 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
-from gradreg_optim.config import DEFAULT_EPS
+from gradreg_optim.config import DEFAULT_CLIP, DEFAULT_EPS
+from gradreg_optim.fraction import MicroBatches
 from gradreg_optim.gradients import FirstGradient, Share
 from gradreg_optim.optimizer import GradRegOptimizer
 from gradreg_optim.phases import WHOLE
@@ -37,7 +38,7 @@ from gradreg_optim.zero.window import AccumulationWindow
 __all__ = ["ZeroGradRegOptimizer"]
 
 
-ONLY_PLAIN = ("model", "scaler", "rounding")
+ONLY_PLAIN = ("model", "scaler", "rounding", "memory")
 """Settings that the engine makes pointless: it has the model, the loss scale, and masters to round from."""
 
 
@@ -99,11 +100,14 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
         schedule: str | Schedule | None = None,
         schedule_steps: int | None = None,
         g1_clip: float | None = 10.0,
-        g2_clip: float | None = 10.0,
+        g2_clip: float | None = DEFAULT_CLIP,
         max_penalty_ratio: float | None = None,
         method: str = "forward",
         check_every: int | None = None,
         shrink: bool = True,
+        every: int = 1,
+        between: str = "plain",
+        fraction: float = 1.0,
         exclude: str | Iterable[str] = (),
         resample: str = "reuse",
     ) -> None:
@@ -112,6 +116,11 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
             raise ValueError(
                 "method='exact': no second derivatives are taken of weights that DeepSpeed partitions and of gradients "
                 "that it reduces by hooks of its own. Use method='forward', or method='central' for more accuracy."
+            )
+        if between == "reuse":
+            raise ValueError(
+                "between='reuse': the last penalty would have to be kept and saved in DeepSpeed's partitions: it is not. "
+                "Use between='plain', with a strength that is higher by as much as steps are rarer."
             )
         zero = engine.optimizer
         if isinstance(zero.optimizer, OptimizerWrapper):  # the phases are this object's now; the groups stay shared
@@ -132,6 +141,9 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
             method=method,
             check_every=check_every,
             shrink=shrink,
+            every=every,
+            between=between,
+            fraction=fraction,
             exclude=exclude,
             resample=resample,
             model=engine.module,
@@ -155,6 +167,11 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
             settings = {**wrapper._settings, "schedule": wrapper._schedule or wrapper._settings["schedule"]}
             settings["resample"] = wrapper.resample
             told = [{key: group[key] for key in group if key.startswith("gradreg_")} for group in wrapper.param_groups]
+        if settings.get("memory") == "lean":
+            raise ValueError(
+                "memory='lean': under ZeRO each rank keeps its partition of the first gradient only, and DeepSpeed reduces "
+                "the second one into buffers of its own. Leave memory out."
+            )
         optimizer = cls(engine, **{name: value for name, value in settings.items() if name not in ONLY_PLAIN})
         optimizer.exclude = optimizer.exclude if wrapper is None else wrapper.exclude
         for group, values in zip(optimizer.param_groups, told, strict=False):
@@ -164,6 +181,55 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
             optimizer.leave_out(excluded)
         engine.optimizer.optimizer = engine.basic_optimizer = optimizer
         return optimizer
+
+    # Steps on micro-batches: the engine is told where gradients have to be complete.
+
+    def _step_in_parts(self, micro_batches: MicroBatches) -> Any:
+        count, needed = len(micro_batches.batches), self._engine.gradient_accumulation_steps()
+        if count != needed:
+            raise RuntimeError(
+                f"MicroBatches holds {count} micro-batches, and the engine accumulates {needed} "
+                "(gradient_accumulation_steps), by which it divides the loss. Give it as many."
+            )
+        before = self._engine._is_gradient_accumulation_boundary
+        try:
+            return super()._step_in_parts(micro_batches)
+        finally:
+            self._engine.set_gradient_accumulation_boundary(before)
+
+    def _first_window(self, micro_batches: MicroBatches, reduced: Callable[[int], bool], *notes: Any) -> Any:
+        with self.held_back() as held:
+            loss = super()._first_window(micro_batches, reduced, *notes)
+        if len(held) != sum(map(reduced, range(len(micro_batches.batches)))):
+            raise RuntimeError(
+                "MicroBatches under DeepSpeed: backward(batch) did not take the engine's step. "
+                "Let it run engine(...), engine.backward(loss) and engine.step(); at the end of a window it is held back."
+            )
+        self._engine.micro_steps += len(held) - 1  # steps that were held back and will not be made up for
+        return loss
+
+    def _run(self, micro_batches: MicroBatches, position: int, *, reduced: bool) -> Any:
+        self._engine.set_gradient_accumulation_boundary(reduced)
+        return super()._run(micro_batches, position, reduced=reduced)
+
+    def _window_again(self, second_pass: Callable[[], None]) -> Callable[[], None]:
+        return self.second_window()(second_pass)
+
+    def _clear_gradients(self) -> None:
+        """The engine does: after its step, and when gradients are taken."""
+
+    def _take_stretch(self) -> list[Tensor]:
+        return self._partitions.take_again()
+
+    def _copy_stretch(self) -> list[Tensor]:
+        return [gradient.clone() for gradient in self._partitions.gradients()]
+
+    def _add_stretch(self, stretch: list[Tensor]) -> None:
+        for gradient, addend in zip(self._partitions.gradients(), stretch, strict=True):
+            gradient.add_(addend)
+
+    def _added(self, total: list[Tensor], stretch: list[Tensor]) -> list[Tensor]:
+        return [gradient.add_(addend) for gradient, addend in zip(total, stretch, strict=True)]
 
     # Parameters: the optimizer's groups hold flat partitions, names and exclusion are about the model's.
 
