@@ -19,6 +19,8 @@ SETTINGS = {
     "checked": {"strength": 0.1, "eps": 0.05, "check_every": 2, "shrink": True},
     "bounded": {"strength": 5.0, "radius": 0.05, "max_penalty_ratio": 0.3, "exclude": "0."},
 }
+LEAN = {"strength": 0.1, "radius": 0.05, "memory": "lean"}
+EVERY = {"strength": 0.1, "radius": 0.05, "every": 2, "between": "reuse"}
 EXACT = {"strength": 0.1, "method": "exact"}
 
 
@@ -138,6 +140,32 @@ def test_exact_products_of_shards_are_refused(world):
 def test_fsdp2_matches_one_process(world, name, accumulation):
     """Under FSDP2 norms and inner products run over the shards of all ranks."""
     assert_like_one_process(world.run(fsdp_case, SETTINGS[name], accumulation, False), SETTINGS[name])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("replicas", [False, True])
+def test_lean_steps_of_shards(world, accumulation, replicas):
+    """FSDP2 hands over each reduced shard, which is added to the first gradient's and freed."""
+    assert_like_one_process(world.run(fsdp_case, LEAN, accumulation, replicas), LEAN)
+
+
+def lean_under_ddp():
+    try:
+        ddp_case(LEAN, 1, False)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_lean_steps_under_ddp_are_refused(world):
+    """Averages are written after gradients were handed over: every rank says so."""
+    assert all("memory='lean'" in message and "DistributedDataParallel" in message for message in world.run(lean_under_ddp))
+
+
+def test_the_last_penalty_is_sharded_too(world):
+    """Steps between regularized ones, under DDP and FSDP2."""
+    for case in (ddp_case, fsdp_case):
+        assert_like_one_process(world.run(case, EVERY, 1, False), EVERY)
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -63,6 +63,24 @@ def test_part_of_a_window(pair, stage, more, fraction):
         assert largest_error(expected[-1], worker.reference(SETTINGS, steps=STEPS, micro_batches=4, world=2)[-1]) > 1e-3
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_each_second_step(pair, stage):
+    """One window in the steps between, two in the others."""
+    config, settings = worker.make_config(stage, micro_batches=2), SETTINGS | {"every": 2}
+    found = pair.run(worker.train, config, settings, steps=4)[0]
+    assert found["moved"] == 2
+    assert [entry["strength"] for entry in found["metrics"]] == [settings["strength"], 0.0] * 2
+    one = worker.reference(SETTINGS, steps=4, micro_batches=2, world=2)
+    assert largest_error(found["masters"][0], one[0]) < 1e-6
+
+
+def test_what_zero_cannot_keep_is_refused(pair):
+    """The last penalty would need a place in its checkpoints."""
+    assert all("memory='lean'" in message for message in pair.run(worker.refused_in_a_trainer, {"memory": "lean"}))
+    assert all("between='reuse'" in message for message in pair.run(worker.refused_in_a_trainer, {"between": "reuse"}))
+    assert all("between='reuse'" in message for message in pair.run(worker.refused, {}, {"every": 2, "between": "reuse"}))
+
+
 @pytest.mark.parametrize("method", ["forward", "central"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_check_changes_nothing(pair, stage, method):

@@ -492,6 +492,19 @@ def refused(changes: dict[str, Any], settings: dict[str, Any] | None = None) -> 
     return "nothing"
 
 
+def refused_in_a_trainer(settings: dict[str, Any]) -> str:
+    """What is said about a wrapper with ``settings`` that a trainer hands to an engine."""
+    from gradreg_optim import GradRegOptimizer, ZeroGradRegOptimizer
+
+    engine = make_engine(make_config(2))
+    wrapper = GradRegOptimizer(torch.optim.SGD(make_model().parameters(), lr=0.1), **settings)
+    try:
+        ZeroGradRegOptimizer.taking_over(engine, wrapper, {}, [])
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
 def misuse(kind: str) -> str:
     """What ``step`` says to a closure that is not one accumulation window."""
     from gradreg_optim import ZeroGradRegOptimizer
