@@ -264,10 +264,14 @@ def combine_(g1: Sequence[Tensor], g2: Sequence[Tensor], *, weight: Scalar) -> N
 
 def fused(weight: Scalar, *groups: Sequence[Tensor]) -> bool:
     """Whether several operations on these tensors can run block by block while a block is in the cache of a CPU."""
-    return isinstance(weight, float) and weight != 0 and all(
-        x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.is_contiguous()
-        for tensors in groups
-        for x in tensors
+    return (
+        isinstance(weight, float)
+        and weight != 0
+        and all(
+            x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.is_contiguous()
+            for tensors in groups
+            for x in tensors
+        )
     )
 
 

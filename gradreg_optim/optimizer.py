@@ -69,9 +69,9 @@ class GradRegOptimizer(ReusedPenalty, PartialDifference, LeanStep):
         fraction: of a step's micro-batches, how many make the difference, at the cost of 1 + ``fraction`` gradients
             (:mod:`gradreg_optim.fraction`). Needs to know micro-batches: those that a trainer accumulates, or
             :class:`~gradreg_optim.MicroBatches` as the closure.
-        memory: ``"full"``: beyond the base step, one copy of the regularized weights and one gradient. ``"lean"``: the weights
-            alone; g2 is added to g1 as it arrives (:mod:`gradreg_optim.lean`), which needs float32 gradients, and has no
-            clip of g2, no ``max_penalty_ratio``, no checks, and estimates for ``metrics``; not with
+        memory: ``"full"``: beyond the base step, one copy of the regularized weights and one gradient. ``"lean"``: the
+            weights alone; g2 is added to g1 as it arrives (:mod:`gradreg_optim.lean`). That takes float32 gradients, has
+            no clip of g2, no ``max_penalty_ratio``, no checks, and estimates for ``metrics``; not with
             DistributedDataParallel or ZeRO.
         exclude: parts of parameter names; matching parameters are neither perturbed nor regularized and are updated with
             g1. ``"none"`` leaves nothing out, in trainers either, which otherwise leave out embeddings and heads.

@@ -22,7 +22,7 @@ from gradreg_optim.groups import KEYS, PER_GROUP, SHARED, adopt_group, check_gro
 from gradreg_optim.schedule import strength_factor
 
 if TYPE_CHECKING:
-    from gradreg_optim.trainer import Attachment
+    from gradreg_optim.attachment import Attachment
 
 NOTHING = ("none",)
 """The value of ``exclude`` that leaves nothing out, not even where a default would."""

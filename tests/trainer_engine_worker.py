@@ -25,7 +25,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import deepspeed as integration
 
 from gradreg_optim import GradRegOptimizer, attach
-from gradreg_optim.trainer import Attachment
+from gradreg_optim.attachment import Attachment
 
 logging.disable(logging.WARNING)
 warnings.simplefilter("ignore")

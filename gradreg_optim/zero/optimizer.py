@@ -56,8 +56,8 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
             LR scheduler work as ever; ``gradient_clipping`` acts on the combined gradient.
         strength: as in :class:`~gradreg_optim.GradRegOptimizer`, as are ``eps``, ``radius``, ``warmup_steps``,
             ``schedule``, ``schedule_steps``, ``g1_clip``, ``g2_clip``, ``max_penalty_ratio``, ``method``
-            (``"forward"`` or ``"central"``), ``check_every``, ``shrink``, ``exclude`` and ``resample``. The parameter names
-            are those of ``engine.module``.
+            (``"forward"`` or ``"central"``), ``check_every``, ``shrink``, ``every``, ``between`` (``"plain"``),
+            ``fraction``, ``exclude`` and ``resample``. The parameter names are those of ``engine.module``.
 
     Raises:
         TypeError: ``engine`` is no DeepSpeed engine.
@@ -87,6 +87,8 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
             return loss
 
         optimizer.step(closure)              # runs it twice, takes exactly one engine step
+
+    With ``fraction``, ``step`` takes :class:`~gradreg_optim.MicroBatches`; its ``backward(batch)`` is that loop's body.
     """
 
     def __init__(
