@@ -129,7 +129,7 @@ def inner_of_differences(
 def _blocks(tensor: Tensor) -> Sequence[Tensor]:
     """Flat pieces that three operations find in the cache of a CPU; one piece where launching operations costs more."""
     flat = tensor.flatten()
-    return torch.split(flat, BLOCK) if flat.device.type == "cpu" else [flat]
+    return [flat] if flat.numel() <= BLOCK or flat.device.type != "cpu" else torch.split(flat, BLOCK)
 
 
 def sampled(tensor: Tensor, *, limit: int = 2**12, block: int = 64) -> Tensor:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from distributed import World
 from torch import nn
 
-from gradreg_optim import GradRegOptimizer
+from gradreg_optim import GradRegOptimizer, MicroBatches
 
 BATCH = 12  # divisible by 2 and 3
 SETTINGS = {
@@ -21,6 +21,11 @@ SETTINGS = {
 }
 LEAN = {"strength": 0.1, "radius": 0.05, "memory": "lean"}
 EVERY = {"strength": 0.1, "radius": 0.05, "every": 2, "between": "reuse"}
+PARTS = {
+    "half": {"strength": 0.1, "radius": 0.05, "fraction": 0.5},
+    "whole": {"strength": 0.1, "radius": 0.05, "fraction": 1.0},
+    "central": {"strength": 0.1, "eps": 0.05, "method": "central", "fraction": 0.5, "check_every": 2},
+}
 EXACT = {"strength": 0.1, "method": "exact"}
 
 
@@ -59,17 +64,35 @@ def closure_on(model, optimizer, inputs, targets, accumulation):
     return closure
 
 
+def micro_batches_on(model, inputs, targets, accumulation):
+    def backward(chunk):
+        loss = (model(chunk[0]).squeeze(1) - chunk[1]).square().mean() / accumulation
+        loss.backward()
+        return loss
+
+    chunks = zip(inputs.chunk(accumulation), targets.chunk(accumulation), strict=True)
+    return MicroBatches(backward, chunks, no_sync=getattr(model, "no_sync", None))
+
+
 def train(model, names_of, inputs, targets, settings, accumulation):
     """Three steps; the metrics of the last."""
     optimizer = GradRegOptimizer(torch.optim.AdamW(model.parameters(), lr=0.01), model=names_of, **settings)
     for _ in range(3):
-        optimizer.step(closure_on(model, optimizer, inputs, targets, accumulation))
+        if "fraction" in settings:
+            optimizer.step(micro_batches_on(model, inputs, targets, accumulation))
+        else:
+            optimizer.step(closure_on(model, optimizer, inputs, targets, accumulation))
     return {name: float(value) for name, value in optimizer.metrics.items()}
 
 
-def reference(settings):
-    model = network()
-    return train(model, model, *data(), settings, 1), [parameter.detach() for parameter in model.parameters()]
+def reference(settings, world):
+    """One process; with parts, on micro-batches that hold every rank's micro-batch at their position."""
+    model, (inputs, targets) = network(), data()
+    accumulation = 2 if "fraction" in settings else 1
+    order = torch.arange(BATCH).view(world, accumulation, -1).transpose(0, 1).flatten()
+    return train(model, model, inputs[order], targets[order], settings, accumulation), [
+        parameter.detach() for parameter in model.parameters()
+    ]
 
 
 def rank_slice(tensor):
@@ -99,7 +122,7 @@ def fsdp_case(settings, accumulation, replicas):
 
 
 def assert_like_one_process(answers, settings):
-    metrics, weights = reference(settings)
+    metrics, weights = reference(settings, len(answers))
     for rank_metrics, rank_weights in answers:
         for got, expected in zip(rank_weights, weights, strict=True):
             # float64 throughout; means over ranks round differently from the mean over the whole batch
@@ -147,6 +170,14 @@ def test_fsdp2_matches_one_process(world, name, accumulation):
 def test_lean_steps_of_shards(world, accumulation, replicas):
     """FSDP2 hands over each reduced shard, which is added to the first gradient's and freed."""
     assert_like_one_process(world.run(fsdp_case, LEAN, accumulation, replicas), LEAN)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_a_step(world, name):
+    """The difference of one micro-batch of two, whose gradient is reduced by itself."""
+    for bucket_views in (False, True):
+        assert_like_one_process(world.run(ddp_case, PARTS[name], 2, bucket_views), PARTS[name])
+    assert_like_one_process(world.run(fsdp_case, PARTS[name], 2, False), PARTS[name])
 
 
 def lean_under_ddp():

@@ -1,0 +1,200 @@
+"""The measurements of cost: they run, they count what they say, and the README gets what they found."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")  # as the scripts set them, by starting anew: here they run in this process
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
+    return importlib.import_module
+
+
+@pytest.fixture
+def toy(script) -> dict[str, Any]:
+    """One cell at the size of a toy, measured."""
+    variants, step_cost = script("variants"), script("step_cost")
+    cell = variants.Cell(2, 64, 64, 32, 16, "float32", 4)
+    return step_cost.measure(cell, wanted=["GradReg"], seconds=0.0, device=torch.device("cpu"))
+
+
+def test_gradients_are_counted(toy: dict[str, Any]) -> None:
+    """A step takes the gradients that its row says, whole periods of it."""
+    taken = {name: row["gradients"] for name, row in toy["rows"].items()}
+    assert taken == {
+        "base": 1.0,
+        "floor": 2.0,
+        "GradRegOptimizer": 2.0,
+        'GradRegOptimizer, memory="lean"': 2.0,
+        "GradRegOptimizer, every=4": 1.25,
+        "GradRegOptimizer, fraction=1/4": 1.25,
+    }
+    assert toy["rows"]["floor"]["to_floor"] == 1.0
+    assert toy["rows"]["base"]["copies_beyond_base"] == 0.0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_shared_state_is_used_as_it_was(script, dtype: str) -> None:
+    """Every variant moves the shared weights, leaves them finite, and steps AdamW once."""
+    variants = script("variants")
+    cell = variants.Cell(1, 64, 64, 32, 16, dtype, 2)
+    subject = variants.Subject(cell, torch.device("cpu"))
+    steps = variants.variants(subject, cell)
+    assert ('GradRegOptimizer, memory="lean"' in steps) == (dtype == "float32")
+    state = subject.adamw(subject.parameters).state
+    for name, step in steps.items():
+        before = [parameter.detach().clone() for parameter in subject.parameters]
+        count = state[subject.parameters[0]]["step"].item() if state else 0
+        step()
+        assert all(parameter.isfinite().all() for parameter in subject.parameters), name
+        assert any(not torch.equal(old, new) for old, new in zip(before, subject.parameters, strict=True)), name
+        assert state[subject.parameters[0]]["step"].item() - count == (0 if "HeavyBall" in name else 1), name
+
+
+def test_peers_are_those_that_are_installed(script) -> None:
+    """A peer has a row, or a line that says why not; SAM of pytorch_optimizer belongs to the development environment."""
+    peers = script("peers")
+    assert peers.present().keys() | peers.missing().keys() == peers.PEERS.keys()
+    assert not peers.present().keys() & peers.missing().keys()
+    assert "SAM" in peers.present()
+    assert all("is not installed" in reason for reason in peers.missing().values())
+
+
+def test_peak_is_the_highest_point(script) -> None:
+    """Peaks are counted from the start of the first step, with what earlier steps have kept."""
+    measuring = script("measuring")
+    kept: list[torch.Tensor] = []
+
+    def step() -> None:
+        scratch = torch.ones(3000)
+        kept.append(torch.ones(1000))
+        del scratch
+
+    assert measuring.peak_bytes([step, step]) == [16000, 20000]
+
+
+def test_kinds_of_steps_count_by_their_share(script) -> None:
+    """One slow step in four: the mean of both medians, weighted; not the median, which would be the fast one's."""
+    step_cost = script("step_cost")
+    assert step_cost.over_kinds([2.0, 1.0, 1.0, 1.2], [2, 1, 1, 1])[1] == pytest.approx(1.25)
+    assert step_cost.over_kinds([3.0, 1.0], [2, 2]) == pytest.approx((1.5, 2.0, 2.5))
+
+
+def test_a_cell_that_is_measured_is_not_measured_again(script, toy: dict[str, Any]) -> None:
+    """Unless its settings or the commit are others."""
+    variants, step_cost = script("variants"), script("step_cost")
+    cell = variants.Cell(2, 64, 64, 32, 16, "float32", 4)
+    assert step_cost.is_measured(cell, toy)
+    assert not step_cost.is_measured(variants.Cell(2, 64, 64, 64, 16, "float32", 4), toy)
+    assert not step_cost.is_measured(cell, {**toy, "stamp": {**toy["stamp"], "commit": "another"}})
+    assert not step_cost.is_measured(cell, None)
+
+
+def results(folder: Path, toy: dict[str, Any]) -> dict[str, Path]:
+    """Files as the three scripts write them."""
+    half = json.loads(json.dumps(toy))
+    half["settings"]["dtype"] = "bfloat16"
+    del half["rows"]['GradRegOptimizer, memory="lean"']
+    found = {
+        "step_cost": {"a": toy, "b": half},
+        "zero_cost": {"rows": [{"to_floor": 1.051}, {"to_floor": 1.204}]},
+        "scale_cost": {},
+    }
+    files = {name: folder / f"2026-01-02-{name.replace('_', '-')}.json" for name in found}
+    for name, file in files.items():
+        file.write_text(json.dumps(found[name]))
+    return files
+
+
+def test_readme_gets_the_newest_figures(script, toy: dict[str, Any], tmp_path: Path, monkeypatch) -> None:
+    """Between its marks, and nowhere else; a second time changes nothing."""
+    make_bench = script("make_bench")
+    results(tmp_path, toy)
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- cost -->\nold\n<!-- end -->\nafter\n")
+    monkeypatch.setattr(make_bench, "RESULTS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["make_bench.py", "--only-readme", "--readme", str(readme)])
+    make_bench.main()
+    text = readme.read_text()
+    make_bench.main()
+    assert readme.read_text() == text
+    assert text.startswith("before\n<!-- cost -->\n")
+    assert text.endswith("<!-- end -->\nafter\n")
+    assert "old" not in text
+    ratio = toy["rows"]['GradRegOptimizer, memory="lean"']["to_floor"]
+    assert f'| `memory="lean"` | {ratio:.3f} | – |' in text
+    assert "1.05 to 1.20 ×" in text
+    assert "results/2026-01-02-zero-cost.md" in text
+
+
+def test_readme_without_marks_is_refused(script) -> None:
+    """Rather than written over."""
+    measuring = script("measuring")
+    for text in ("no marks\n", "<!-- cost -->\nno end\n"):
+        with pytest.raises(ValueError, match="must have a line '<!-- cost -->'"):
+            measuring.between_marks(text, "cost", "new")
+
+
+def test_document_names_what_is_left_out(script, toy: dict[str, Any]) -> None:
+    """Every peer without a row has its line."""
+    tables, peers = script("step_tables"), script("peers")
+    text = tables.document({"toy": {**toy, "missing": {"WSAM": "it is not installed here"}}})
+    assert "- WSAM: it is not installed here." in text
+    for name in peers.CANNOT_RUN:
+        assert f"- {name}: " in text
+
+
+def test_paper_model_of_70_b() -> None:
+    """By hand: P = 69.0e9 of bf16 on 64 ranks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        paper = importlib.import_module("zero_bytes")
+    total = sum(paper.LLAMA_70B)
+    assert total == 68_976_648_192
+    stage2 = paper.Sharding(paper.LLAMA_70B, 64, 2)
+    stage3 = paper.Sharding(paper.LLAMA_70B, 64, 3)
+    assert stage2.sent == pytest.approx(2 * total * 63 / 64, rel=1e-6)
+    assert stage2.sent / stage2.sent_plain == pytest.approx(1 / 3, rel=1e-6)
+    assert stage3.sent == 63 / 64 * 80
+    assert sum(stage3.kept(rank) for rank in range(64)) == 2 * total
+    assert all(stage2.partition <= stage2.kept(rank) < 1.5 * stage2.partition for rank in range(64))
+    assert stage2.kept_plain == pytest.approx(total * (2 + 2 / 64 + 12 / 64))
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is an extra")
+def test_paper_model_against_real_ranks(script) -> None:
+    """Bytes kept and gathered on two ranks are those of the formulas, to the byte, in all stages and both dtypes."""
+    zero_cost: ModuleType = script("zero_cost")
+    paper, measuring = script("zero_bytes"), script("measuring")
+    args = zero_cost.parse_arguments(["--quick", "--rounds", "1", "--warmup", "3"])
+    found = zero_cost.run(args)
+    assert found.keys() == {f"{dtype} stage {stage}" for dtype in ("float32", "bfloat16") for stage in (1, 2, 3)}
+    with torch.device("meta"):
+        model = measuring.Transformer(layers=args.layers, width=args.width, length=2)
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    generators = torch.get_rng_state().nbytes  # their state is kept as well, 5 kB whatever the model
+    for case, ranks in found.items():
+        bytes_each = 4 if "float32" in case else 2
+        persistent = ranks[0]["persistent_parameters"]
+        sharding = paper.Sharding(sizes, args.ranks, int(case[-1]), bytes_each, bytes_each, persistent)
+        for rank, figures in enumerate(ranks):
+            extra = figures["extra_collectives"]
+            assert figures["kept_bytes"] - generators == sharding.kept(rank), case
+            assert extra["all_gather bytes"] == pytest.approx(sharding.gathered, abs=0 if case[-1] != "3" else 64), case
+            assert extra["all_reduce bytes"] <= 2 * paper.SCALARS, case
+            assert extra.keys() == {"all_gather bytes", "all_gather calls", "all_reduce bytes", "all_reduce calls"}, case
+        assert math.isclose(sharding.sent, (sharding.gathered + 4 * paper.SCALARS) / 2)
