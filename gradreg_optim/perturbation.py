@@ -45,13 +45,13 @@ def shifted(
     """
     backup: list[list[Tensor]] = []
     try:
-        for group, along, step in zip(weights, direction, eps, strict=True):
+        for number, (group, along, step) in enumerate(zip(weights, direction, eps, strict=True)):
             if fused(step, group, along):
                 backup.append(save_and_shift_(group, along, eps=float(step)))
                 continue
             backup.append([weight.clone() for weight in group])
             if group:
-                generator = None if seed is None else torch.Generator(group[0].device).manual_seed(seed)
+                generator = None if seed is None else torch.Generator(group[0].device).manual_seed((seed << 16) + number)
                 shift_(group, along, eps=step, generator=generator)
         torch.clear_autocast_cache()  # inside an autocast block around both passes, bf16 copies of θ would be used again
         yield backup

@@ -8,12 +8,17 @@ from problems import assert_same
 from torch import nn
 
 from gradreg_optim.finite_difference import (
+    BLOCK,
     clip_coefficient,
     combine_,
+    combine_and_measure_,
     difference_moments,
+    fused,
     norm_squared,
     ratio,
     readable,
+    recombine_,
+    save_and_shift_,
     scale_,
     shift_,
 )
@@ -211,3 +216,54 @@ def test_error_falls_in_proportion_to_eps():
     # 0.03: the next order of the error at the largest ε.
     torch.testing.assert_close(slopes, torch.ones(3, dtype=torch.float64), atol=0.03, rtol=0)
     assert errors[-1] < -4.5
+
+
+def large(seed):
+    """A tensor of three blocks, the last one short, and a small one."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(2 * BLOCK + 3, generator=generator), torch.randn(5, 7, generator=generator)]
+
+
+@pytest.mark.parametrize("weight", [0.001, 0.3, 1.0, 10.0, 1e4])
+def test_one_pass_is_the_two_that_it_joins(weight):
+    """The combination bit for bit, and the moments up to the order of sums."""
+    g1, g2 = large(0), large(1)
+    written, expected = [g.clone() for g in g2], [g.clone() for g in g2]
+    assert fused(weight, g1, written)
+    found = combine_and_measure_(g1, written, weight=weight)
+    combine_(g1, expected, weight=weight)
+    torch.testing.assert_close(written, expected, rtol=0, atol=0)
+    torch.testing.assert_close(found, difference_moments(g1, g2, g1), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("weight", "coefficient"), [(10.0, 0.5), (3.0, 1.0), (1e-3, 0.1), (0.0, 1.0)])
+def test_a_combination_can_be_bounded_afterwards(weight, coefficient):
+    """What a clip or a bound makes of it, from what was written without."""
+    g1, g2 = ([g.double() for g in large(seed)] for seed in (0, 1))
+    written = [g.clone() for g in g2]
+    combine_and_measure_(g1, written, weight=10.0)
+    recombine_(g1, written, before=10.0, weight=weight, coefficient=coefficient)
+    expected = [a + weight * (coefficient * b - a) for a, b in zip(g1, g2, strict=True)]
+    torch.testing.assert_close(written, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_only_what_can_run_by_blocks_does():
+    """Not half precision, which sums in float32, not other layouts, not a weight that nobody has read."""
+    x = torch.zeros(2, 3)
+    assert fused(1.0, [x], [x.double()])
+    assert not fused(1.0, [x], [x.bfloat16()])
+    assert not fused(1.0, [x.t()])
+    assert not fused(torch.tensor(1.0), [x])
+
+
+def test_weights_are_saved_before_they_move():
+    """Bit for bit as by clone and shift; and where they started, if the way there is interrupted."""
+    weights, direction = large(0), large(1)
+    start, expected = [w.clone() for w in weights], [w.clone() for w in weights]
+    saved = save_and_shift_(weights, direction, eps=0.1)
+    shift_(expected, direction, eps=0.1)
+    torch.testing.assert_close((saved, weights), (start, expected), rtol=0, atol=0)
+    weights = [w.clone() for w in start]
+    with pytest.raises(RuntimeError, match="size"):
+        save_and_shift_(weights, [direction[0], torch.zeros(3)], eps=0.1)
+    torch.testing.assert_close(weights, start, rtol=0, atol=0)
