@@ -1,237 +1,223 @@
-"""What does a regularized step cost, against the two gradients that it cannot do without?
+"""What does a regularized step cost, against the two gradients that it cannot do without, and against its peers?
 
-    python benchmarks/step_cost.py                     # 10 M parameters, 2048 tokens, float32
-    python benchmarks/step_cost.py --layers 12 --width 768 --dtype bfloat16 --accumulation 4
+    python benchmarks/step_cost.py                     # 10 M and 124 M parameters, fp32 and bf16, accumulation 1 and 4
+    python benchmarks/step_cost.py --quick             # the same on models of a toy's size, to see that everything runs
+    python benchmarks/step_cost.py --cells "124 M float32 x4" --variants base floor gradreg
 
 Compared, one step of each in turn so that a noisy machine is noisy for all of them alike:
 
-- ``base``      AdamW, one gradient
-- ``floor``     two gradients and one AdamW step: what every method with a second gradient pays
-- ``gradreg``   GradRegOptimizer around AdamW
-- ``SAM``       the SAM of pytorch_optimizer around AdamW, the nearest relative
+- ``base``            AdamW, one gradient
+- ``floor``           two gradients and one AdamW step: what every method with a second gradient pays
+- ``GradRegOptimizer``   around AdamW, as it comes, and with ``memory="lean"`` (fp32 only) and ``every=4``
+- the peers of :mod:`peers` that are installed
 
-The table gives the median time with its quartiles, its ratio to the floor (median over rounds of the ratio within a
-round), and the peak memory of a step beyond the base step, in units of one weight copy. It is written to
-``results/<date>-step-cost.md``, with a JSON file of the same name that holds every figure.
+All variants step the same weights with the same AdamW state, which no cost depends on. A cell of the matrix is a size, a
+dtype and an accumulation; its figures go to ``results/<date>-step-cost.json`` as soon as it is measured, and a run that was
+interrupted goes on behind them (unless the commit has changed, or ``--fresh``). The document beside it is made of that file.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
+import warnings
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from measuring import (
+    GPT2_VOCABULARY,
+    RESULTS,
+    VOCABULARY,
+    keep_freed_memory,
+    peak_bytes,
+    quartiles,
+    stamp,
+    timed,
+)
+from peers import PEERS, missing, present
+from step_tables import document, table
 from tqdm import tqdm
+from variants import GRADIENTS, OURS, PERIODS, Cell, Step, Subject, variants
 
-from gradreg_optim import GradRegOptimizer
+MIN_ROUNDS, MAX_ROUNDS = 4, 16
+"""Multiples of the longest period, so that each variant takes whole ones."""
 
-RESULTS = Path(__file__).parent / "results"
-VOCABULARY = 4096
-
-
-class Transformer(nn.Module):
-    """A causal language model out of torch's own layers."""
-
-    def __init__(self, *, layers: int, width: int, length: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, width)
-        nn.init.normal_(self.embedding.weight, std=0.02)  # as language models do; it is the output layer too
-        layer = nn.TransformerEncoderLayer(
-            width, width // 64, 4 * width, dropout=0.0, batch_first=True, norm_first=True, activation="gelu"
-        )
-        self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(length), persistent=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.layers(self.embedding(tokens), mask=self.mask, is_causal=True)
-        logits = hidden @ self.embedding.weight.T
-        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+Peaks = dict[str, dict[str, int]]
+"""By variant: bytes beyond the base step, ``first`` and ``usual``."""
 
 
-def make_steps(args: argparse.Namespace) -> dict[str, Callable[[], Any]]:
-    """One closed step function per variant, each on a model of its own with the same weights and data."""
-    torch.manual_seed(args.seed)
-    dtype = getattr(torch, args.dtype)
-    device = torch.device(args.device)
-    batches = torch.randint(VOCABULARY, (args.accumulation, args.batch, args.length), device=device)
-
-    def build() -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], Tensor]]:
-        torch.manual_seed(args.seed)
-        model = Transformer(layers=args.layers, width=args.width, length=args.length).to(device, dtype)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            for tokens in batches:
-                loss = model(tokens) / args.accumulation
-                loss.backward()
-            return loss
-
-        return model, optimizer, closure
-
-    def base() -> Callable[[], Any]:
-        _, optimizer, closure = build()
-        return lambda: (closure(), optimizer.step())
-
-    def floor() -> Callable[[], Any]:
-        _, optimizer, closure = build()
-        return lambda: (closure(), closure(), optimizer.step())
-
-    def gradreg() -> Callable[[], Any]:
-        _, optimizer, closure = build()
-        wrapper = GradRegOptimizer(optimizer)
-        return lambda: wrapper.step(closure)
-
-    def sam() -> Callable[[], Any]:
-        from pytorch_optimizer import SAM
-
-        model, _, closure = build()
-        optimizer = SAM(list(model.parameters()), base_optimizer=torch.optim.AdamW, rho=0.05, lr=1e-5)
-
-        def step() -> None:
-            closure()
-            optimizer.first_step(zero_grad=True)
-            closure()
-            optimizer.second_step(zero_grad=True)
-
-        return step
-
-    return {"base": base(), "floor": floor(), "gradreg": gradreg(), "SAM": sam()}
+def matrix(*, quick: bool, tokens: int) -> list[Cell]:
+    """Small and GPT-2's size, fp32 and bf16, accumulation 1 and 4."""
+    sizes = [(1, 64, 128), (2, 64, 128)] if quick else [(12, 256, VOCABULARY), (12, 768, GPT2_VOCABULARY)]
+    tokens, length = (32, 16) if quick else (tokens, 256)
+    return [
+        Cell(*size, tokens, length, dtype, accumulation)
+        for size in sizes
+        for dtype in ("float32", "bfloat16")
+        for accumulation in (1, 4)
+    ]
 
 
-def measure_times(steps: dict[str, Callable[[], Any]], *, rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds per step, ``rounds`` of each variant, interleaved; the first round warms up and is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for round_number in tqdm(range(rounds + 1), desc="rounds"):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if device.type != "cpu":
-                torch.accelerator.synchronize()
-            if round_number:
-                times[name].append(time.perf_counter() - start)
-    return times
+def measure_peaks(subject: Subject, steps: dict[str, Step]) -> Peaks:
+    """Peak bytes of a step of each variant beyond the base step's, with what it keeps from step to step.
 
-
-def measure_peaks(steps: dict[str, Callable[[], Any]]) -> dict[str, int]:
-    """Peak bytes beyond those alive before the step: the running sum of everything the allocators hand out and take back."""
+    ``usual`` is the highest of a period, ``first`` that of the first step, in which precision may be checked. They are
+    counted on one sequence a micro-batch, and two micro-batches where there are several: more change nothing.
+    """
+    subject.limit(2, sequences=1)
     peaks = {}
     for name, step in steps.items():
-        with torch.profiler.profile(profile_memory=True) as profiler:
-            step()
-        events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-        changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-        peaks[name] = max(itertools.accumulate(changes), default=0)
-    return peaks
+        if name in PEERS and PEERS[name].has_own_tensors:
+            peak_bytes([step])
+        subject.model.zero_grad()
+        first, *others = peak_bytes([step] * (1 + PERIODS.get(name, 1)))
+        peaks[name] = {"first": first, "usual": max(others)}
+    subject.limit()
+    return {name: {kind: peaks[name][kind] - peaks["base"][kind] for kind in peaks[name]} for name in steps}
 
 
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, median, high
+def chosen(names: list[str], wanted: list[str] | None) -> list[str]:
+    """Those of ``names`` that contain a part given in ``wanted``, besides base and floor; without ``wanted`` all."""
+    return [name for name in names if not wanted or any(part in name for part in (*wanted, "base", "floor"))]
 
 
-def summarise(times: dict[str, list[float]], peaks: dict[str, int], weight_bytes: int) -> dict[str, dict[str, float]]:
-    """The table's figures."""
+def measure(cell: Cell, *, wanted: list[str] | None, seconds: float, device: torch.device) -> dict[str, Any]:
+    """The figures of one cell, in as many rounds as ``seconds`` allow."""
+    subject = Subject(cell, device)
+    steps = variants(subject, cell)
+    steps = {name: steps[name] for name in chosen(list(steps), wanted)}
+    optimizer = subject.adamw(subject.parameters)
+    subject.closure()
+    optimizer.step()  # makes the state that all share
+    peaks = measure_peaks(subject, steps)  # and warms all of them up
+    one_round = round_seconds(list(steps), timed(subject.closure, device), timed(optimizer.step, device))
+    rounds = affordable(one_round, seconds)
+    tqdm.write(f"{cell.name}: {rounds} rounds, about {rounds * one_round:.0f} s")
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    gradients: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in tqdm(range(rounds), desc=cell.name, leave=False):
+        for name, step in steps.items():
+            before = subject.gradients
+            times[name].append(timed(step, device))
+            gradients[name].append(round(subject.gradients - before, 6))
+    weights = cell.parameters * getattr(torch, cell.dtype).itemsize
+    return {
+        "stamp": stamp(),
+        "settings": asdict(cell),
+        "parameters": cell.parameters,
+        "rounds": rounds,
+        "rows": summarise(times, gradients, peaks, weights),
+        "seconds": times,
+        "gradients": gradients,
+        "peaks": peaks,
+        "missing": missing(),
+    }
+
+
+def summarise(
+    times: dict[str, list[float]], gradients: dict[str, list[float]], peaks: Peaks, weights: int
+) -> dict[str, dict[str, float]]:
+    """The figures of the tables; ``weights`` are the bytes of one copy of the weights."""
     rows = {}
     for name, seconds in times.items():
-        low, median, high = quartiles(seconds)
-        ratios = quartiles([own / floor for own, floor in zip(seconds, times["floor"], strict=True)])
+        ratios = [own / floor for own, floor in zip(seconds, times["floor"], strict=True)]
         rows[name] = {
-            "seconds": median,
-            "seconds_low": low,
-            "seconds_high": high,
-            "to_floor": ratios[1],
-            "to_floor_low": ratios[0],
-            "to_floor_high": ratios[2],
-            "weight_copies_beyond_base": (peaks[name] - peaks["base"]) / weight_bytes,
+            "gradients": statistics.mean(gradients[name]),
+            **dict(zip(("seconds_low", "seconds", "seconds_high"), over_kinds(seconds, gradients[name]), strict=True)),
+            **dict(zip(("to_floor_low", "to_floor", "to_floor_high"), over_kinds(ratios, gradients[name]), strict=True)),
+            "copies_beyond_base": peaks[name]["usual"] / weights,
+            "copies_beyond_base_first": peaks[name]["first"] / weights,
         }
     return rows
 
 
-def stamp() -> dict[str, str]:
-    """Hardware, versions, commit and command, without which a figure means nothing."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
-    processor = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, CPU"
-    return {
-        "date": date.today().isoformat(),
-        "hardware": f"{processor}, {torch.get_num_threads()} threads",
-        "load": f"{os.getloadavg()[0]:.1f} processes at the end",
-        "versions": f"torch {torch.__version__}, Python {platform.python_version()}",
-        "commit": commit.stdout.strip() or "unknown",
-        "command": f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip(),
-    }
+def over_kinds(values: list[float], kinds: list[float]) -> tuple[float, ...]:
+    """Quartiles of a quantity that depends on a step's kind (its number of gradients): those of each kind, by its share.
+
+    >>> over_kinds([2.0, 1.0, 1.0, 1.2], [2, 1, 1, 1])
+    (1.25, 1.25, 1.325)
+    """
+    parts = []
+    for kind in sorted(set(kinds)):
+        own = [value for value, other in zip(values, kinds, strict=True) if other == kind]
+        parts.append([quartile * len(own) / len(values) for quartile in quartiles(own)])
+    return tuple(sum(column) for column in zip(*parts, strict=True))
 
 
-def markdown(rows: dict[str, dict[str, float]], title: str, stamped: dict[str, str]) -> str:
-    """The dated document: what was measured, on what, and the table."""
-    table = ["| variant | seconds per step | × floor | weight copies beyond base |", "|---|---|---|---|"]
-    table += [
-        f"| {name} | {row['seconds']:.3f} ({row['seconds_low']:.3f} to {row['seconds_high']:.3f}) "
-        f"| {row['to_floor']:.3f} ({row['to_floor_low']:.3f} to {row['to_floor_high']:.3f}) "
-        f"| {row['weight_copies_beyond_base']:.2f} |"
-        for name, row in rows.items()
-    ]
-    facts = [f"- {name}: {value}" for name, value in stamped.items()]
-    return "\n".join(["# Cost of a regularized step", "", title, "", *facts, "", *table, ""])
+def round_seconds(names: list[str], gradient: float, step: float) -> float:
+    """About how long a round takes in which a gradient and a base step take so long."""
+    return sum(GRADIENTS.get(name, 2.0) for name in names) * gradient + len(names) * step
+
+
+def affordable(one_round: float, seconds: float) -> int:
+    """The rounds that fit into ``seconds``: a multiple of the longest period, within bounds."""
+    return max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / one_round) // MIN_ROUNDS * MIN_ROUNDS))
+
+
+def plan(cells: list[Cell], *, wanted: list[str] | None, seconds: float, device: torch.device) -> float:
+    """The seconds that ``cells`` are going to take, by one gradient and one AdamW step of each size and dtype."""
+    found: dict[tuple[int, str], tuple[float, float]] = {}
+    total, names = 0.0, chosen(["base", "floor", *OURS, *present()], wanted)
+    for cell in cells:
+        key = (cell.parameters, cell.dtype)
+        if key not in found:
+            subject = Subject(cell, device)
+            subject.limit(1)
+            optimizer = subject.adamw(subject.parameters)
+            found[key] = [(timed(subject.closure, device), timed(optimizer.step, device)) for _ in range(2)][1]
+        gradient, step = found[key]
+        one_round = round_seconds(names, gradient * cell.accumulation, step)
+        peaks = 2.5 * round_seconds(names, gradient * min(2, cell.accumulation) / 2, step)
+        total += affordable(one_round, seconds) * one_round + peaks
+    return total
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--width", type=int, default=256, help="a multiple of 64")
-    parser.add_argument("--batch", type=int, default=8, help="sequences in a micro-batch")
-    parser.add_argument("--length", type=int, default=256, help="tokens in a sequence")
-    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches in a step")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--quick", action="store_true", help="models of a toy's size")
+    parser.add_argument("--tokens", type=int, default=512, help="in a micro-batch, a multiple of 256")
+    parser.add_argument("--cells", nargs="+", help="parts of the names of the cells to measure")
+    parser.add_argument("--variants", nargs="+", help="parts of the names of variants, besides base and floor")
+    parser.add_argument("--minutes", type=float, default=12.0, help="for all cells; each takes at least four rounds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=RESULTS / f"{date.today()}-step-cost", help="path without suffix")
+    parser.add_argument("--fresh", action="store_true", help="measure cells again that the file has")
+    parser.add_argument("--output", type=Path, help="path without suffix; default: results/<date>-step-cost")
     return parser.parse_args()
+
+
+def is_measured(cell: Cell, found: dict[str, Any] | None) -> bool:
+    """Whether ``found`` are the figures of this cell, from this commit."""
+    return found is not None and found["settings"] == asdict(cell) and found["stamp"]["commit"] == stamp()["commit"]
 
 
 def main() -> None:
     args = parse_arguments()
-    steps = make_steps(args)
-    model = Transformer(layers=args.layers, width=args.width, length=args.length)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    times = measure_times(steps, rounds=args.rounds, device=torch.device(args.device))
-    peaks = measure_peaks(steps)
-    rows = summarise(times, peaks, parameters * getattr(torch, args.dtype).itemsize)
-    title = (
-        f"{parameters / 1e6:.1f} M parameters, {args.batch * args.length * args.accumulation} tokens a step in "
-        f"{args.accumulation} micro-batch(es), {args.dtype}, AdamW. Median and quartiles of {args.rounds} rounds."
-    )
-    stamped = stamp()
-    document = markdown(rows, title, stamped)
-    print(f"\n{document}")
-    settings = {name: value for name, value in vars(args).items() if name != "output"}
-    report = {
-        "stamp": stamped,
-        "settings": settings,
-        "parameters": parameters,
-        "rows": rows,
-        "seconds": times,
-        "peaks": peaks,
-    }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.with_suffix(".md").write_text(document)
-    args.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    print(f"written to {args.output}.md and .json")
+    keep_freed_memory()
+    warnings.filterwarnings("ignore", "Gradient regularization: the self-check")  # random tokens in bf16: it is right
+    kind = "-quick" if args.quick else ""
+    output = args.output or RESULTS / f"{date.today()}-step-cost{kind}"
+    device = torch.device(args.device)
+    file = output.with_suffix(".json")
+    cells = json.loads(file.read_text()) if file.exists() and not args.fresh else {}
+    wanted = matrix(quick=args.quick, tokens=args.tokens)
+    wanted = [cell for cell in wanted if not args.cells or any(part in cell.name for part in args.cells)]
+    todo = [cell for cell in wanted if not is_measured(cell, cells.get(cell.name))]
+    budget = 60 * args.minutes / len(wanted)
+    minutes = plan(todo, wanted=args.variants, seconds=budget, device=device) / 60
+    for name, reason in missing().items():
+        print(f"left out: {name}: {reason}")
+    print(f"{len(todo)} of {len(wanted)} cells to measure, about {minutes:.0f} minutes")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for cell in todo:
+        cells[cell.name] = measure(cell, wanted=args.variants, seconds=budget, device=device)
+        file.write_text(json.dumps(cells, indent=1) + "\n")
+        output.with_suffix(".md").write_text(document(cells))
+        print(table(cells[cell.name]))
+    print(f"written to {output}.md and .json")
 
 
 if __name__ == "__main__":

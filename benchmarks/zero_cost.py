@@ -22,6 +22,7 @@ import os
 import platform
 import socket
 import statistics
+import tempfile
 import time
 import warnings
 from collections import Counter
@@ -33,7 +34,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from step_cost import RESULTS, VOCABULARY, Transformer, quartiles, stamp
+from measuring import RESULTS, VOCABULARY, Transformer, keep_freed_memory, parameter_count, quartiles, stamp
 
 COLLECTIVES = (
     "all_gather",
@@ -267,7 +268,13 @@ def markdown(rows: list[dict[str, Any]], stamped: dict[str, str], parameters: in
     return "\n".join(lines) + "\n"
 
 
-def parse_arguments() -> argparse.Namespace:
+def for_readme(rows: list[dict[str, Any]]) -> str:
+    """The range of the ratios in words."""
+    ratios = [row["to_floor"] for row in rows]
+    return f"{min(ratios):.2f} to {max(ratios):.2f} ×"
+
+
+def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--precisions", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
@@ -278,21 +285,36 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=256, help="tokens in a sequence")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=4, help="rounds that are not counted; ZeRO-3 records two traces")
-    parser.add_argument("--output", type=Path, default=RESULTS / f"{date.today().isoformat()}-zero-cost")
-    return parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="a model of a toy's size, three rounds")
+    parser.add_argument("--output", type=Path, help="path without suffix; default: results/<date>-zero-cost")
+    args = parser.parse_args(given)
+    if args.quick:
+        args.layers, args.width, args.batch, args.length, args.rounds = 1, 64, 2, 32, 3
+    if args.output is None:
+        args.output = RESULTS / f"{date.today()}-zero-cost{'-quick' if args.quick else ''}"
+    return args
+
+
+def run(args: argparse.Namespace) -> dict[str, list[Any]]:
+    """What each rank found, by precision and stage; the ranks are processes of this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "found.json"
+        try:
+            mp.spawn(work, args=(args, port, file), nprocs=args.ranks)
+        finally:
+            for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):  # 70 MB a rank, in memory
+                left.unlink(missing_ok=True)
+        return json.loads(file.read_text())
 
 
 def main() -> None:
     args = parse_arguments()
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    file = args.output.with_suffix(".json")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, args=(args, port, file), nprocs=args.ranks)
-    found = json.loads(file.read_text())
-    model = Transformer(layers=args.layers, width=args.width, length=args.length)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    keep_freed_memory()
+    found = run(args)
+    parameters = parameter_count(layers=args.layers, width=args.width)
     rows = summarise(found, parameters, args.ranks)
     stamped = {
         **stamp(),
@@ -303,7 +325,8 @@ def main() -> None:
     table = markdown(rows, stamped, parameters, args.ranks)
     settings = {name: value for name, value in vars(args).items() if name != "output"}
     report = {"stamp": stamped, "settings": settings, "parameters": parameters, "rows": rows, "ranks": found}
-    file.write_text(json.dumps(report, indent=1) + "\n")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     args.output.with_suffix(".md").write_text(table)
     print(table)
 

@@ -59,20 +59,20 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_study_leaves_curves_a_table_and_a_picture(toy: Path) -> None:
     """Two arms from one start: the same at step 0, different once trained, everything measured that is promised."""
     results = json.loads((toy / "results.json").read_text())
-    assert list(results["runs"]) == ["none", "gr-sequence-1"]
+    assert list(results["runs"]) == list(module("hacking.arms").SMALL)
     plain, regularized = (results["runs"][family][0]["curve"] for family in results["runs"])
     assert [point["step"] for point in plain] == [point["step"] for point in regularized] == [0, 1, 2, 3]
     assert plain[0] == regularized[0]
     assert plain[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert plain[-1]["kl"] > 1e-4
     assert plain[-1]["kl"] != regularized[-1]["kl"]
-    measured = {"proxy", "gold", "kl", "proxy_accuracy", "g1_norm", "penalty_ratio", "curvature"}
+    measured = {"proxy", "gold", "kl", "proxy_accuracy", "g1_norm", "penalty_ratio", "curvature", "self_check"}
     assert all(measured <= point.keys() for curve in (plain, regularized) for point in curve[1:])
     assert max(point["penalty_ratio"] for point in plain[1:]) < 1e-8  # the plain run is measured, not regularized
     assert min(point["penalty_ratio"] for point in regularized[1:]) > 1e-3
     table = (toy / "results.md").read_text()
     assert "| none | none |" in table
-    assert "| gr-sequence-1 |" in table
+    assert "| gr-sequence-1-rate-0.5 |" in table
     assert (toy / "results.png").stat().st_size > 10_000
 
 
@@ -96,6 +96,42 @@ def test_a_finished_run_is_not_run_again(toy: Path, monkeypatch: pytest.MonkeyPa
     assert [run["curve"] for run in after["none"]] == [run["curve"] for run in before["none"]]  # a seed is a run
 
 
+def test_a_tuned_study_reports_other_seeds_than_it_tunes_on(tmp_path: Path) -> None:
+    """Strengths, then rates of the best strength, on seed 0; what was best, and its ablations, on seed 10."""
+    study(tmp_path, "--study=full", "--arms", "GR sequence", "--ablations", "--tuning-seeds=1", **{"steps": 2})
+    results = json.loads((tmp_path / "results.json").read_text())
+    ends = {name: by_seed["0"] for name, by_seed in results["final gold while tuning"].items()}
+    strengths = {name: gold for name, gold in ends.items() if name.startswith("gr") and "rate" not in name}
+    assert len(strengths) == 4
+    best = max(strengths, key=strengths.__getitem__)
+    rates = {name: gold for name, gold in ends.items() if name.startswith(best) and (name == best or "-rate-" in name)}
+    assert len(rates) == 4
+    tables = results["summary"]
+    assert tables["With the learning rate tuned"]["GR sequence"]["setting"] == max(rates, key=rates.__getitem__)
+    assert tables["All at the full learning rate"]["GR sequence"]["setting"] == best
+    assert (
+        len(tables["Ablations, at the full learning rate"]) == 3 + 8
+    )  # none, stopped, GR sequence and what differs from it
+    assert {run["seed"] for runs in results["runs"].values() for run in runs} == {10}
+
+
+def test_words_around_the_tables_stay(tmp_path: Path) -> None:
+    """An account is written by hand around a marked part; a file without one is somebody's work, and is not touched."""
+    report, account = module("hacking.report"), tmp_path / "account.md"
+    report.rewrite(account, "a table", "# Title")
+    account.write_text(account.read_text().replace("# Title", "# Title\n\nWhat it means.") + "Last words.\n")
+    report.rewrite(account, "another table", "# Other title")
+    text = account.read_text()
+    assert text.startswith("# Title\n\nWhat it means.\n")
+    assert text.endswith("Last words.\n")
+    assert "another table" in text
+    assert "a table" not in text.replace("another table", "")
+    account.write_text("Mine.")
+    with pytest.raises(ValueError, match="Give another --output"):
+        report.rewrite(account, "a table", "# Title")
+    assert account.read_text() == "Mine."
+
+
 def test_a_folder_holds_runs_of_one_scale(toy: Path) -> None:
     """Runs of other sizes would be taken for those of this study."""
     with pytest.raises(SystemExit, match="another --folder"):
@@ -111,6 +147,21 @@ def test_an_unnoticed_penalty_is_no_penalty(toy: Path) -> None:
     bare = run.train(arms.Arm("bare", {"strength": 0.0}), start, scale, 10, toy / "bare", lambda: None)["curve"]
     for name in ("proxy", "gold", "kl", "example"):
         assert [point[name] for point in bare] == [point[name] for point in measured]
+
+
+def test_checks_leave_training_alone(toy: Path) -> None:
+    """A run with self-checks ends where it ends without them, bit for bit, in the penalty too."""
+    arms, run, world = module("hacking.arms"), module("hacking.run"), module("hacking.world")
+    scale = world.Scale(**{name.replace("-", "_"): value for name, value in TOY.items()})
+    start = world.prepare(scale, 10, toy / "runs" / "world-10")
+    checked = json.loads((toy / "runs" / "gr-sequence-1-rate-0.5-10.json").read_text())["curve"]
+    arm = arms.named("gr-sequence-1-rate-0.5")
+    bare = arms.replace(arm, wrapper={**arm.wrapper, "check_every": 0})
+    curve = run.train(bare, start, scale, 10, toy / "bare", lambda: None)["curve"]
+    for name in ("proxy", "gold", "kl", "example"):
+        assert [point[name] for point in curve] == [point[name] for point in checked]
+    assert all("self_check" in point for point in checked[1:])
+    assert not any("self_check" in point for point in curve)
 
 
 def test_measuring_leaves_training_alone(toy: Path) -> None:
@@ -221,7 +272,7 @@ def test_intervals_hold_the_mean_and_count_what_is_there() -> None:
 
 def test_agreement_counts_pairs_of_the_same_request() -> None:
     """Two right, one wrong among three answers to one request; an answer to another request is no partner."""
-    agreement = module("hacking.world").agreement
+    agreement = module("hacking.rewards").agreement
     texts = ["a.", "a.b.", "a.b.c.", "i."]
     assert agreement(["1?", "1?", "1?", "3?"], texts, [2.0, 1.0, 3.0, 9.0]) == pytest.approx(2 / 3)
     assert agreement(["1?", "3?"], ["a.", "i."], [0.0, 1.0]) is None
@@ -237,41 +288,9 @@ def test_tuning_takes_the_highest_gold_at_the_end_and_stops_at_the_peak() -> Non
         for name, golds in ends.items()
         for seed, gold in enumerate(golds)
     ]
-    assert study_of.tuned(["KL penalty"], runs)["KL penalty"] is grid[1]
+    assert study_of.tuned({"KL penalty": grid}, runs)["KL penalty"] is grid[1]
     plain = curve(step=[0, 10, 20], gold=[0.0, 1.0, -2.0])
     plain["arm"]["name"] = "none"
     assert study_of.stopping_step([plain]) == 10
     assert [point["gold"] for point in study_of.stopped(plain, 10)["curve"]] == [0, 1, 1]
     assert plain["curve"][-1]["gold"] == -2
-
-
-def test_every_family_has_the_same_budget_and_names_its_runs_apart() -> None:
-    """A name is the file of a run: two settings of one name would be taken for one."""
-    arms = module("hacking.arms")
-    assert {len(grid) for family, grid in arms.FAMILIES.items() if family != "none"} == {4}
-    names = [arm.name for grid in arms.FAMILIES.values() for arm in grid]
-    names += [arm.name for arm in arms.ablations(arms.FAMILIES["GR sequence"][1]).values()]
-    assert len(set(names)) == len(names)
-
-
-def test_a_random_direction_is_as_long_as_the_gradient() -> None:
-    """On a quadratic of curvature 1, ‖g2 − g1‖ = ε‖d‖ whatever d is; the cosine of g1 and g2 tells that d has changed."""
-    arms = module("hacking.arms")
-    outcome = {}
-    for direction in ("gradient", "random"):
-        weight = torch.nn.Parameter(torch.linspace(-1, 2, 400))
-        arm = arms.Arm("x", {"strength": 0.25, "eps": 0.5}, direction=direction)
-        optimizer = arm.optimizer(torch.optim.SGD([weight], lr=0.1), g1_clip=None, g2_clip=None)
-
-        def closure(weight: torch.nn.Parameter = weight) -> torch.Tensor:
-            weight.grad = None
-            loss = 0.5 * weight.square().sum()
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
-        outcome[direction] = optimizer.metrics
-    for metrics in outcome.values():
-        assert float(metrics["penalty_ratio"]) == pytest.approx(0.25, rel=1e-4)  # float32
-    assert float(outcome["gradient"]["curvature"]) == pytest.approx(1, rel=1e-4)
-    assert abs(float(outcome["random"]["curvature"])) < 0.2

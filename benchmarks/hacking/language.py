@@ -9,6 +9,7 @@ enthusiastic twice, mentions a thing twice, goes on for long, or forgets a mark.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -79,6 +80,11 @@ def gold(prompt: str, text: str) -> float:
     foreign = len(set(mentioned) - useful)
     clumsy = sum((one in THINGS) == (other in THINGS) for one, other in pairwise(text))
     return 0.25 * len(useful & set(mentioned)) + tone - 0.3 * again - 0.15 * foreign - 0.3 * clumsy
+
+
+def is_well_formed(text: str) -> bool:
+    """Whether an answer has the format: a thing and a mark, and so on."""
+    return bool(re.fullmatch(f"([{THINGS}][{MARKS}])+", text))
 
 
 def golds(prompts: Sequence[str], texts: Sequence[str]) -> list[float]:

@@ -17,10 +17,10 @@ from hacking.arms import PLAIN
 from hacking.summary import FIGURES, Run, Runs, column, interval
 
 
-def cell(values: dict[str, Any], seeds: int, *, sign: bool = False) -> str:
+def cell(values: dict[str, Any], seeds: int, *, sign: bool = False, none: str = "never") -> str:
     """Mean and interval; how many of the seeds have a value, unless all have."""
     if values["mean"] is None:
-        return "never"
+        return none
     form = "{:+.2f}" if sign else "{:.2f}"
     text = f"{form.format(values['mean'])} ({values['low']:.2f} to {values['high']:.2f})"
     return text if values["count"] == seeds else f"{text}, {values['count']} of {seeds}"
@@ -35,6 +35,16 @@ def main_table(summary: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
+def measures_table(summary: dict[str, dict[str, Any]]) -> list[str]:
+    """What the wrapper reported over the runs, in Markdown."""
+    titles = list(next(iter(summary.values()))["measures"])
+    lines = [f"| arm | setting | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
+    for family, row in summary.items():
+        cells = [cell(row["measures"][title], len(row["seeds"]), none="not measured") for title in titles]
+        lines.append(f"| {family} | {row['setting']} | {' | '.join(cells)} |")
+    return lines
+
+
 def gain_table(summary: dict[str, dict[str, Any]], baselines: Sequence[str], names: Sequence[str]) -> list[str]:
     """Differences paired by seed, in Markdown; columns for the baselines that were run."""
     columns = [f"{name} over {other}" for other in baselines if other in summary for name in names]
@@ -44,6 +54,31 @@ def gain_table(summary: dict[str, dict[str, Any]], baselines: Sequence[str], nam
         cells = [cell(row["gain"][name], len(row["seeds"]), sign=True) if name in row["gain"] else "" for name in columns]
         lines.append(f"| {family} | {' | '.join(cells)} |")
     return lines
+
+
+START, END = "<!-- figures -->", "<!-- end -->"
+"""Around the part of an account that is generated."""
+
+
+def words_around(path: Path, title: str) -> tuple[str, str]:
+    """What an account says before and after its generated part; of a file that is not there yet, its title.
+
+    Raises:
+        ValueError: the file is there and has no such part: it is somebody's work.
+    """
+    account = path.read_text() if path.exists() else f"{title}\n\n{START}\n{END}\n"
+    before, start, rest = account.partition(START)
+    _, end, after = rest.partition(END)
+    if not (start and end):
+        raise ValueError(f"{path} has no part between {START} and {END} to write the tables to. Give another --output")
+    return before, after
+
+
+def rewrite(path: Path, text: str, title: str) -> None:
+    """Write ``text`` to the generated part of an account."""
+    before, after = words_around(path, title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{before}{START}\n{text}\n{END}{after}")
 
 
 def picture(runs: Runs, path: Path, title: str) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -20,9 +20,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 from hacking.arms import Arm
 from hacking.language import golds, request
-from hacking.world import COMMON, Scale, World, agreement, sample, tokenizer
+from hacking.rewards import agreement
+from hacking.world import COMMON, Scale, World, sample, tokenizer
 
-FIGURES = ("g1_norm", "penalty_ratio", "curvature", "cosine")
+FIGURES = ("g1_norm", "penalty_ratio", "curvature", "cosine", "perturbation_fidelity", "self_check")
 """Of the wrapper's metrics, those that a run keeps, averaged between two measurements."""
 
 
@@ -64,7 +65,9 @@ class Thermometer:
         counted = (ended - (written == end).long()) == 0  # up to the end token, that included
         was_training = policy.training
         policy.eval()
-        log_p, log_q = (model(input_ids=ids).logits[:, asked - 1 : -1].log_softmax(-1) for model in (policy, self.start))
+        log_p, log_q = (
+            model(input_ids=ids).logits[:, asked - 1 : -1].float().log_softmax(-1) for model in (policy, self.start)
+        )
         policy.train(was_training)
         return float(((log_p.exp() * (log_p - log_q)).sum(-1) * counted).sum(1).mean())
 
@@ -95,8 +98,16 @@ class Course(TrainerCallback):
         self.seconds += time.perf_counter() - start
 
 
-def train(arm: Arm, world: World, scale: Scale, seed: int, folder: Path, tick: Callable[[], None]) -> dict[str, Any]:
-    """Run an arm on a seed.
+def train(
+    arm: Arm,
+    world: World,
+    scale: Scale,
+    seed: int,
+    folder: Path,
+    tick: Callable[[], None],
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict[str, Any]:
+    """Run an arm on a seed, with further ``callbacks``.
 
     Returns:
         The arm, the seed, the course of the run and the seconds of a step, without those of measuring.
@@ -104,10 +115,12 @@ def train(arm: Arm, world: World, scale: Scale, seed: int, folder: Path, tick: C
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # where transformers 4.57 leaves the precision of another run
     torch.manual_seed(1000 * seed + 300)
     draw = random.Random(1000 * seed + 300)
-    policy = world.policy()
+    policy = arm.dressed(world.policy())
     policy.config._name_or_path = str(world.folder / "policy")  # where the trainer finds the reference of its KL penalty
     rate = scale.learning_rate * arm.rate
     adamw = torch.optim.AdamW(policy.parameters(), lr=rate, weight_decay=0.0)
+    # Two more gradients in the first of the steps between two measurements; shrink off: the training is what it was.
+    checks = {"check_every": scale.measure_every, "shrink": False}
     thermometer = Thermometer(world, scale, 1000 * seed + 400)
     trainer = GRPOTrainer(
         model=policy,
@@ -123,16 +136,18 @@ def train(arm: Arm, world: World, scale: Scale, seed: int, folder: Path, tick: C
                 "num_generations": scale.generations,
                 "max_completion_length": scale.answer_tokens,
                 "logging_steps": scale.measure_every,
+                "scale_rewards": scale.scale_rewards,
                 "seed": 1000 * seed + 300,
             }
             | arm.trainer,
         ),
         train_dataset=Dataset.from_list([{"prompt": request(draw)} for _ in range(512)]),
         processing_class=tokenizer(),
-        optimizers=(arm.optimizer(adamw, model=policy, g1_clip=None, g2_clip=None), None),
+        optimizers=(arm.optimizer(adamw, model=policy, g1_clip=None, g2_clip=None, **checks), None),
     )
     course = Course(thermometer, scale.measure_every, tick)
-    trainer.add_callback(course)
+    for callback in (course, *callbacks):
+        trainer.add_callback(callback)
     start = time.perf_counter()
     trainer.train()
     seconds = (time.perf_counter() - start - course.seconds) / scale.steps
@@ -141,10 +156,14 @@ def train(arm: Arm, world: World, scale: Scale, seed: int, folder: Path, tick: C
 
 def run(arm: Arm, world: World, scale: Scale, seed: int, folder: Path, tick: Callable[[], None]) -> dict[str, Any]:
     """As ``train``, with the result kept in ``folder``: a run that is there is not repeated."""
-    record = folder / f"{arm.name}-{seed}.json"
+    return kept(folder / f"{arm.name}-{seed}.json", lambda: train(arm, world, scale, seed, folder / "trainer", tick))
+
+
+def kept(record: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``record`` holds; what ``compute`` returns, if there is no such file yet, and then there is."""
     if record.exists():
         return dict(json.loads(record.read_text()))
-    result = train(arm, world, scale, seed, folder / "trainer", tick)
+    result = compute()
     part = record.with_suffix(".part")
     part.write_text(json.dumps(result, indent=1) + "\n")
     part.replace(record)  # whole or not at all

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from hacking.arms import FAMILIES, PLAIN, STOPPED, Arm
+from hacking.arms import PLAIN, STOPPED, Arm
 from hacking.run import run
 from hacking.world import Scale, prepare
 
 Run = dict[str, Any]
-Job = tuple[Arm, int]
 
 
 class Study:
@@ -31,20 +30,22 @@ class Study:
         self.folder, self.scale, self.jobs = folder, scale, jobs
         folder.mkdir(parents=True, exist_ok=True)
         record, settings = folder / "scale.json", asdict(scale)
-        if record.exists() and json.loads(record.read_text()) != settings:
+        # A setting that is younger than a record was at its default there.
+        if record.exists() and {**asdict(Scale()), **json.loads(record.read_text())} != settings:
             raise ValueError(
                 f"{folder} holds runs of another scale, {record.read_text().strip()}. Give another --folder, or delete it"
             )
         record.write_text(json.dumps(settings) + "\n")
 
-    def runs(self, todo: Sequence[Job], title: str) -> list[Run]:
-        """The results, in order; a bar counts steps, those of finished runs included."""
-        seeds = sorted({seed for _, seed in todo})
-        self._work(prepare_seed, [(self.scale, self.folder, seed) for seed in seeds], f"{title}: worlds", len(seeds))
-        tasks = [(self.scale, self.folder, arm, seed) for arm, seed in todo]
-        return self._work(run_arm, tasks, f"{title}: steps", len(todo) * self.scale.steps)
+    def runs(self, arms: Iterable[Arm], seeds: Sequence[int], title: str) -> list[Run]:
+        """The results, arms of one name once; a bar counts steps, those of finished runs included."""
+        unique = {arm.name: arm for arm in arms}.values()
+        self.work(prepare_seed, [(self.scale, self.folder, seed) for seed in seeds], f"{title}: worlds", len(seeds))
+        tasks = [(self.scale, self.folder, arm, seed) for seed in seeds for arm in unique]
+        return self.work(run_arm, tasks, f"{title}: steps", len(tasks) * self.scale.steps)
 
-    def _work(self, function: Callable[..., Any], tasks: list[Any], title: str, total: int) -> list[Any]:
+    def work(self, function: Callable[..., Any], tasks: list[Any], title: str, total: int) -> list[Any]:
+        """``function`` of each task and of a way to report progress, in order; a bar counts to ``total``."""
         with tqdm(total=total, desc=title, smoothing=0.02) as bar:
             if self.jobs == 1:
                 with quiet():
@@ -82,8 +83,10 @@ def quiet() -> Iterator[None]:
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
     with warnings.catch_warnings(), Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
-        # trl 1.16 uses a name that transformers 5.23 has changed; the check of the difference is in the results.
+        # trl 1.16 uses a name that transformers 5.23 has changed.
         warnings.filterwarnings("ignore", r".*Use `(is_)?activation_checkpointing", FutureWarning)
+        # The check of the difference is in the results.
+        warnings.filterwarnings("ignore", "Gradient regularization: the self-check", UserWarning)
         yield
 
 
@@ -96,6 +99,13 @@ def prepare_seed(scale: Scale, folder: Path, seed: int, update: Callable[[int], 
 
 def run_arm(scale: Scale, folder: Path, arm: Arm, seed: int, update: Callable[[int], Any] | None = None) -> Run:
     """Run an arm on a seed, or read what came out of it."""
+    with quiet(), reporting(scale.steps, update) as tick:
+        return run(arm, prepare(scale, seed, folder / f"world-{seed}"), scale, seed, folder, tick)
+
+
+@contextlib.contextmanager
+def reporting(steps: int, update: Callable[[int], Any] | None) -> Iterator[Callable[[], None]]:
+    """Inside the block, what to call after each step; after it, all of them are reported, those of a finished run too."""
     advance, done = update or _ticks.put, 0
 
     def tick() -> None:
@@ -103,15 +113,8 @@ def run_arm(scale: Scale, folder: Path, arm: Arm, seed: int, update: Callable[[i
         done += 1
         advance(1)
 
-    with quiet():
-        result = run(arm, prepare(scale, seed, folder / f"world-{seed}"), scale, seed, folder, tick)
-    advance(scale.steps - done)
-    return result
-
-
-def candidates(families: Sequence[str]) -> list[Arm]:
-    """Every setting of the families."""
-    return [arm for family in families for arm in FAMILIES[family]]
+    yield tick
+    advance(steps - done)
 
 
 def final(one: Run) -> float:
@@ -119,13 +122,13 @@ def final(one: Run) -> float:
     return float(one["curve"][-1]["gold"])
 
 
-def tuned(families: Sequence[str], tuning: Sequence[Run]) -> dict[str, Arm]:
-    """The setting of each family whose gold at the end is highest, on average over the tuning seeds."""
+def tuned(grids: Mapping[str, Sequence[Arm]], tuning: Sequence[Run]) -> dict[str, Arm]:
+    """The setting of each grid whose gold at the end is highest, on average over the tuning seeds."""
 
     def score(arm: Arm) -> float:
         return fmean(final(one) for one in tuning if one["arm"]["name"] == arm.name)
 
-    return {family: max(FAMILIES[family], key=score) for family in families}
+    return {family: max(grid, key=score) for family, grid in grids.items()}
 
 
 def stopping_step(tuning: Sequence[Run]) -> int:
@@ -142,8 +145,8 @@ def stopped(plain: Run, step: int) -> Run:
     return {**plain, "arm": {**plain["arm"], "name": f"stopped-{step}"}, "curve": curve}
 
 
-def by_family(chosen: dict[str, Arm], reported: Sequence[Run], stop: int | None) -> dict[str, list[Run]]:
-    """The reported runs of each family, early stopping after the plain ones if its step is known."""
+def by_family(chosen: Mapping[str, Arm], reported: Sequence[Run], stop: int | None = None) -> dict[str, list[Run]]:
+    """The reported runs of each family, early stopping after the plain ones if its step is given."""
     runs: dict[str, list[Run]] = {}
     for family, arm in chosen.items():
         runs[family] = [one for one in reported if one["arm"]["name"] == arm.name]

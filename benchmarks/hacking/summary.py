@@ -32,6 +32,17 @@ FIGURES = {
     "final_accuracy": "proxy accuracy at the end",
 }
 
+MEASURES = {
+    "penalty_ratio": "‖penalty‖/‖g1‖",
+    "curvature": "curvature",
+    "cosine": "cosine of g1 and g2",
+    "perturbation_fidelity": "fidelity",
+    "self_check": "self-check",
+}
+"""What the wrapper reports; of a run, its mean."""
+LOWEST = "lowest self-check"
+MECHANISM = "‖g1‖ and accuracy"
+
 
 def column(one: Run, name: str) -> list[Any]:
     """A quantity along a run."""
@@ -71,6 +82,13 @@ def figures(one: Run, plain: Run) -> dict[str, float | None]:
     }
 
 
+def measures(one: Run) -> dict[str, float | None]:
+    """What the wrapper reported over a run, and how ‖g1‖ goes with the accuracy of the proxy; None if never."""
+    kept = {name: [value for value in column(one, name) if value is not None] for name in MEASURES}
+    means = {title: fmean(kept[name]) if kept[name] else None for name, title in MEASURES.items()}
+    return {**means, LOWEST: min(kept["self_check"], default=None), MECHANISM: mechanism(one)}
+
+
 def interval(values: Sequence[float | None]) -> dict[str, Any]:
     """Mean and 95% bootstrap interval over seeds; ``count`` is of those that have a value."""
     numbers = [float(value) for value in values if value is not None]
@@ -94,12 +112,12 @@ def mechanism(one: Run) -> float | None:
 
 
 def summarise(runs: Runs) -> dict[str, dict[str, Any]]:
-    """For each family: every figure with its interval, the gain in final gold over each other family, the mechanism."""
+    """For each family: every figure with its interval, the gains over each other family, what the wrapper reported."""
     plain = {one["seed"]: one for one in runs[PLAIN]}
     of = {family: {one["seed"]: figures(one, plain[one["seed"]]) for one in group} for family, group in runs.items()}
     summary: dict[str, dict[str, Any]] = {}
     for family, group in runs.items():
-        own = of[family]
+        own, measured = of[family], [measures(one) for one in group]
         summary[family] = {
             "setting": group[0]["arm"]["name"],
             "seeds": sorted(own),
@@ -116,7 +134,7 @@ def summarise(runs: Runs) -> dict[str, dict[str, Any]]:
                 if other != family
                 for name in FIGURES
             },
-            "mechanism": interval([mechanism(one) for one in group]),
+            "measures": {name: interval([row[name] for row in measured]) for name in measured[0]},
             "seconds_per_step": fmean(one["seconds_per_step"] for one in group),
         }
     return summary

@@ -1,4 +1,4 @@
-"""What a seed's runs have in common: the policy they start from, by TRL's SFT, and the proxy, by TRL's RewardTrainer."""
+"""What a seed's runs have in common: the policy they start from, by TRL's SFT, and their reward, by TRL's RewardTrainer."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from itertools import combinations
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import Any
 
 import torch
@@ -18,17 +18,20 @@ from transformers import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     set_seed,
 )
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from hacking.language import corpus, golds, request, tokenizer
+from hacking.rewards import REWARDS, Judge, Loophole, Proxy, Reward
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is; whatever changes the outcome of a run apart from its arm and its seed."""
+    """How large everything is; whatever changes the outcome of a run apart from its arm and its seed.
+
+    ``reward`` is one of ``REWARDS``; ``scale_rewards`` is GRPOConfig's.
+    """
 
     policy_width: int = 64
     policy_layers: int = 2
@@ -39,6 +42,8 @@ class Scale:
     pairs: int = 3000
     label_noise: float = 0.2
     proxy_steps: int = 300
+    reward: str = "learned"
+    scale_rewards: str = "group"
     answer_tokens: int = 20
     steps: int = 120
     measure_every: int = 10
@@ -155,41 +160,12 @@ def train_proxy(policy: PreTrainedModel, scale: Scale, seed: int, folder: Path) 
     return proxy
 
 
-class Proxy:
-    """The proxy as a reward of texts. It reads them as RewardTrainer let it read them: closed by the end token."""
-
-    __name__ = "proxy"
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model.eval()
-        self.tokenizer: PreTrainedTokenizerBase = tokenizer()
-        self.tokenizer.padding_side = "right"
-
-    @torch.no_grad()
-    def __call__(self, prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
-        end = str(self.tokenizer.eos_token)
-        texts = [prompt + text + end for prompt, text in zip(prompts, completions, strict=True)]
-        logits = self.model(**self.tokenizer(texts, return_tensors="pt", padding=True)).logits
-        return [float(value) for value in logits.squeeze(-1)]
-
-
-def agreement(prompts: Sequence[str], texts: Sequence[str], scores: Sequence[float]) -> float | None:
-    """The part of the pairs of answers to the same request that ``scores`` order as gold does; None without pairs."""
-    worth, right, count = golds(prompts, texts), 0.0, 0
-    for i, j in combinations(range(len(texts)), 2):
-        if prompts[i] == prompts[j] and worth[i] != worth[j]:
-            same = (scores[i] - scores[j]) * (worth[i] - worth[j])
-            right += 0.5 if same == 0 else float(same > 0)
-            count += 1
-    return right / count if count else None
-
-
 @dataclass
 class World:
     """A seed's start: where the policy lies, its proxy, and how often the proxy is right about the policy's answers."""
 
     folder: Path
-    proxy: Proxy
+    proxy: Reward
     accuracy: float
 
     def policy(self) -> LlamaForCausalLM:
@@ -205,16 +181,34 @@ def prepare(scale: Scale, seed: int, folder: Path) -> World:
         policy = train_policy(scale, 1000 * seed, folder)
         policy.save_pretrained(folder / "policy")
         tokenizer().save_pretrained(folder / "policy")
-        proxy = train_proxy(policy, scale, 1000 * seed + 100, folder)
-        proxy.save_pretrained(folder / "proxy")
-        judge, unseen = Proxy(proxy), drawn_pairs(policy, scale, max(64, scale.pairs // 3), 1000 * seed + 200)
+        known: dict[str, float] = {"seed": seed}
+        unseen = drawn_pairs(policy, scale, max(64, scale.pairs // 3), 1000 * seed + 200)
+        sides = [[pair[side] for pair in unseen] for side in ("chosen", "rejected")]
         prompts = [pair["prompt"] for pair in unseen]
-        better = judge(prompts, [pair["chosen"] for pair in unseen])
-        worse = judge(prompts, [pair["rejected"] for pair in unseen])
-        right = sum(one > other for one, other in zip(better, worse, strict=True)) / len(unseen)
-        record.write_text(json.dumps({"seed": seed, "proxy_accuracy": right}) + "\n")
-    proxy = LlamaForSequenceClassification.from_pretrained(folder / "proxy")
-    return World(folder, Proxy(proxy), json.loads(record.read_text())["proxy_accuracy"])
+        if scale.reward != "loophole":
+            proxy = train_proxy(policy, scale, 1000 * seed + 100, folder)
+            proxy.save_pretrained(folder / "proxy")
+            scores = Proxy(proxy)(prompts * 2, sides[0] + sides[1])
+            known |= {"centre": fmean(scores), "spread": pstdev(scores)}
+        better, worse = (reward(scale, folder, known)(prompts, side) for side in sides)
+        right = sum((one > other) + 0.5 * (one == other) for one, other in zip(better, worse, strict=True))
+        record.write_text(json.dumps({**known, "proxy_accuracy": right / len(unseen)}) + "\n")
+    known = json.loads(record.read_text())
+    return World(folder, reward(scale, folder, known), known["proxy_accuracy"])
+
+
+def reward(scale: Scale, folder: Path, known: dict[str, float]) -> Reward:
+    """What the policy is to be trained on.
+
+    Raises:
+        ValueError: there is no such reward.
+    """
+    if scale.reward not in REWARDS:
+        raise ValueError(f"--reward {scale.reward}: must be one of {', '.join(REWARDS)}")
+    if scale.reward == "loophole":
+        return Loophole()
+    learned = Proxy(LlamaForSequenceClassification.from_pretrained(folder / "proxy"))
+    return learned if scale.reward == "learned" else Judge(learned, known["centre"], known["spread"])
 
 
 def scale_fields() -> dict[str, type]:
