@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradreg_optim.finite_difference import Scalar, inner_of_differences
 from gradreg_optim.gradients import FirstGradient, stack_scalars
-from gradreg_optim.precision import DEFAULT_CHECK_EVERY, MIRRORED, SUFFICIENT, VANISHING, advice, signal_fraction
+from gradreg_optim.precision import DEFAULT_CHECK_EVERY, SUFFICIENT, advice, signal_fraction
 from gradreg_optim.wrapper import OptimizerWrapper
 
 if TYPE_CHECKING:
@@ -49,23 +49,26 @@ class CheckedDifference(OptimizerWrapper):
             if parameter.requires_grad
         )
 
-    def _check(self, first: FirstGradient, further: dict[float, Gradients], second: Gradients) -> None:
-        """Measure self-check and noise floor, which costs a wait for the device, and say if the former is low."""
+    def _measure_noise(self, first: FirstGradient, near: Gradients) -> None:
+        """Keep what gradients next to θ differ by from those at θ."""
+        first.noise = self._inner(first, near, near)
+
+    def _inner(self, first: FirstGradient, left: Gradients, right: Gradients) -> Tensor:
+        """⟨left − g1, right − g1⟩ over this rank's tensors, g1 as it was before it was clipped."""
         mesh, unclip = self._mesh(), 1.0 / first.clip
+        return stack_scalars(
+            [
+                inner_of_differences(*(share.counted(x, mesh) for x in (a, share.g1, b, share.g1)), scale=unclip)
+                for share, a, b in zip(first.shares, left, right, strict=True)
+            ]
+        ).sum()
+
+    def _check(self, first: FirstGradient, mirrored: Gradients, second: Gradients) -> None:
+        """Measure self-check and noise floor, which costs a wait for the device, and say if the former is low."""
         method = self.param_groups[0]["gradreg_method"]
-        mirrored, near = further[MIRRORED], further[VANISHING]
-
-        def inner(left: Gradients, right: Gradients) -> Tensor:
-            """⟨left − g1, right − g1⟩, g1 as it was before it was clipped."""
-            return stack_scalars(
-                [
-                    inner_of_differences(*(share.counted(x, mesh) for x in (a, share.g1, b, share.g1)), scale=unclip)
-                    for share, a, b in zip(first.shares, left, right, strict=True)
-                ]
-            ).sum()
-
-        pairs = ((second, mirrored), (second, second), (mirrored, mirrored), (near, near))
-        sums = self._sum_over_ranks(stack_scalars([inner(*pair) for pair in pairs])).tolist()
+        pairs = ((second, mirrored), (second, second), (mirrored, mirrored))
+        inner = [*(self._inner(first, *pair) for pair in pairs), first.noise]
+        sums = self._sum_over_ranks(stack_scalars(inner)).tolist()
         scale = self._loss_scale()
         product, ahead, behind, noise = (value / scale**2 for value in sums)
         norm, eps = float(self._metrics["g1_norm"]), float(self._metrics["eps"])

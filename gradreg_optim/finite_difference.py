@@ -18,7 +18,7 @@ tensors' own precision otherwise; scalars are 0-d tensors on the device of the d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ __all__ = [
     "inner_of_differences",
     "moments",
     "norm_squared",
+    "pieces",
     "ratio",
     "readable",
     "recombine_",
@@ -49,6 +50,8 @@ Scalar = float | Tensor
 
 BLOCK = 2**16
 """Elements that a few operations in a row find in the cache of a CPU, and that one core works on faster than two."""
+LARGE_BLOCK = 2**24
+"""Elsewhere launching operations costs more; what they need beside the tensors is bounded all the same."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -127,9 +130,22 @@ def inner_of_differences(
 
 
 def _blocks(tensor: Tensor) -> Sequence[Tensor]:
-    """Flat pieces that three operations find in the cache of a CPU; one piece where launching operations costs more."""
+    """Flat pieces, so small that copies of a few of them do not count; of a tensor that is not contiguous, of a copy."""
     flat = tensor.flatten()
-    return [flat] if flat.numel() <= BLOCK or flat.device.type != "cpu" else torch.split(flat, BLOCK)
+    size = BLOCK if flat.device.type == "cpu" else LARGE_BLOCK
+    return [flat] if flat.numel() <= size else torch.split(flat, size)
+
+
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same elements of each tensor as views, piece by piece; the tensors as they are if one is not contiguous.
+
+    >>> [tuple(map(len, blocks)) for blocks in pieces(torch.zeros(2**16 + 1), torch.ones(2**16 + 1))]
+    [(65536, 65536), (1, 1)]
+    """
+    if all(tensor.is_contiguous() for tensor in tensors):
+        yield from zip(*map(_blocks, tensors), strict=True)
+    else:
+        yield tensors
 
 
 def sampled(tensor: Tensor, *, limit: int = 2**12, block: int = 64) -> Tensor:
@@ -211,16 +227,21 @@ def shift_(
         return
     if generator is not None:
         coarse = [pair for pair in zip(weights, direction, strict=True) if pair[0].dtype == torch.bfloat16]
-        for weight, along in coarse:
+        for weight, along in (blocks for pair in coarse for blocks in pieces(*pair)):
             weight.copy_(stochastically_rounded(weight.float().add_(along.float() * eps), generator))
         fine = [pair for pair in zip(weights, direction, strict=True) if pair[0].dtype != torch.bfloat16]
         weights, direction = [weight for weight, _ in fine], [along for _, along in fine]
         if not weights:
             return
-    if isinstance(eps, Tensor):  # ``alpha=`` takes Python numbers only
-        torch._foreach_add_(list(weights), torch._foreach_mul(list(direction), eps))
-    else:
+    if not isinstance(eps, Tensor):
         torch._foreach_add_(list(weights), list(direction), alpha=eps)
+        return
+    for weight, along in zip(weights, direction, strict=True):  # ``alpha=`` takes Python numbers only
+        if weight.dtype.itemsize >= torch.float32.itemsize:
+            weight.addcmul_(along, eps.to(weight.dtype))
+            continue
+        for block, part in pieces(weight, along):
+            block.copy_(block.float().add_(part.float() * eps))
 
 
 def save_and_shift_(weights: Sequence[Tensor], direction: Sequence[Tensor], *, eps: float) -> list[Tensor]:

@@ -70,7 +70,7 @@ class FirstGradient:
     """Everything taken out of ``.grad`` after the first pass: shares to regularize, and gradients kept as they are.
 
     ``further`` holds gradients from other points than the last, by their distance from θ in units of the step; ``clip``
-    is the factor by which g1 was clipped.
+    is the factor by which g1 was clipped. ``noise`` is ‖g − g1‖² over this rank's tensors, at a point next to θ.
     """
 
     shares: list[Share]
@@ -78,6 +78,7 @@ class FirstGradient:
     further: dict[float, Any] = field(default_factory=dict)
     clip: Scalar = 1.0
     part: Part | None = None
+    noise: Tensor | None = None
 
 
 def device_mesh(parameters: Iterable[Tensor]) -> DeviceMesh | None:

@@ -93,7 +93,11 @@ class RegularizedStep(CheckedDifference):
         for distance in self._further_points():
             with self._at(first, distance):
                 second_pass()
-            first.further[distance] = self._take_further(first)
+            taken = self._take_further(first)
+            if distance == VANISHING:  # its distance from g1 is all that is wanted of it: one gradient less to keep
+                self._measure_noise(first, self._laid_out(first, taken))
+            else:
+                first.further[distance] = taken
         with self._at(first, WHOLE):
             second_pass()
 
@@ -103,7 +107,7 @@ class RegularizedStep(CheckedDifference):
         if method == "exact":
             return []
         is_checked = self._check_is_due()
-        return [MIRRORED] * (method == "central" or is_checked) + [VANISHING] * is_checked
+        return [VANISHING] * is_checked + [MIRRORED] * (method == "central" or is_checked)
 
     @contextmanager
     def _at(self, first: FirstGradient, distance: float) -> Iterator[None]:
@@ -223,6 +227,12 @@ class RegularizedStep(CheckedDifference):
             for share in first.shares
         ]
 
+    def _laid_out(self, first: FirstGradient, taken: Any) -> Gradients:
+        """The same, standing for all micro-batches."""
+        gradients = self._aligned(first, taken)
+        self._completed(first, gradients)
+        return gradients
+
     def _second_gradient(self, share: Share) -> list[Tensor]:
         """g2 of one share. A parameter that only one of the two passes reached has a gradient of 0 in the other."""
         for parameter in share.absent:
@@ -249,11 +259,10 @@ class RegularizedStep(CheckedDifference):
     def _combine(self, first: FirstGradient) -> None:
         """Write g1 + (γ/ε)·Δ over g2."""
         shares, second = first.shares, self._second_gradients(first)
-        further = {distance: self._aligned(first, taken) for distance, taken in first.further.items()}
-        for gradients in (second, *further.values()):
-            self._completed(first, gradients)
-        if VANISHING in further:
-            self._check(first, further, second)
+        self._completed(first, second)
+        further = {distance: self._laid_out(first, taken) for distance, taken in first.further.items()}
+        if first.noise is not None:
+            self._check(first, further[MIRRORED], second)
         method = self.param_groups[0]["gradreg_method"]
         if method == "exact":
             inner, squares, finite, clip = self._exact_moments(first, second)

@@ -194,14 +194,15 @@ def test_paper_model_against_real_ranks(script) -> None:
     with torch.device("meta"):
         model = measuring.Transformer(layers=args.layers, width=args.width, length=2)
     sizes = [parameter.numel() for parameter in model.parameters()]
-    generators = torch.get_rng_state().nbytes  # their state is kept as well, whatever the model, and so are metrics
+    generators = torch.get_rng_state().nbytes  # their state is kept as well, whatever the model
     for case, ranks in found.items():
         bytes_each = 4 if "float32" in case else 2
         persistent = ranks[0]["persistent_parameters"]
         sharding = paper.Sharding(sizes, args.ranks, int(case[-1]), bytes_each, bytes_each, persistent)
         for rank, figures in enumerate(ranks):
             extra = figures["extra_collectives"]
-            assert 0 <= figures["kept_bytes"] - generators - sharding.kept(rank) < 64, case
+            beside = figures["kept_bytes"] - generators - sharding.kept(rank)
+            assert abs(beside) < 64, case  # scalars: metrics of this step come, those of the last one go
             assert extra["all_gather bytes"] == pytest.approx(sharding.gathered, abs=0 if case[-1] != "3" else 64), case
             assert extra["all_reduce bytes"] <= 2 * paper.SCALARS, case
             assert extra.keys() == {"all_gather bytes", "all_gather calls", "all_reduce bytes", "all_reduce calls"}, case

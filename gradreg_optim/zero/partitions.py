@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradreg_optim.finite_difference import Scalar, arrival
+from gradreg_optim.finite_difference import Scalar, arrival, pieces, sampled
 
 __all__ = ["Fragment", "Partitions", "await_copies"]
 
@@ -118,13 +118,10 @@ class Partitions(ABC):
                 arrived.append((torch.zeros(()), torch.zeros(())))
                 continue
             weight, master = fragment.of(weights(fragment.index)), fragment.of(self._master(fragment.index))
-            if isinstance(eps, Tensor):
-                moved = direction.to(master.dtype).mul(eps).add_(master)
-            else:
-                moved = torch.add(master, direction, alpha=eps)
-            moved = moved.to(weight.dtype)
-            arrived.append(arrival([master.to(weight.dtype)], [moved], [direction]))
-            weight.copy_(moved)
+            start = sampled(master).to(weight.dtype)
+            for block, origin, step in pieces(weight, master, direction):
+                block.copy_(origin + step.to(origin.dtype) * eps)
+            arrived.append(arrival([start], [sampled(weight)], [sampled(direction)]))
         self._spread()
         return arrived
 
