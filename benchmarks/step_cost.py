@@ -35,6 +35,7 @@ from measuring import (
     keep_freed_memory,
     peak_bytes,
     quartiles,
+    same_commit,
     stamp,
     timed,
 )
@@ -191,7 +192,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def is_measured(cell: Cell, found: dict[str, Any] | None) -> bool:
     """Whether ``found`` are the figures of this cell, from this commit."""
-    return found is not None and found["settings"] == asdict(cell) and found["stamp"]["commit"] == stamp()["commit"]
+    return found is not None and found["settings"] == asdict(cell) and same_commit(found["stamp"], stamp())
 
 
 def main() -> None:

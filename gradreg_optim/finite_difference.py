@@ -208,8 +208,10 @@ def stochastically_rounded(values: Tensor, generator: torch.Generator) -> Tensor
 
     bfloat16 is the upper half of float32: random bits are added below the cut, and cut off with the rest.
     """
-    noise = torch.randint(0, 2**16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
-    return (values.view(torch.int32) + noise).bitwise_and_(-(2**16)).view(torch.float32).to(torch.bfloat16)
+    words = torch.empty((values.numel() + 3) // 4, dtype=torch.int64, device=values.device)
+    words.random_(-(2**63), None, generator=generator)  # one draw for four elements, a fourth of the time on a CPU
+    noise = words.view(torch.int16)[: values.numel()].to(torch.int32).bitwise_and_(2**16 - 1).view(values.shape)
+    return noise.add_(values.view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32).to(torch.bfloat16)
 
 
 def shift_(

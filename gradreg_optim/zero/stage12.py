@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gradreg_optim.gradients import owned
 from gradreg_optim.zero.gathered import GatheredPartitions
 from gradreg_optim.zero.partitions import Fragment, await_copies
 
@@ -49,9 +50,9 @@ class Stage12Partitions(GatheredPartitions):
 
     def __init__(self, zero: Any) -> None:
         fragments = []
-        for group, owned in enumerate(zero.params_in_partition):
+        for group, members in enumerate(zero.params_in_partition):
             rank = dist.get_rank(zero.real_dp_process_group[group])
-            for parameter in owned:
+            for parameter in members:
                 key = zero.get_param_id(parameter)
                 start = int(zero.grad_partition_insertion_offset[group][rank][key])
                 skipped = int(zero.grad_start_offset[group][rank][key])
@@ -85,10 +86,13 @@ class Stage12Partitions(GatheredPartitions):
 
     def take_gradients(self) -> list[Tensor]:
         """The gradients themselves; copies only of offloaded ones, whose buffers are used again."""
-        self.first = self.gradients()
         if self.offloaded:
-            self.first = [gradient.clone() for gradient in self.first]
+            self.first = [gradient.clone() for gradient in self.gradients()]
         else:  # the next backward makes new ones
+            for held in self.zero.averaged_gradients.values():
+                # The end of a partition cuts a parameter: DeepSpeed keeps a view, and with it the whole gradient.
+                held[:] = [owned(piece) for piece in held]
+            self.first = self.gradients()
             self._kept = dict(self.zero.averaged_gradients)
         self._clear()
         return self.first

@@ -1,0 +1,275 @@
+"""How does the cost of regularization grow with the model, the batch, accumulation and ranks?
+
+    python benchmarks/scale_cost.py            # about a quarter of an hour on two CPU cores; 16 GB of memory for 500 M
+    python benchmarks/scale_cost.py --quick    # models of a toy's size, to see that everything runs
+
+Four series, in each of which one quantity varies: parameters (1 M to 500 M, random weights), tokens of a step (128 to 4096),
+micro-batches (1 to 8), and ranks (DDP and ZeRO-2 over gloo). Measured is a regularized step against the floor, two gradients
+and one AdamW step, in turn. A table and one picture go to ``results``, and with them what a 70 B model on 64 GPUs would pay,
+on paper (:mod:`zero_bytes`). A run that was interrupted goes on behind the series it has finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date, timedelta
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import zero_bytes
+import zero_cost
+from measuring import RESULTS, VOCABULARY, Transformer, keep_freed_memory, quartiles, same_commit, stamp, timed
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+from variants import Cell, Subject, variants
+
+from gradreg_optim import GradRegOptimizer
+
+SHOWN = ("GradRegOptimizer", 'GradRegOptimizer, memory="lean"')
+CPU = torch.device("cpu")
+SIZES = ((4, 128), (12, 256), (12, 448), (12, 896), (16, 1600))
+"""Layers and widths of 1.3, 10.5, 31, 119 and 498 M parameters."""
+BYTES_PER_PARAMETER = 36
+"""Weights, two moments, two gradients, the copy of the weights: 24; the rest for activations and gaps in the heap."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measured ratio, with its quartiles."""
+
+    series: str
+    x: float
+    variant: str
+    seconds: float
+    low: float
+    ratio: float
+    high: float
+
+
+def point(series: str, x: float, variant: str, seconds: list[float], floor: list[float]) -> Point:
+    """The ratios within rounds, summed up."""
+    low, ratio, high = quartiles([own / least for own, least in zip(seconds, floor, strict=True)])
+    return Point(series, x, variant, quartiles(seconds)[1], low, ratio, high)
+
+
+def of_cells(series: str, cells: dict[float, Cell], *, rounds: int) -> list[Point]:
+    """The points of a series on one process."""
+    points = []
+    for x, cell in tqdm(cells.items(), desc=series):
+        if cell.parameters * BYTES_PER_PARAMETER > available_memory():
+            tqdm.write(f"left out: {cell.parameters / 1e6:.0f} M parameters need more memory than there is")
+            continue
+        subject = Subject(cell, CPU)
+        steps = {name: step for name, step in variants(subject, cell, peers=False).items() if name in ("floor", *SHOWN)}
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        for number in range(rounds + 1):
+            for name, step in steps.items():
+                seconds = timed(step, CPU)
+                if number:
+                    times[name].append(seconds)
+        points += [point(series, x, name, times[name], times["floor"]) for name in steps if name != "floor"]
+    return points
+
+
+def available_memory() -> int:
+    """Bytes that new allocations can have; without bound where the system does not say."""
+    file = Path("/proc/meminfo")
+    if not file.exists():
+        return sys.maxsize
+    lines = file.read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+
+
+def of_ddp(counts: list[int], cell: Cell, *, rounds: int) -> list[Point]:
+    """The points of DistributedDataParallel: every rank has a micro-batch of its own."""
+    points = []
+    for ranks in tqdm(counts, desc="DDP"):
+        context = mp.get_context("spawn")
+        queue = context.Queue()
+        mp.spawn(ddp_rank, args=(ranks, free_port(), cell, rounds, queue), nprocs=ranks, join=True)
+        times = queue.get(timeout=10)
+        points.append(point("ranks", ranks, "DDP", times["regularized"], times["floor"]))
+    return points
+
+
+def ddp_rank(rank: int, ranks: int, port: int, cell: Cell, rounds: int, queue: Any) -> None:
+    """One rank; the first one puts the seconds of every round into ``queue``."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=ranks, timeout=timedelta(minutes=5))
+    torch.manual_seed(0)
+    model = DistributedDataParallel(Transformer(layers=cell.layers, width=cell.width, length=cell.length))
+    batch = torch.randint(VOCABULARY, (cell.tokens // cell.length, cell.length))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    wrapper = GradRegOptimizer(optimizer)
+
+    def closure() -> torch.Tensor:
+        model.zero_grad()
+        loss = model(batch)
+        loss.backward()
+        return loss
+
+    def floor() -> None:
+        closure()
+        closure()
+        optimizer.step()
+
+    steps: dict[str, Callable[[], Any]] = {"floor": floor, "regularized": lambda: wrapper.step(closure)}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + 1):
+        for name, step in steps.items():
+            dist.barrier()
+            seconds = timed(step, CPU)
+            if number:
+                times[name].append(seconds)
+    if rank == 0:
+        queue.put(times)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def of_zero(counts: list[int], cell: Cell, *, rounds: int) -> list[Point]:
+    """The points of ZeRO-2; none without DeepSpeed."""
+    if find_spec("deepspeed") is None:
+        tqdm.write("left out: ZeRO-2, DeepSpeed is not installed here")
+        return []
+    points = []
+    for ranks in tqdm(counts, desc="ZeRO-2"):
+        args = zero_cost.parse_arguments(["--stages", "2", "--precisions", "float32", "--ranks", str(ranks)])
+        args.layers, args.width, args.length, args.rounds = cell.layers, cell.width, cell.length, rounds
+        args.batch = cell.tokens // cell.length
+        seconds = zero_cost.run(args)["float32 stage 2"][0]["seconds"]
+        floor = [2 * window + step for window, step in zip(seconds["window"], seconds["step"], strict=True)]
+        points.append(point("ranks", ranks, "ZeRO-2", seconds["regularized"], floor))
+    return points
+
+
+def series(*, quick: bool) -> dict[str, Callable[[], list[Point]]]:
+    """What measures each of the series."""
+    sizes = ((1, 64), (2, 64)) if quick else SIZES
+    layers, width = sizes[0] if quick else (12, 256)
+    length, rounds = (16, 3) if quick else (256, 8)
+    tokens = (16, 32) if quick else (128, 256, 512, 1024, 2048, 4096)
+    accumulation = (1, 2) if quick else (1, 2, 4, 8)
+    usual = 2 * length
+
+    def cell(*, layers: int = layers, width: int = width, tokens: int = usual, accumulation: int = 1) -> Cell:
+        return Cell(layers, width, VOCABULARY, tokens, min(tokens, length), "float32", accumulation)
+
+    by_size = {made.parameters: made for made in (cell(layers=depth, width=breadth) for depth, breadth in sizes)}
+    by_tokens = {count: cell(tokens=count) for count in tokens}
+    by_accumulation = {count: cell(accumulation=count) for count in accumulation}
+    return {
+        "parameters": lambda: of_cells("parameters", by_size, rounds=rounds),
+        "tokens": lambda: of_cells("tokens", by_tokens, rounds=rounds),
+        "micro-batches": lambda: of_cells("micro-batches", by_accumulation, rounds=rounds),
+        "ranks, DDP": lambda: of_ddp([1, 2] if quick else [1, 2, 4], cell(), rounds=rounds),
+        "ranks, ZeRO-2": lambda: of_zero([2] if quick else [2, 4], cell(), rounds=rounds),
+    }
+
+
+def picture(points: list[Point], file: Path) -> None:
+    """All series side by side, the floor drawn in."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(found.series for found in points))
+    figure, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 3.2), sharey=True, squeeze=False)
+    labels = dict.fromkeys(found.variant for found in points)
+    colours = dict(zip(labels, ("#0072b2", "#d55e00", "#009e73", "#cc79a7"), strict=False))
+    for axis, name in zip(axes[0], names, strict=True):
+        axis.axhline(1.0, color="black", linewidth=1.5)
+        for variant, colour in colours.items():
+            own = [found for found in points if (found.series, found.variant) == (name, variant)]
+            if own:
+                spread = [[p.ratio - p.low for p in own], [p.high - p.ratio for p in own]]
+                xs, ys = [p.x for p in own], [p.ratio for p in own]
+                axis.errorbar(xs, ys, spread, color=colour, marker="o", markersize=4, capsize=2, label=variant)
+        ticks = sorted({found.x for found in points if found.series == name})
+        axis.set_xscale("log")
+        axis.set_xticks(ticks, [f"{x / 1e6:.3g} M" if name == "parameters" else f"{x:.0f}" for x in ticks], fontsize=8)
+        axis.minorticks_off()
+        axis.set_xlabel(name)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7, loc="upper right")
+    axes[0][0].set_ylabel("regularized step / floor")
+    axes[0][0].set_title("black: the floor, two gradients and one AdamW step", fontsize=8, loc="left")
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def document(points: list[Point], stamped: dict[str, str], image: str) -> str:
+    """The dated document."""
+    lines = ["| series | at | variant | seconds | × floor |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {p.series} | {f'{p.x / 1e6:.1f} M' if p.series == 'parameters' else f'{p.x:.0f}'} | {p.variant} "
+        f"| {p.seconds:.3f} | {p.ratio:.3f} ({p.low:.3f} to {p.high:.3f}) |"
+        for p in points
+    ]
+    how = """A regularized step against the floor, two gradients and one AdamW step, one of each in turn; medians and
+quartiles of the ratio. float32, AdamW. Where they do not vary: 10.5 M parameters, one micro-batch of 512 tokens. Ranks:
+processes with one thread each and 512 tokens each over gloo; the machine has two cores, so that four ranks share them."""
+    facts = "\n".join(f"- {name}: {value}" for name, value in stamped.items())
+    parts = [
+        "# How the cost grows",
+        how,
+        facts,
+        f"![step over floor, by series]({image})",
+        "\n".join(lines),
+        zero_bytes.section(),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="models of a toy's size")
+    parser.add_argument("--series", nargs="+", help="parts of the names of the series to measure")
+    parser.add_argument("--fresh", action="store_true", help="measure series again that the file has")
+    parser.add_argument("--output", type=Path, help="path without suffix; default: results/<date>-scale-cost")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    keep_freed_memory()
+    output = args.output or RESULTS / f"{date.today()}-scale-cost{'-quick' if args.quick else ''}"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    file = output.with_suffix(".json")
+    stamped = stamp()
+    found = json.loads(file.read_text()) if file.exists() and not args.fresh else {}
+    if not found or not same_commit(found["stamp"], stamped):
+        found = {"stamp": stamped, "series": {}}
+    for name, measured in series(quick=args.quick).items():
+        if name in found["series"] or (args.series and not any(part in name for part in args.series)):
+            continue
+        found["series"][name] = [vars(p) for p in measured()]
+        found["stamp"] = stamp()
+        file.write_text(json.dumps(found, indent=1) + "\n")
+        points = [Point(**p) for made in found["series"].values() for p in made]
+        picture(points, output.with_suffix(".png"))
+        output.with_suffix(".md").write_text(document(points, found["stamp"], output.with_suffix(".png").name))
+    print(output.with_suffix(".md").read_text())
+
+
+if __name__ == "__main__":
+    main()
