@@ -94,31 +94,39 @@ def facts(cell: dict[str, Any]) -> str:
 
 
 def for_readme(cells: Cells) -> tuple[str, str]:
-    """The largest model at accumulation 4: its size in words, and a table."""
-    chosen = [cell for cell in cells.values() if cell["settings"]["accumulation"] == 4]
-    size = max(cell["parameters"] for cell in chosen)
-    by_dtype = {cell["settings"]["dtype"]: cell for cell in chosen if cell["parameters"] == size}
-    single, half = by_dtype["float32"], by_dtype["bfloat16"]
+    """In words what was measured, and a table: of each size and dtype the cell with most micro-batches."""
+    chosen: dict[tuple[int, str], dict[str, Any]] = {}
+    for cell in cells.values():
+        key = cell["parameters"], cell["settings"]["dtype"]
+        if key not in chosen or cell["settings"]["accumulation"] > chosen[key]["settings"]["accumulation"]:
+            chosen[key] = cell
+    shown = list(chosen.values())
+    single = max((cell for cell in shown if cell["settings"]["dtype"] == "float32"), key=lambda cell: cell["parameters"])
+    memory = max(cells.values(), key=lambda cell: (cell["settings"]["accumulation"], cell["settings"]["dtype"] == "float32"))
     rows = {
         "`GradRegOptimizer`": "GradRegOptimizer",
         '`memory="lean"`': 'GradRegOptimizer, memory="lean"',
         "`every=4`": "GradRegOptimizer, every=4",
-        "`fraction=1/4`": "GradRegOptimizer, fraction=1/4",
+        "`fraction=0.25`": "GradRegOptimizer, fraction=1/4",
     }
     peers = [name for name in single["rows"] if name in PEERS and PEERS[name].period == 1]
     if peers:
         fastest = min(peers, key=lambda name: single["rows"][name]["to_floor"])
         rows[f"the fastest of {len(peers)} peers, {fastest}"] = fastest
-    lines = [
-        "| × two gradients and one AdamW step | fp32 | bf16 | weight copies beyond the base step |",
-        "|---|---|---|---|",
-    ]
+    titles = [_title(cell) for cell in shown]
+    lines = [f"| × the floor | {' | '.join(titles)} | weight copies |", "|---" * (2 + len(shown)) + "|"]
     for words, name in rows.items():
-        ratios = (f"{cell['rows'][name]['to_floor']:.3f}" if name in cell["rows"] else "–" for cell in (single, half))
-        lines.append(f"| {words} | {' | '.join(ratios)} | {single['rows'][name]['copies_beyond_base']:.1f} |")
-    settings, hardware = single["settings"], single["stamp"]["hardware"]
+        ratios = [f"{cell['rows'][name]['to_floor']:.3f}" if name in cell["rows"] else "–" for cell in shown]
+        copies = memory["rows"].get(name) or single["rows"][name]
+        lines.append(f"| {words} | {' | '.join(ratios)} | {copies['copies_beyond_base']:.1f} |")
     words = (
-        f"One step on a transformer of {size / 1e6:.0f} M parameters, {settings['accumulation']} micro-batches of "
-        f"{settings['tokens']} tokens; {hardware}"
+        "A step in multiples of the floor, two gradients and one AdamW step, and its memory beyond the base step; "
+        f"{single['stamp']['hardware']}"
     )
     return words, "\n".join(lines)
+
+
+def _title(cell: dict[str, Any]) -> str:
+    settings = cell["settings"]
+    dtype = {"float32": "fp32", "bfloat16": "bf16"}[settings["dtype"]]
+    return f"{cell['parameters'] / 1e6:.0f} M, {dtype}, {settings['accumulation']} × {settings['tokens']} tokens"

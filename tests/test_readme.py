@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import gradreg_optim
 from gradreg_optim import GradRegConfig, GradRegOptimizer
 
 ROOT = Path(__file__).parent.parent
@@ -40,14 +41,19 @@ def test_trainers_are_those_that_were_tested(monkeypatch):
 
 
 def test_trainer_examples_run(tmp_path):
-    """The trainer blocks run on a tiny model, and each logs its grad_reg figures."""
+    """The trainer block and the calls of attach run on a tiny model, and each logs its grad_reg figures."""
     pytest.importorskip("trl", reason="trainers come with the extra [trl]")
     from trainers import Reward, dataset, llama, tokenizer
     from trl import GRPOConfig
 
-    blocks = [block for block in BLOCKS if "trainer" in block]
-    assert len(blocks) == 2
-    names = {"GradRegOptimizer": GradRegOptimizer, "tokenizer": tokenizer(), "dataset": dataset("grpo"), "reward": Reward()}
+    (given,) = [block for block in BLOCKS if "trainer" in block]
+    calls = re.findall(r"`(attach\(trainer, .*?\))`", README)
+    assert len(calls) == 2
+    created = re.sub(r"\n *optimizers=.*", "", given)
+    assert created != given
+    blocks = [given, *(created.replace("trainer.train()", f"{call}\ntrainer.train()") for call in calls)]
+    names = {name: getattr(gradreg_optim, name) for name in ("GradRegOptimizer", "GradRegConfig", "attach")}
+    names |= {"tokenizer": tokenizer(), "dataset": dataset("grpo"), "reward": Reward()}
     for number, block in enumerate(blocks):
         names["model"] = llama()
         names["args"] = GRPOConfig(
