@@ -49,7 +49,7 @@ __all__ = [
 Scalar = float | Tensor
 
 BLOCK = 2**16
-"""Elements that a few operations in a row find in the cache of a CPU, and that one core works on faster than two."""
+"""Elements that a few operations in a row find in the cache of a core."""
 LARGE_BLOCK = 2**24
 """Elsewhere launching operations costs more; what they need beside the tensors is bounded all the same."""
 
@@ -67,6 +67,8 @@ def norm_squared(tensors: Sequence[Tensor]) -> Tensor:
     """
     if not tensors:
         return torch.zeros(())
+    if fused(1.0, tensors) and len({x.dtype for x in tensors}) == 1:  # torch._foreach_norm runs on one core
+        return torch.stack([torch.dot(block, block) for x in tensors for block in _blocks(x)]).sum()
     wide = max((accumulation_dtype(x.dtype) for x in tensors), key=lambda dtype: dtype.itemsize)
     norms = torch._foreach_norm(list(tensors), 2, dtype=wide)
     return torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum()
@@ -132,15 +134,21 @@ def inner_of_differences(
 def _blocks(tensor: Tensor) -> Sequence[Tensor]:
     """Flat pieces, so small that copies of a few of them do not count; of a tensor that is not contiguous, of a copy."""
     flat = tensor.flatten()
-    size = BLOCK if flat.device.type == "cpu" else LARGE_BLOCK
+    size = _block_size() if flat.device.type == "cpu" else LARGE_BLOCK
     return [flat] if flat.numel() <= size else torch.split(flat, size)
+
+
+def _block_size() -> int:
+    """Elements that the cores of a CPU, a few at most, work on together."""
+    return BLOCK * min(4, torch.get_num_threads())
 
 
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The same elements of each tensor as views, piece by piece; the tensors as they are if one is not contiguous.
 
-    >>> [tuple(map(len, blocks)) for blocks in pieces(torch.zeros(2**16 + 1), torch.ones(2**16 + 1))]
-    [(65536, 65536), (1, 1)]
+    >>> blocks = list(pieces(torch.zeros(10**6), torch.ones(10**6)))
+    >>> len(blocks) > 1, sum(len(zeros) for zeros, _ in blocks)
+    (True, 1000000)
     """
     if all(tensor.is_contiguous() for tensor in tensors):
         yield from zip(*map(_blocks, tensors), strict=True)
@@ -307,10 +315,10 @@ def combine_and_measure_(g1: Sequence[Tensor], g2: Sequence[Tensor], *, weight: 
     if not g2:
         return torch.zeros(()), torch.zeros(())
     inner, squares = [], []
-    room = torch.empty(BLOCK, dtype=g2[0].dtype)
+    room = torch.empty(_block_size(), dtype=g2[0].dtype)
     for a, b in ((a, b) for tensors in zip(g1, g2, strict=True) for a, b in zip(*map(_blocks, tensors), strict=True)):
         if room.dtype != b.dtype:
-            room = torch.empty(BLOCK, dtype=b.dtype)
+            room = torch.empty(_block_size(), dtype=b.dtype)
         delta = torch.sub(b, a, out=room[: b.numel()])
         inner.append(torch.dot(delta, a))
         squares.append(torch.dot(delta, delta))
