@@ -57,6 +57,7 @@ except ModuleNotFoundError as missing:
 TUNING_SEEDS, REPORTED_SEEDS = 2, 10
 """How many seeds the full study tunes on, and the first seed of those that are reported."""
 BASELINES = (PLAIN, STOPPED, LOWER, "KL penalty", "GR sequence")
+"""Over which the tables tell gains; where settings are given, over those of KL penalty and lower rate."""
 LEGEND = """Means over seeds with 95% bootstrap intervals. At 70% proxy: where a run first reaches 70% of the gain in proxy
 of the plain run of its seed. Where not all seeds have a value, the mean is of those that do, and says how many. ‖g1‖ and
 accuracy: Spearman's rank correlation over a run, of ‖g1‖ with the proxy's accuracy on the policy's answers."""
@@ -102,7 +103,7 @@ def full(study: Study, args: argparse.Namespace) -> tuple[Parts, dict[str, Any]]
     tried = study.runs((arm for grid in rates.values() for arm in grid), range(args.tuning_seeds), "tuning the rate")
     of_rate = tuned(rates, tried)
     chosen = {PLAIN: at_full_rate[PLAIN], LOWER: of_rate.pop(PLAIN), **of_rate}
-    parts = {"With the learning rate tuned": chosen, "All at the full learning rate": at_full_rate}
+    parts = {"At the full learning rate": at_full_rate, "With the learning rate tuned": chosen}
     if args.ablations:
         whole = at_full_rate["GR sequence"]
         parts["Ablations, at the full learning rate"] = {PLAIN: chosen[PLAIN], "GR sequence": whole, **ablations(whole)}
@@ -130,7 +131,8 @@ def tables(summaries: dict[str, dict[str, Any]], accuracy: dict[int, float], sta
         LEGEND,
     ]
     for title, summary in summaries.items():
-        lines += ["", f"### {title}", "", *main_table(summary), "", *gain_table(summary, BASELINES, ("final",))]
+        baselines = [family for family in summary if family in BASELINES or family.startswith(("kl-", "rate-"))]
+        lines += ["", f"### {title}", "", *main_table(summary), "", *gain_table(summary, baselines, ("final",))]
         lines += ["", *measures_table(summary)]
     return lines
 
@@ -163,7 +165,7 @@ def write(parts: Parts, extra: dict[str, Any], study: Study, output: Path) -> No
     summaries = {title: summarise(runs) for title, runs in parts.items()}
     text = "\n".join(tables(summaries, accuracy, stamped))
     rewrite(output.with_suffix(".md"), text, TITLE)
-    picture(first, output.with_suffix(".png"), f"GRPO against a reward that can be hacked, {len(accuracy)} seeds")
+    picture(parts, output.with_suffix(".png"), f"GRPO against a reward that can be hacked, {len(accuracy)} seeds")
     record = {"stamp": stamped, "scale": asdict(study.scale), "proxy_accuracy": accuracy, "summary": summaries, **extra}
     every = {one["arm"]["name"]: group for runs in parts.values() for group in runs.values() for one in group}
     record["runs"] = {name: [rounded(one) for one in group] for name, group in every.items()}

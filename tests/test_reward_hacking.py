@@ -108,7 +108,7 @@ def test_a_tuned_study_reports_other_seeds_than_it_tunes_on(tmp_path: Path) -> N
     assert len(rates) == 4
     tables = results["summary"]
     assert tables["With the learning rate tuned"]["GR sequence"]["setting"] == max(rates, key=rates.__getitem__)
-    assert tables["All at the full learning rate"]["GR sequence"]["setting"] == best
+    assert tables["At the full learning rate"]["GR sequence"]["setting"] == best
     assert (
         len(tables["Ablations, at the full learning rate"]) == 3 + 8
     )  # none, stopped, GR sequence and what differs from it

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -81,35 +81,70 @@ def rewrite(path: Path, text: str, title: str) -> None:
     path.write_text(f"{before}{START}\n{text}\n{END}{after}")
 
 
-def picture(runs: Runs, path: Path, title: str) -> None:
-    """Proxy and gold over steps, one panel each; below, gold over proxy, and what the mechanism is made of.
+def picture(parts: Mapping[str, Runs], path: Path, title: str) -> None:
+    """Proxy and gold over steps, one panel each, a row a part, two parts at most; gold over proxy; the mechanism's parts.
 
     Proxies of different seeds have different origins and scales, so the proxy is shown as the part of the plain run's gain.
     """
-    drawing, panels = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    colours = {family: f"C{number % 10}" for number, family in enumerate(runs)}
-    colours[PLAIN] = "black"
-    ends = {one["seed"]: one["curve"][-1]["proxy"] for one in runs[PLAIN]}
-    for family, group in runs.items():
-        scaled = [scaled_to(one, ends[one["seed"]]) for one in group]
-        for axes, name in ((panels[0, 0], "proxy"), (panels[0, 1], "gold")):
-            course(axes, scaled, name, colours[family], family)
-        proxy, gold = averages(scaled, "proxy"), averages(scaled, "gold")
-        panels[1, 0].plot(proxy, gold, color=colours[family], marker=".", linewidth=1.5)
-    _finish(panels[0, 0], "proxy reward, which is trained on (gain; plain run at the end: 1)", "step")
-    _finish(panels[0, 1], "gold reward, which is wanted", "step")
-    _finish(panels[1, 0], "gold over proxy, means over seeds", "gain in proxy")
-    accuracy, norm = panels[1, 1], panels[1, 1].twinx()
-    course(accuracy, runs[PLAIN], "proxy_accuracy", "black", "accuracy of the proxy on the policy's answers")
-    course(norm, runs[PLAIN], "g1_norm", "tab:red", "‖g1‖ (right)")
-    _finish(accuracy, "the plain run: is the gradient large where the proxy errs?", "step")
+    shown = dict(list(parts.items())[:2])
+    columns = len(shown) + 1
+    drawing, panels = plt.subplots(2, columns, figsize=(5 * columns, 8), layout="constrained")
+    third, fourth = panels[:, 2] if len(shown) > 1 else panels[1]
+    families = dict.fromkeys(family for runs in shown.values() for family in runs)
+    palette = plt.get_cmap("tab10" if len(families) <= 10 else "tab20").colors
+    colours = {**dict(zip(families, palette * len(families), strict=False)), PLAIN: "black"}
+    for row, (part, runs) in enumerate(shown.items()):
+        label = f"; {lowered(part)}" if len(shown) > 1 else ""
+        courses(*panels[row, :2], runs, colours)
+        _finish(panels[row, 0], f"proxy gain (plain run at the end: 1){label}", "step")
+        _finish(panels[row, 1], f"gold{label}", "step")
+        panels[row, 0].legend(frameon=False, fontsize=8, loc="upper left")
+    first = next(iter(shown.values()))
+    for family, group in first.items():
+        scaled = in_units_of_plain(group, first[PLAIN])
+        third.plot(averages(scaled, "proxy"), averages(scaled, "gold"), color=colours[family], marker=".", linewidth=1.5)
+    _finish(
+        third,
+        "gold over proxy, means over seeds" + (f"; {lowered(next(iter(shown)))}" if len(shown) > 1 else ""),
+        "gain in proxy",
+    )
+    norm = fourth.twinx()
+    course(fourth, first[PLAIN], "proxy_accuracy", "black", "accuracy of the proxy on the policy's answers")
+    course(norm, first[PLAIN], "g1_norm", "tab:red", "‖g1‖ (right)")
+    _finish(fourth, "the plain run: is the gradient large where the proxy errs?", "step")
     norm.tick_params(labelsize=8)
-    lines = [line for axes in (accuracy, norm) for line in axes.get_lines()]
-    accuracy.legend(lines, [str(line.get_label()) for line in lines], frameon=False, fontsize=8)
-    panels[0, 0].legend(frameon=False, fontsize=8, loc="lower right")
+    lines = [line for axes in (fourth, norm) for line in axes.get_lines()]
+    fourth.legend(lines, [str(line.get_label()) for line in lines], frameon=False, fontsize=8)
     drawing.suptitle(title)
-    drawing.savefig(path, dpi=130)
+    drawing.savefig(path, dpi=110)
     plt.close(drawing)
+
+
+def lowered(title: str) -> str:
+    """A title as it goes on in a sentence."""
+    return title[:1].lower() + title[1:]
+
+
+def courses(proxy: Axes, gold: Axes, runs: Runs, colours: Mapping[str, Any]) -> None:
+    """Every family over steps; the panel of gold is as high as all but the plain runs need, which may leave it."""
+    for family, group in runs.items():
+        scaled = in_units_of_plain(group, runs[PLAIN])
+        course(proxy, scaled, "proxy", colours[family], family)
+        course(gold, scaled, "gold", colours[family], family)
+    spans = {
+        family: [interval(list(values)) for values in zip(*(column(one, "gold") for one in group), strict=True)]
+        for family, group in runs.items()
+    }
+    low = min((at["low"] for family, span in spans.items() if family != PLAIN for at in span), default=None)
+    if low is not None:
+        high = max(at["high"] for span in spans.values() for at in span)
+        gold.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
+
+
+def in_units_of_plain(group: Sequence[Run], plain: Sequence[Run]) -> list[Run]:
+    """Runs whose proxy counts as the part of the plain run's gain, seed by seed."""
+    ends = {one["seed"]: one["curve"][-1]["proxy"] for one in plain}
+    return [scaled_to(one, ends[one["seed"]]) for one in group]
 
 
 def scaled_to(one: Run, end: float) -> Run:
@@ -119,7 +154,7 @@ def scaled_to(one: Run, end: float) -> Run:
     return {**one, "curve": [{**point, "proxy": (point["proxy"] - start) / gain} for point in one["curve"]]}
 
 
-def course(axes: Axes, group: Sequence[Run], name: str, colour: str, label: str) -> None:
+def course(axes: Axes, group: Sequence[Run], name: str, colour: Any, label: str) -> None:
     """The mean over seeds of a quantity over steps, with its bootstrap interval."""
     points = list(zip(*(one["curve"] for one in group), strict=True))
     kept = [(at[0]["step"], interval([point.get(name) for point in at])) for at in points]

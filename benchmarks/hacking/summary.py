@@ -32,6 +32,9 @@ FIGURES = {
     "final_accuracy": "proxy accuracy at the end",
 }
 
+GAINS = ("final", "area")
+"""The figures whose differences between families are taken, seed by seed."""
+
 MEASURES = {
     "penalty_ratio": "‖penalty‖/‖g1‖",
     "curvature": "curvature",
@@ -132,7 +135,7 @@ def summarise(runs: Runs) -> dict[str, dict[str, Any]]:
                 )
                 for other, theirs in of.items()
                 if other != family
-                for name in FIGURES
+                for name in GAINS
             },
             "measures": {name: interval([row[name] for row in measured]) for name in measured[0]},
             "seconds_per_step": fmean(one["seconds_per_step"] for one in group),
