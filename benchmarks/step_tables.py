@@ -94,14 +94,10 @@ def facts(cell: dict[str, Any]) -> str:
 
 
 def for_readme(cells: Cells) -> tuple[str, str]:
-    """In words what was measured, and a table: of each size and dtype the cell with most micro-batches."""
-    chosen: dict[tuple[int, str], dict[str, Any]] = {}
-    for cell in cells.values():
-        key = cell["parameters"], cell["settings"]["dtype"]
-        if key not in chosen or cell["settings"]["accumulation"] > chosen[key]["settings"]["accumulation"]:
-            chosen[key] = cell
-    shown = list(chosen.values())
-    single = max((cell for cell in shown if cell["settings"]["dtype"] == "float32"), key=lambda cell: cell["parameters"])
+    """In words what was measured, and a table: of models smaller than the largest, steps of several micro-batches only."""
+    size = max(cell["parameters"] for cell in cells.values())
+    shown = [cell for cell in cells.values() if cell["parameters"] == size or cell["settings"]["accumulation"] > 1]
+    single = next(cell for cell in shown if cell["parameters"] == size and cell["settings"]["dtype"] == "float32")
     memory = max(cells.values(), key=lambda cell: (cell["settings"]["accumulation"], cell["settings"]["dtype"] == "float32"))
     rows = {
         "`GradRegOptimizer`": "GradRegOptimizer",
@@ -110,19 +106,17 @@ def for_readme(cells: Cells) -> tuple[str, str]:
         "`fraction=0.25`": "GradRegOptimizer, fraction=1/4",
     }
     peers = [name for name in single["rows"] if name in PEERS and PEERS[name].period == 1]
-    if peers:
-        fastest = min(peers, key=lambda name: single["rows"][name]["to_floor"])
-        rows[f"the fastest of {len(peers)} peers, {fastest}"] = fastest
+    everywhere = [name for name in peers if all(name in cell["rows"] for cell in shown)]
+    if everywhere:
+        fastest = min(everywhere, key=lambda name: single["rows"][name]["to_floor"])
+        rows[f"of {len(peers)} peers: {fastest}"] = fastest
     titles = [_title(cell) for cell in shown]
     lines = [f"| × the floor | {' | '.join(titles)} | weight copies |", "|---" * (2 + len(shown)) + "|"]
     for words, name in rows.items():
         ratios = [f"{cell['rows'][name]['to_floor']:.3f}" if name in cell["rows"] else "–" for cell in shown]
         copies = memory["rows"].get(name) or single["rows"][name]
         lines.append(f"| {words} | {' | '.join(ratios)} | {copies['copies_beyond_base']:.1f} |")
-    words = (
-        "A step in multiples of the floor, two gradients and one AdamW step, and its memory beyond the base step; "
-        f"{single['stamp']['hardware']}"
-    )
+    words = "Steps in multiples of the floor (two gradients and one AdamW step), and memory beyond the base step, on a CPU"
     return words, "\n".join(lines)
 
 

@@ -73,6 +73,15 @@ def test_trainer_examples_run(tmp_path):
         assert "grad_reg/penalty_ratio" in names["trainer"].state.log_history[0]
 
 
+def test_costs_are_the_measured_ones(monkeypatch):
+    """What the README says about cost is what ``make bench`` makes of the newest results."""
+    pytest.importorskip("tqdm", reason="the benchmarks come with the extra [demo]")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    bench = importlib.import_module("make_bench")
+    files = {script: bench.newest(script, bench.RESULTS, quick=False) for script in bench.SCRIPTS}
+    assert bench.between_marks(README, "cost", bench.section(files)) == README
+
+
 def test_settings_table_is_complete():
     """Each argument of the constructor has its row, with the default of the signature and the flag of the config."""
     parameters = dict(inspect.signature(GradRegOptimizer).parameters)
