@@ -228,7 +228,7 @@ class GradRegConfig:
     grad_reg_shrink: bool = field(
         default=True, metadata={"help": "Scale the penalty by the share of the difference that is not rounding noise."}
     )
-    grad_reg_every: int = field(default=1, metadata={"help": "Regularize each k-th step."})
+    grad_reg_every: int = field(default=1, metadata={"help": "Regularize each k-th step; wants k times the strength."})
     grad_reg_between: str = field(
         default="plain",
         metadata={

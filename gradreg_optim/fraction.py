@@ -7,7 +7,8 @@ Of n micro-batches, whose gradients sum up to g1, m = round(f·n) are the *part*
 takes the place of g2. Nothing but the part runs a second time. g1_S costs no pass: it is what the first pass has added up
 over the part, so g1 is accumulated in two sums. S is a run of neighbours, the first of which follows the last, and starts
 at a place drawn anew in each step from its number: every micro-batch is in it with probability m/n, so E[ĝ2] = g2 over the
-choice, and all ranks choose alike. Its price is variance: the difference is as noisy as that of a batch of a fraction f.
+choice, and all ranks choose alike. Its price is variance: the difference is as noisy as that of a batch of a fraction f, and
+longer than the whole one by its noise.
 
 Memory: one more gradient, g1_S. Communication: with DistributedDataParallel and ZeRO stage 1, gradients are reduced once or
 twice more in the first pass, where the part begins and where it ends; FSDP2 likewise if it accumulates without reducing.

@@ -63,9 +63,11 @@ class GradRegOptimizer(ReusedPenalty, PartialDifference, LeanStep):
         shrink: scale the penalty by the measured share of signal, 1 − floor²/rel² (:mod:`gradreg_optim.precision`), which
             takes effect where checks are made and nowhere else.
         every: regularize the first step after the warm-up and each ``every``-th from there on; others take one gradient.
-        between: what those others use. ``"plain"``: g1, so that the penalty's mean over steps is 1/``every`` of what it
-            would be. ``"reuse"``: g1 and the last penalty, turned to it (:mod:`gradreg_optim.between`), at the memory of
-            one gradient; not under ZeRO.
+            The penalty's mean over steps is then 1/``every`` of what it would be: ``every`` times the strength makes up
+            for that, and did in all that was measured.
+        between: what the others use. ``"plain"``: g1. ``"reuse"``: g1 and the last penalty, turned to it
+            (:mod:`gradreg_optim.between`), at the memory of one gradient, for strengths that cannot be raised; not under
+            ZeRO.
         fraction: of a step's micro-batches, how many make the difference, at the cost of 1 + ``fraction`` gradients
             (:mod:`gradreg_optim.fraction`). Needs to know micro-batches: those that a trainer accumulates, or
             :class:`~gradreg_optim.MicroBatches` as the closure.

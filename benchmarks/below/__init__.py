@@ -1,0 +1,1 @@
+"""The studies of benchmarks/below_two.py, and its report."""
