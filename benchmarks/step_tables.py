@@ -50,6 +50,9 @@ a variant keeps from step to step; counted on one sequence a micro-batch, and tw
 a single micro-batch the base step has no gradient yet when its activations are most, `memory="lean"` has the first one then:
 so there its row lies between 1 and 2, and depends on the activations.
 
+Where a SAM is faster: it takes g2 as it is. The combination of both gradients and the figures in `metrics` are one pass more
+over memory, and the first norm is taken over all gradients, as theirs is. On a CPU a pass shows where tokens are few.
+
 Random tokens and untrained weights: costs do not depend on values, as long as no clip engages; none does here."""
 
 
