@@ -101,7 +101,8 @@ def for_readme(cells: Cells) -> tuple[str, str]:
     size = max(cell["parameters"] for cell in cells.values())
     shown = [cell for cell in cells.values() if cell["parameters"] == size or cell["settings"]["accumulation"] > 1]
     single = next(cell for cell in shown if cell["parameters"] == size and cell["settings"]["dtype"] == "float32")
-    memory = max(cells.values(), key=lambda cell: (cell["settings"]["accumulation"], cell["settings"]["dtype"] == "float32"))
+    several = [cell for cell in shown if cell["settings"]["accumulation"] > 1 and cell["settings"]["dtype"] == "float32"]
+    memory = max(several or [single], key=lambda cell: cell["parameters"])
     rows = {
         "`GradRegOptimizer`": "GradRegOptimizer",
         '`memory="lean"`': 'GradRegOptimizer, memory="lean"',
