@@ -62,6 +62,20 @@ def point(series: str, x: float, variant: str, seconds: list[float], floor: list
     return Point(series, x, variant, quartiles(seconds)[1], low, ratio, high)
 
 
+def in_turn(
+    steps: dict[str, Callable[[], Any]], *, rounds: int, before: Callable[[], Any] = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds of each step in each round, after one round that warms up; ``before`` is called before each step."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + 1):
+        for name, step in steps.items():
+            before()
+            seconds = timed(step, CPU)
+            if number:
+                times[name].append(seconds)
+    return times
+
+
 def of_cells(series: str, cells: dict[float, Cell], *, rounds: int) -> list[Point]:
     """The points of a series on one process."""
     points = []
@@ -71,12 +85,7 @@ def of_cells(series: str, cells: dict[float, Cell], *, rounds: int) -> list[Poin
             continue
         subject = Subject(cell, CPU)
         steps = {name: step for name, step in variants(subject, cell, peers=False).items() if name in ("floor", *SHOWN)}
-        times: dict[str, list[float]] = {name: [] for name in steps}
-        for number in range(rounds + 1):
-            for name, step in steps.items():
-                seconds = timed(step, CPU)
-                if number:
-                    times[name].append(seconds)
+        times = in_turn(steps, rounds=rounds)
         points += [point(series, x, name, times[name], times["floor"]) for name in steps if name != "floor"]
     return points
 
@@ -125,13 +134,7 @@ def ddp_rank(rank: int, ranks: int, port: int, cell: Cell, rounds: int, queue: A
         optimizer.step()
 
     steps: dict[str, Callable[[], Any]] = {"floor": floor, "regularized": lambda: wrapper.step(closure)}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + 1):
-        for name, step in steps.items():
-            dist.barrier()
-            seconds = timed(step, CPU)
-            if number:
-                times[name].append(seconds)
+    times = in_turn(steps, rounds=rounds, before=dist.barrier)
     if rank == 0:
         queue.put(times)
     dist.barrier()

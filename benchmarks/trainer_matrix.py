@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-ROOT = Path(__file__).parent.parent
+from measuring import ROOT, between_marks
+
 TESTS = ("tests/test_trainer_matrix.py", "tests/test_vllm_hooks.py::test_asynchronous")
 PACKAGES = ("gradreg_optim", "torch", "transformers", "trl", "accelerate")
 MARKS = {"works": "✓", "refused": "refused", "absent": "–", "fails": "**fails**"}
@@ -85,8 +86,7 @@ def summary(runs: list[dict[str, Any]]) -> str:
 
 def in_readme(readme: str, rows: str) -> str:
     """The text of the README with ``rows`` between their marks."""
-    before, _, rest = readme.partition("<!-- trainers -->\n")
-    return f"{before}<!-- trainers -->\n{rows}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
+    return between_marks(readme, "trainers", rows)
 
 
 def not_run() -> str:

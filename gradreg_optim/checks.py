@@ -42,12 +42,7 @@ class CheckedDifference(OptimizerWrapper):
         """Whether weights, or what a trainer computes with, have fewer bits than float32."""
         if self._attachment is not None and self._attachment.computes_in_low_precision:
             return True
-        return any(
-            parameter.dtype.itemsize < torch.float32.itemsize
-            for group in self.param_groups
-            for parameter in group["params"]
-            if parameter.requires_grad
-        )
+        return any(p.dtype.itemsize < torch.float32.itemsize for p in self._parameters() if p.requires_grad)
 
     def _measure_noise(self, first: FirstGradient, near: Gradients) -> None:
         """Keep what gradients next to θ differ by from those at θ."""

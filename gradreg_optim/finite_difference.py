@@ -34,6 +34,7 @@ __all__ = [
     "fused",
     "halved_difference_",
     "inner_of_differences",
+    "length_of_sum",
     "moments",
     "norm_squared",
     "pieces",
@@ -198,6 +199,17 @@ def clipped_moments(inner: Tensor, squares: Tensor, g1_squared: Tensor, *, coeff
     c = coefficient
     squares = (c**2 * squares - 2 * c * (1 - c) * inner + (1 - c) ** 2 * g1_squared).clamp(min=0)
     return c * inner - (1 - c) * g1_squared, squares
+
+
+def length_of_sum(squares_of_first: Tensor, inner: Tensor, squares: Tensor) -> Tensor:
+    """‖a + b‖ out of parts of ‖a‖², ⟨a, b⟩ and ‖b‖².
+
+    A sum that cancels may come out below 0, and its root as NaN: it is clamped, which lets a NaN of the parts through.
+
+    >>> length_of_sum(torch.tensor([9.0]), torch.tensor([0.0]), torch.tensor([16.0]))
+    tensor(5.)
+    """
+    return (squares_of_first + 2 * inner + squares).sum().clamp(min=0).sqrt()
 
 
 def readable(value: Scalar) -> Scalar:

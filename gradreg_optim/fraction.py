@@ -208,7 +208,7 @@ class PartialDifference(RegularizedStep):
     def _take_stretch(self) -> Sum:
         """The gradients in ``.grad``, which is cleared."""
         taken = {}
-        for parameter in (p for group in self.param_groups for p in group["params"]):
+        for parameter in self._parameters():
             if parameter.grad is not None:
                 taken[id(parameter)] = owned(parameter.grad)
             parameter.grad = None
@@ -216,12 +216,11 @@ class PartialDifference(RegularizedStep):
 
     def _copy_stretch(self) -> Sum:
         """Copies of the gradients in ``.grad``."""
-        parameters = (p for group in self.param_groups for p in group["params"])
-        return {id(parameter): parameter.grad.clone() for parameter in parameters if parameter.grad is not None}
+        return {id(p): p.grad.clone() for p in self._parameters() if p.grad is not None}
 
     def _add_stretch(self, stretch: Sum) -> None:
         """Add to the gradients in ``.grad``."""
-        for parameter in (p for group in self.param_groups for p in group["params"]):
+        for parameter in self._parameters():
             if id(parameter) in stretch:
                 addend = stretch[id(parameter)]
                 parameter.grad = addend.clone() if parameter.grad is None else parameter.grad.add_(addend)

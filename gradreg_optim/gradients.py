@@ -40,6 +40,12 @@ class Share:
     absent: list[Tensor] = field(default_factory=list)
     samples: list[Tensor] = field(default_factory=list)
 
+    def join(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Take in a parameter that only the second pass reaches, with its gradient there: g1 is 0."""
+        self.parameters.append(parameter)
+        self.gradients.append(torch.zeros_like(gradient))
+        self.g1.append(real(self.gradients[-1]))
+
     def counted(self, tensors: list[Tensor], mesh: DeviceMesh | None) -> list[Tensor]:
         """Those of ``tensors``, laid out like ``g1``, that this rank adds to sums over the ranks of ``mesh``."""
         if mesh is None:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradreg_optim.finite_difference import Scalar, ratio, readable, sampled, scale_
+from gradreg_optim.finite_difference import Scalar, length_of_sum, ratio, readable, sampled, scale_
 from gradreg_optim.gradients import FirstGradient, Share, real, stack_scalars
 from gradreg_optim.phases import NO_SECOND_GRADIENT, WHOLE, RegularizedStep
 
@@ -75,13 +75,11 @@ class LeanStep(RegularizedStep):
             "penalty_ratio": ratio((weights.square() * squares).sum().sqrt(), g1_squared.sum().sqrt()),
             "curvature": ratio(ratio(inner, steps).sum(), g1_squared.sum()),
         }
-        g2_norm = (g1_squared + 2 * inner + squares).sum().clamp(min=0).sqrt()
+        g2_norm = length_of_sum(g1_squared, inner, squares)
         self._note_difference(first, inner, g2_norm, g2_norm, torch.zeros_like(g2_norm, dtype=torch.bool), arrived, sent)
         self._put_back(first)
-        if finite is True:
-            return
-        self._skipped = self._skipped + (1 if finite is False else (~torch.as_tensor(finite)).long())
-        if not self._overflow_skips_step:  # there is no g1 to fall back on
+        self._count_skipped(finite)
+        if finite is not True and not self._overflow_skips_step:  # there is no g1 to fall back on
             for gradient in (gradient for share in shares for gradient in share.g1):
                 torch.where(torch.as_tensor(finite), gradient, torch.zeros_like(gradient), out=gradient)
 
@@ -142,9 +140,7 @@ def added_to(first: FirstGradient) -> Iterator[None]:
 
 def _joined(share: Share, parameter: Tensor, gradient: Tensor) -> tuple[Share, int]:
     """Let a parameter that only the second pass reaches be one of the share's; its place there."""
-    share.parameters.append(parameter)
-    share.gradients.append(torch.zeros_like(gradient))
-    share.g1.append(real(share.gradients[-1]))
+    share.join(parameter, gradient)
     share.samples.append(sampled(share.g1[-1]).clone())
     share.absent = [other for other in share.absent if other is not parameter]
     return share, len(share.parameters) - 1

@@ -216,8 +216,7 @@ class GradRegOptimizer(ReusedPenalty, PartialDifference, LeanStep):
         """The closure at θ; the first one that finds gradients is seen to clear them."""
         if self._is_seen_to_clear:
             return closure()
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        loss, self._is_seen_to_clear = called_on_marked_gradient(closure, parameters)
+        loss, self._is_seen_to_clear = called_on_marked_gradient(closure, self._parameters())
         return loss
 
     def _check_closure(self, closure: Closure | MicroBatches) -> None:

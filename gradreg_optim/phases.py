@@ -35,6 +35,7 @@ from gradreg_optim.finite_difference import (
     difference_moments,
     fused,
     halved_difference_,
+    length_of_sum,
     moments,
     norm_squared,
     ratio,
@@ -237,9 +238,7 @@ class RegularizedStep(CheckedDifference):
         """g2 of one share. A parameter that only one of the two passes reached has a gradient of 0 in the other."""
         for parameter in share.absent:
             if parameter.grad is not None:
-                share.parameters.append(parameter)
-                share.gradients.append(torch.zeros_like(parameter.grad))
-                share.g1.append(real(share.gradients[-1]))
+                share.join(parameter, parameter.grad)
         second = []
         for parameter, gradient in zip(share.parameters, share.gradients, strict=True):
             parameter.grad = torch.zeros_like(gradient) if parameter.grad is None else parameter.grad.resolve_conj()
@@ -289,8 +288,7 @@ class RegularizedStep(CheckedDifference):
             "penalty_ratio": ratio(penalty, g1_norm),
             "curvature": ratio(ratio(inner, steps * torch.ones_like(inner)).sum(), g1_squared.sum()),
         }
-        if finite is not True:
-            self._skipped = self._skipped + (1 if finite is False else (~torch.as_tensor(finite)).long())
+        self._count_skipped(finite)
         if finite is False and not self._overflow_skips_step:
             self._put_back(first)
             return
@@ -307,6 +305,11 @@ class RegularizedStep(CheckedDifference):
                     torch.where(finite, b, a, out=b)
         self._keep(first, second)
 
+    def _count_skipped(self, finite: Scalar) -> None:
+        """Count the step if its gradients are not finite, without reading what is on a device."""
+        if finite is not True:
+            self._skipped = self._skipped + (1 if finite is False else (~torch.as_tensor(finite)).long())
+
     @abstractmethod
     def _completed(self, first: FirstGradient, gradients: Gradients) -> None:
         """Make gradients of a part of the micro-batches stand for those of all."""
@@ -320,8 +323,7 @@ class RegularizedStep(CheckedDifference):
         shares = first.shares
         inner, squares, arrived, sent = self._summed(shares, list(map(self._measured, shares, second)))
         g1_squared = stack_scalars([share.g1_squared for share in shares])
-        # A sum that cancels may come out below 0, and its root as NaN: clamp, which lets a NaN of the gradients through.
-        g2_norm = (g1_squared + 2 * inner + squares).sum().clamp(min=0).sqrt()
+        g2_norm = length_of_sum(g1_squared, inner, squares)
         c = clip_coefficient(g2_norm, self.param_groups[0]["gradreg_g2_clip"])
         inner, squares = clipped_moments(inner, squares, g1_squared, coefficient=c)
         self._note_difference(first, inner, g2_norm, c * g2_norm, c < 1, arrived, sent)
@@ -346,7 +348,7 @@ class RegularizedStep(CheckedDifference):
         for plus, other in zip(second, minus, strict=True):
             halved_difference_(plus, other)
         inner, squares, arrived, sent = self._summed(shares, self._written_moments(first, second))
-        at_plus = (stack_scalars([share.g1_squared for share in shares]) + 2 * inner + squares).sum().clamp(min=0).sqrt()
+        at_plus = length_of_sum(stack_scalars([share.g1_squared for share in shares]), inner, squares)
         self._note_difference(first, inner, norms[0], at_plus, torch.minimum(*clips) < 1, arrived, sent)
         return inner, squares, readable(torch.isfinite(squares.sum())), 1.0
 
@@ -419,7 +421,7 @@ class RegularizedStep(CheckedDifference):
         return total
 
     def _mesh(self) -> DeviceMesh | None:
-        return device_mesh(parameter for group in self.param_groups for parameter in group["params"])
+        return device_mesh(self._parameters())
 
     @property
     @abstractmethod

@@ -10,7 +10,7 @@ import inspect
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -237,8 +237,12 @@ class OptimizerWrapper(Optimizer):
             and not any(p.grad is not None and bool(p.grad.any()) for group in groups for p in group["params"])
         )
 
+    def _parameters(self) -> Iterator[Tensor]:
+        """Those of all groups."""
+        return (parameter for group in self.param_groups for parameter in group["params"])
+
     def _devices(self) -> set[torch.device]:
-        return {parameter.device for group in self.param_groups for parameter in group["params"]}
+        return {parameter.device for parameter in self._parameters()}
 
 
 def _without(group: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:

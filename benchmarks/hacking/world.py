@@ -65,6 +65,14 @@ COMMON: dict[str, Any] = {
     "save_strategy": "no",
 }
 
+FROM_NOTHING: dict[str, Any] = {
+    **COMMON,
+    "per_device_train_batch_size": 64,
+    "learning_rate": 3e-3,
+    "lr_scheduler_type": "cosine",
+}
+"""How policy and proxy are trained, besides."""
+
 
 def config(width: int, layers: int, **settings: Any) -> LlamaConfig:
     words = tokenizer()
@@ -88,15 +96,7 @@ def train_policy(scale: Scale, seed: int, folder: Path) -> LlamaForCausalLM:
     policy = LlamaForCausalLM(config(scale.policy_width, scale.policy_layers))
     trainer = SFTTrainer(
         model=policy,
-        args=SFTConfig(
-            str(folder / "sft"),
-            max_steps=scale.sft_steps,
-            per_device_train_batch_size=64,
-            learning_rate=3e-3,
-            lr_scheduler_type="cosine",
-            seed=seed,
-            **COMMON,
-        ),
+        args=SFTConfig(str(folder / "sft"), max_steps=scale.sft_steps, seed=seed, **FROM_NOTHING),
         train_dataset=Dataset.from_list(corpus(scale.corpus_size, seed)),
         processing_class=tokenizer(),
     )
@@ -144,15 +144,7 @@ def train_proxy(policy: PreTrainedModel, scale: Scale, seed: int, folder: Path) 
     proxy = LlamaForSequenceClassification(config(scale.proxy_width, scale.proxy_layers, num_labels=1))
     trainer = RewardTrainer(
         model=proxy,
-        args=RewardConfig(
-            str(folder / "proxy"),
-            max_steps=scale.proxy_steps,
-            per_device_train_batch_size=64,
-            learning_rate=3e-3,
-            lr_scheduler_type="cosine",
-            seed=seed,
-            **COMMON,
-        ),
+        args=RewardConfig(str(folder / "proxy"), max_steps=scale.proxy_steps, seed=seed, **FROM_NOTHING),
         train_dataset=Dataset.from_list(noisy),
         processing_class=tokenizer(),
     )
