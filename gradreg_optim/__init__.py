@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from gradreg_optim.config import GradRegConfig
-from gradreg_optim.fraction import MicroBatches
+from gradreg_optim.drivers.micro_batches import MicroBatches
 from gradreg_optim.optimizer import GradRegOptimizer
 
 if TYPE_CHECKING:
-    from gradreg_optim.trainer import attach, detach
+    from gradreg_optim.trainers.attach import attach, detach
     from gradreg_optim.zero import ZeroGradRegOptimizer
 
 __version__ = "0.1.0"
@@ -20,8 +20,8 @@ __all__ = ["GradRegConfig", "GradRegOptimizer", "MicroBatches", "ZeroGradRegOpti
 
 _LAZY = {
     "ZeroGradRegOptimizer": "gradreg_optim.zero",
-    "attach": "gradreg_optim.trainer",
-    "detach": "gradreg_optim.trainer",
+    "attach": "gradreg_optim.trainers.attach",
+    "detach": "gradreg_optim.trainers.attach",
 }
 
 

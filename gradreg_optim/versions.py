@@ -12,8 +12,6 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-__all__ = ["declared_range", "warn_outside_range"]
-
 
 def warn_outside_range(*packages: str) -> None:
     """Warn about each of ``packages`` that is installed in a version outside its declared range.

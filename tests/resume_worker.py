@@ -8,7 +8,7 @@ import torch
 from trainer_engine_worker import engine, make, numbers, whole_weights
 from trainers import REAL, Spy, adamw, llama
 
-from gradreg_optim.attachment import find_wrapper
+from gradreg_optim.trainers.adoption import find_wrapper
 
 SCHEDULED = {"optimizers": {**REAL, "warmup_steps": 1, "schedule": "linear"}, "attach": {**REAL, "schedule": "linear"}}
 RUN = {"max_steps": 4, "learning_rate": 1e-2, "lr_scheduler_type": "linear", "gradient_accumulation_steps": 2}

@@ -15,7 +15,7 @@ from problems import regression
 from torch import nn
 
 from gradreg_optim import GradRegOptimizer, MicroBatches
-from gradreg_optim.fraction import chosen_part
+from gradreg_optim.drivers.micro_batches import chosen_part
 
 for package in ("transformers", "matplotlib"):
     pytest.importorskip(package, reason=f"{package} belongs to the demo extra")
@@ -52,7 +52,7 @@ def test_figures_of_a_part_are_those_of_the_step_with_that_part() -> None:
         recorder.zero_grad()
         for position in range(COUNT):
             loss(position).backward()
-            recorder.note()
+            recorder.note_gradient()
 
     recorder.step(closure)
     whole, window = gradient(model), recorder.windows[0]
@@ -82,42 +82,6 @@ def test_a_sketch_keeps_inner_products() -> None:
     assert 0.3 < exact < 0.9
 
 
-def test_an_estimate_is_what_reuse_adds() -> None:
-    """And where gradient and penalty are the old ones, it is the penalty."""
-    studies = module("below.reuse")
-    model, loss = losses()
-    recorder = module("below.windows").Recorder(
-        torch.optim.SGD(model.parameters(), lr=0.0), **SETTINGS, every=2, between="reuse"
-    )
-    positions = iter([0, 0, 1])
-
-    def closure() -> None:
-        recorder.zero_grad()
-        loss(next(positions)).backward()
-        recorder.note()
-
-    recorder.step(closure)
-    old = recorder.windows[0]
-    recorder.step(closure)
-    combined, plain = gradient(model), recorder._sums[0]
-    name = "along renewed, across kept (reuse)"
-    guesses = studies.estimates(old.gradients[0], old.penalty, plain)
-    torch.testing.assert_close(plain + 0.3 * guesses[name], combined, rtol=1e-8, atol=1e-12)
-    again = studies.estimates(old.gradients[0], old.penalty, old.gradients[0])
-    for same in (again[name], again["all of it, rescaled"], again["along alone"] + again["across alone (LookSAM)"]):
-        torch.testing.assert_close(same, old.penalty, rtol=1e-9, atol=1e-12)
-
-
-def test_nothing_is_lost_where_nothing_moves() -> None:
-    """Windows that are all the same: what is whole has cosine 1, error 0 and length 1; its two parts alone have not."""
-    reuse, draw = module("below.reuse"), torch.Generator().manual_seed(0)
-    window = module("below.windows").Window(*(torch.randn(1, 9, generator=draw, dtype=torch.float64) for _ in range(2)), 0.1)
-    for row in reuse.reuse_figures([window] * 8, (1, 3)) + reuse.together([window] * 8, 4):
-        is_whole = "alone" not in row["estimate"]
-        found = [row["cosine"], 1 - row["error"]] if "lag" in row else [row["together"], row["length"]]
-        assert (found == pytest.approx([1.0, 1.0], abs=1e-6)) == is_whole
-
-
 def test_the_known_answer_is_one() -> None:
     """The penalised objective is stationary there and not at the minimum of the loss; training with it goes there."""
     training = module("below.known")
@@ -128,37 +92,18 @@ def test_the_known_answer_is_one() -> None:
     assert known.distance(known.plain) == pytest.approx(1.0)
     ends = {}
     for name in ("none", "every=1"):
-        kind, settings = training.variants(known.strength)[name]
-        ends[name] = known.distance(training.descend(known, kind, settings, base="SGD", steps=300, seed=0)[150:].mean(0))
+        settings = training.variants(known.strength)[name]
+        ends[name] = known.distance(training.descend(known, settings, base="SGD", steps=300, seed=0)[150:].mean(0))
     assert ends["every=1"] < 0.8 * ends["none"]
-
-
-def test_along_alone_keeps_nothing_across() -> None:
-    """Between two regularized steps the gradient is scaled and not turned."""
-    kind = module("below.known").AlongOnly
-    model, loss = losses()
-    optimizer = kind(torch.optim.SGD(model.parameters(), lr=0.0), **SETTINGS, every=2, between="reuse")
-    positions, plain = iter([0, 0, 1]), []
-
-    def closure() -> None:
-        optimizer.zero_grad()
-        loss(next(positions)).backward()
-        plain[:] = [gradient(model).clone()]
-
-    optimizer.step(closure)
-    optimizer.step(closure)
-    factor = 1 + 0.3 * optimizer.param_groups[0]["gradreg_along"]
-    torch.testing.assert_close(gradient(model), factor * plain[0], rtol=1e-12, atol=1e-15)
-    assert factor != pytest.approx(1.0, abs=1e-3)
 
 
 def test_what_is_written(tmp_path: Path) -> None:
     """A table for each study that was run, all figures, a picture; and later studies join earlier ones."""
     given = ["--toy", "--folder", str(tmp_path), "--output", str(tmp_path / "out")]
-    module("below_two").main([*given, "--studies", "fraction", "convergence"])
-    module("below_two").main([*given, "--studies", "reuse"])
+    module("below_two").main([*given, "--studies", "convergence"])
+    module("below_two").main([*given, "--studies", "fraction"])
     text, figures = (tmp_path / "out.md").read_text(), json.loads((tmp_path / "out.json").read_text())
-    assert list(figures) == ["fraction", "reuse", "convergence"]
+    assert list(figures) == ["fraction", "convergence"]
     assert "| 0.25 | 0.50 |" in text
     assert "| every=4, plain, kγ |" in text
     assert {len(column) for column in figures["fraction"]["figures"][0]["parts"].values()} == {4 * 16}

@@ -39,7 +39,6 @@ def test_gradients_are_counted(toy: dict[str, Any]) -> None:
         "base": 1.0,
         "floor": 2.0,
         "GradRegOptimizer": 2.0,
-        'GradRegOptimizer, memory="lean"': 2.0,
         "GradRegOptimizer, every=4": 1.25,
         "GradRegOptimizer, fraction=1/4": 1.25,
     }
@@ -55,7 +54,6 @@ def test_shared_state_is_used_as_it_was(script, dtype: str) -> None:
     cell = variants.Cell(1, 64, 64, 32, 16, dtype, 2)
     subject = variants.Subject(cell, torch.device("cpu"))
     steps = variants.variants(subject, cell)
-    assert ('GradRegOptimizer, memory="lean"' in steps) == (dtype == "float32")
     state = subject.adamw(subject.parameters).state
     for name, step in steps.items():
         before = [parameter.detach().clone() for parameter in subject.parameters]
@@ -116,7 +114,7 @@ def results(folder: Path, toy: dict[str, Any]) -> dict[str, Path]:
     """Files as the three scripts write them."""
     half = json.loads(json.dumps(toy))
     half["settings"]["dtype"] = "bfloat16"
-    del half["rows"]['GradRegOptimizer, memory="lean"']
+    del half["rows"]["GradRegOptimizer, fraction=1/4"]
     found = {
         "step_cost": {"a": toy, "b": half},
         "zero_cost": {"rows": [{"to_floor": 1.051}, {"to_floor": 1.204}]},
@@ -143,8 +141,8 @@ def test_readme_gets_the_newest_figures(script, toy: dict[str, Any], tmp_path: P
     assert text.startswith("before\n<!-- cost -->\n")
     assert text.endswith("<!-- end -->\nafter\n")
     assert "old" not in text
-    ratio = toy["rows"]['GradRegOptimizer, memory="lean"']["to_floor"]
-    assert f'| `memory="lean"` | {ratio:.3f} | – |' in text
+    ratio = toy["rows"]["GradRegOptimizer, fraction=1/4"]["to_floor"]
+    assert f"| `fraction=0.25` | {ratio:.3f} | – |" in text
     assert "1.05 to 1.20 ×" in text
     assert "results/2026-01-02-zero-cost.md" in text
 

@@ -112,6 +112,27 @@ def test_from_the_bare_optimizer():
     assert_same(optimizer.state_dict()["state"], bare.state_dict()["state"])
 
 
+def test_keys_of_settings_that_are_gone_are_dropped():
+    """A checkpoint whose groups carry keys of settings that the package no longer has loads in silence, and trains."""
+    model, loss = regression()
+    optimizer = GradRegOptimizer(torch.optim.AdamW(model.parameters(), lr=0.05), strength=0.3)
+    take_steps(optimizer, loss, 2)
+    state = optimizer.state_dict()
+    gone = {"gradreg_memory": "full", "gradreg_between": "reuse", "gradreg_along": 0.5}
+    for group in state["param_groups"]:
+        group.update(gone)
+    other = GradRegOptimizer(torch.optim.AdamW(model.parameters()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other.load_state_dict(through_a_file(state))
+    assert not any(gone.keys() & group.keys() for group in other.param_groups)
+    before = weights(model)
+    take_steps(other, loss, 1)
+    assert other.step_count == 3
+    assert other.metrics["penalty_ratio"] > 0
+    assert all(not torch.equal(old, new) for old, new in zip(before, weights(model), strict=True))
+
+
 def test_groups_that_came_through_the_inner_optimizer_are_saved_and_loaded():
     """A group that no step has seen yet goes into checkpoints with its settings, and out of them."""
     model, _ = regression()

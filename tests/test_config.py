@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradreg_optim import GradRegConfig, GradRegOptimizer
-from gradreg_optim.config import DEFAULT_EPS, check_settings, exclude_patterns
+from gradreg_optim.wrapping.settings import DEFAULT_EPS, check_settings, exclude_patterns
 
 POSITIVE = st.floats(min_value=0, exclude_min=True, allow_infinity=False, allow_nan=False)
 NOT_POSITIVE = st.one_of(
@@ -32,9 +32,7 @@ FIELDS = {
     "check_every": "grad_reg_check_every",
     "shrink": "grad_reg_shrink",
     "every": "grad_reg_every",
-    "between": "grad_reg_between",
     "fraction": "grad_reg_fraction",
-    "memory": "grad_reg_memory",
     "resample": "grad_reg_resample",
 }
 

@@ -1,7 +1,6 @@
 """Every error message of the core, in one table: each names the value, the rule and the remedy."""
 
 import ast
-import importlib
 import math
 import pathlib
 import traceback
@@ -15,14 +14,16 @@ from problems import closure_of, regression
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import gradreg_optim
 from gradreg_optim import GradRegConfig, GradRegOptimizer, MicroBatches
-from gradreg_optim.gradients import device_mesh
+from gradreg_optim.core.local import device_mesh
 
 # Files that need torch alone; those for trainers and DeepSpeed have tests, and messages, of their own.
-CORE = (
-    *("between", "checks", "config", "exact", "finite_difference", "fraction", "gradients", "groups", "lean"),
-    *("optimizer", "perturbation", "phases", "precision", "schedule", "uncleared", "wrapper"),
-)
+ROOT = pathlib.Path(gradreg_optim.__file__).parent
+CORE = [
+    *(path for folder in ("core", "drivers", "wrapping") for path in sorted((ROOT / folder).rglob("*.py"))),
+    *(ROOT / name for name in ("config.py", "optimizer.py")),
+]
 
 
 def sgd(**group):
@@ -102,6 +103,22 @@ def exact_of_shards():
     optimizer.step(closure_of(optimizer, lambda: weight.square().sum()))
 
 
+def stepped_in_the_loop():
+    model, loss = regression()
+    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    for _ in optimizer.passes():
+        closure_of(optimizer, loss)()
+        optimizer.step()
+
+
+def uncleared_in_the_loop():
+    model, loss = regression()
+    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    loss().backward()
+    for _ in optimizer.passes():
+        loss().backward()
+
+
 def two_meshes():
     device_mesh([SimpleNamespace(device_mesh="one"), SimpleNamespace(device_mesh="another")])
 
@@ -120,72 +137,36 @@ def setting(name, value, rule, remedy):
     return Case(lambda: GradRegOptimizer(sgd(), **{name: value}), ValueError, f"{name}={value!r}", rule, remedy)
 
 
-def lean_in_half_precision():
-    model, loss = regression(dtype=torch.bfloat16)
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), memory="lean")
-    optimizer.step(closure_of(optimizer, loss))
-
-
-def overwritten_gradients():
-    """Somebody who writes gradients after the backward has handed them over, as DistributedDataParallel does."""
-    model, loss = regression()
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), memory="lean")
-    closure = closure_of(optimizer, loss)
-
-    def averaging():
-        closure()
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-
-    optimizer.step(averaging)
-
-
-def no_second_gradient_of_a_lean_step():
-    model, loss = regression()
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), memory="lean")
-    closure = closure_of(optimizer, loss)
-    optimizer.step(lambda: closure() if closure.calls == 0 else None)
-
-
 CASES = {
     "every": setting("every", 0, "must be an integer >= 1", "k each k-th one"),
-    "between": setting("between", "old", "must be one of ('plain', 'reuse')", "the last penalty"),
     "fraction": setting("fraction", 1.5, "must be a number > 0 and <= 1", "a quarter of the micro-batches"),
-    "memory": setting("memory", "low", "must be one of ('full', 'lean')", "instead of keeping both"),
-    "a lean step with a clip of g2": Case(
-        lambda: GradRegOptimizer(sgd(), memory="lean", g2_clip=10.0),
-        ValueError,
-        "memory='lean' and g2_clip=10.0",
-        "needs both of them side by side",
-        "Leave g2_clip at its default, or use memory='full'",
-    ),
-    "a lean step in half precision": Case(
-        lean_in_half_precision,
-        ValueError,
-        "memory='lean': the gradient of a parameter of shape (6, 4) is torch.bfloat16",
-        "in float32 and float64 only",
-        "Use memory='full'",
-    ),
-    "a lean step whose gradients are overwritten": Case(
-        overwritten_gradients,
-        RuntimeError,
-        "memory='lean': gradients were written after a backward had handed them over",
-        "they would be lost",
-        "Use memory='full', FSDP2 or ZeRO",
-    ),
-    "no second gradient of a lean step": Case(
-        no_second_gradient_of_a_lean_step,
-        RuntimeError,
-        "The second call of the closure left no gradient",
-        "the first one did",
-        "Let the closure clear the gradients",
-    ),
     "a fraction of a closure": Case(
         lambda: stepped(fraction=0.5),
         RuntimeError,
         "fraction=0.5",
         "this closure runs them all",
         "Pass optimizer.step(gradreg_optim.MicroBatches(backward, batches))",
+    ),
+    "a fraction of a loop": Case(
+        lambda: GradRegOptimizer(sgd(), fraction=0.5).passes(),
+        RuntimeError,
+        "fraction=0.5",
+        "the body of this loop runs them all",
+        "Pass optimizer.step(gradreg_optim.MicroBatches(backward, batches))",
+    ),
+    "a step within the loop": Case(
+        stepped_in_the_loop,
+        RuntimeError,
+        "step() was called before the passes of this step ended",
+        ".grad does not hold the combined gradient",
+        "Let the loop over optimizer.passes() run to its end, and call step() after it",
+    ),
+    "a loop that clears nothing": Case(
+        uncleared_in_the_loop,
+        RuntimeError,
+        "added to gradients from before it was called",
+        "its second call would lack them",
+        "Clear gradients in",
     ),
     "no micro-batches": Case(
         lambda: MicroBatches(print, []),
@@ -310,7 +291,8 @@ CASES = {
         RuntimeError,
         "step() was called without a closure",
         "needs the loss at a second point",
-        "Pass a closure that clears the gradients",
+        "Pass a closure that clears the gradients, runs forward and backward and returns the loss, or run both in "
+        "`for _ in optimizer.passes():` before step()",
     ),
     "no second gradient": Case(
         no_second_gradient,
@@ -327,6 +309,13 @@ CASES = {
         RuntimeError,
         "resample='importance'",
         "this step got a closure, which decides itself",
+        "leave resample out",
+    ),
+    "resample in a loop": Case(
+        lambda: GradRegOptimizer(sgd(), resample="importance").passes(),
+        RuntimeError,
+        "resample='importance'",
+        "completions are reweighted in the losses of trainers",
         "leave resample out",
     ),
     "method": setting("method", "backward", "must be one of ('forward', 'central', 'exact')", "exact differentiates twice"),
@@ -386,11 +375,10 @@ def test_a_message_names_value_rule_and_remedy(case):
 def raise_statements():
     """File and lines of every error that the core raises itself, AttributeErrors of missing attributes aside."""
     found = {}
-    for name in CORE:
-        path = pathlib.Path(importlib.import_module(f"gradreg_optim.{name}").__file__)
+    for path in CORE:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Raise) and node.exc is not None and "AttributeError" not in ast.dump(node.exc):
-                found[path.name, node.lineno] = range(node.lineno, node.end_lineno + 1)
+                found[path, node.lineno] = range(node.lineno, node.end_lineno + 1)
     return found
 
 
@@ -401,13 +389,15 @@ def test_the_table_is_complete():
         with pytest.raises(case.error) as caught:
             case.provoke()
         frames = traceback.extract_tb(caught.value.__traceback__)
-        reached |= {(pathlib.Path(frame.filename).name, frame.lineno) for frame in frames}
+        reached |= {(pathlib.Path(frame.filename), frame.lineno) for frame in frames}
+    statements = raise_statements()
     missed = [
-        f"{name}:{lineno}"
-        for (name, lineno), lines in raise_statements().items()
-        if not any((name, line) in reached for line in lines)
+        f"{path.relative_to(ROOT)}:{lineno}"
+        for (path, lineno), lines in statements.items()
+        if not any((path, line) in reached for line in lines)
     ]
     assert missed == []
+    assert len({path for path, _ in statements}) > 5  # a search that finds nothing would pass
 
 
 def test_a_refused_optimizer_is_left_as_it_was():

@@ -6,7 +6,7 @@ import transformers
 from trainers import AT_THETA, PLAIN, REAL, Spy, assert_same, llama, own_figures, penalties, weights
 
 from gradreg_optim import attach
-from gradreg_optim.exclusion import default_exclusion
+from gradreg_optim.trainers.exclusion import default_exclusion
 
 SIZES = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 GPT2 = {"vocab_size": 24, "n_embd": 16, "n_layer": 2, "n_head": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}

@@ -7,21 +7,24 @@ from hypothesis import strategies as st
 from problems import assert_same
 from torch import nn
 
-from gradreg_optim.finite_difference import (
-    BLOCK,
-    clip_coefficient,
+from gradreg_optim.core.finite_difference import clip_coefficient, item_on_cpu, ratio
+from gradreg_optim.core.multi_tensor import (
+    add_,
+    add_penalty_,
+    choose_,
     combine_,
-    combine_and_measure_,
-    difference_moments,
-    fused,
+    inner_of_differences,
+    moments,
+    moments_along,
     norm_squared,
-    ratio,
-    readable,
-    recombine_,
+    restore_,
     save_and_shift_,
     scale_,
-    shift_,
+    step_moments,
+    subtract_,
 )
+from gradreg_optim.core.multi_tensor.blocks import BLOCK, combine_and_measure_, fit, recombine_
+from gradreg_optim.core.multi_tensor import shift_
 
 SHAPES = st.lists(st.lists(st.integers(0, 4), max_size=3).map(tuple), min_size=1, max_size=4)
 SEEDS = st.integers(0, 1000)
@@ -57,16 +60,22 @@ def test_norm_of_mixed_precisions_is_taken_in_the_widest():
 def test_empty_lists_sum_to_zero():
     """A parameter group without gradients is an ordinary input."""
     assert norm_squared([]).item() == 0.0
-    assert [moment.item() for moment in difference_moments([], [], [])] == [0.0, 0.0]
+    for pair in (moments([], [])[:2], moments_along([], []), step_moments([], [], [])):
+        assert [moment.item() for moment in pair] == [0.0, 0.0]
+    assert inner_of_differences([], [], []).item() == 0.0
 
 
 @given(SHAPES, SEEDS)
 def test_moments_are_those_of_the_difference(shapes, seed):
-    """⟨b − a, x⟩ and ‖b − a‖² agree with one long vector."""
+    """⟨b − a, a⟩ and ‖b − a‖², and ⟨b − a, x⟩ of a difference that is written, agree with one long vector."""
     a, b, x = random_lists(shapes, seed, 3)
     flat_a, flat_b, flat_x = (torch.cat([t.flatten() for t in tensors]) for tensors in (a, b, x))
-    expected = ((flat_b - flat_a) @ flat_x, (flat_b - flat_a) @ (flat_b - flat_a))
-    torch.testing.assert_close(difference_moments(a, b, x), expected, rtol=1e-12, atol=1e-13)  # order of summation
+    delta = flat_b - flat_a
+    close = {"rtol": 1e-12, "atol": 1e-13}  # order of summation
+    torch.testing.assert_close(moments(a, b), (delta @ flat_a, delta @ delta, None), **close)
+    written = [t - s for s, t in zip(a, b, strict=True)]
+    torch.testing.assert_close(moments_along(written, x), (delta @ flat_x, delta @ delta), **close)
+    torch.testing.assert_close(step_moments(a, b, x), (delta @ flat_x, flat_x @ flat_x), **close)
 
 
 def test_moments_do_not_cancel():
@@ -74,14 +83,14 @@ def test_moments_do_not_cancel():
     g1 = torch.full((100,), 1.0)
     g2 = torch.nextafter(g1, torch.tensor(2.0))
     ulp = 2.0**-23
-    assert_same(difference_moments([g1], [g2], [g1]), (torch.tensor(100 * ulp), torch.tensor(100 * ulp**2)))
+    assert_same(moments([g1], [g2])[:2], (torch.tensor(100 * ulp), torch.tensor(100 * ulp**2)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_moments_of_half_precision_are_taken_in_float32(dtype):
     """The difference of two half precision tensors is not rounded to half precision again."""
     a, b = torch.full((3,), 1.0, dtype=dtype), torch.full((3,), 257.0, dtype=torch.float32).to(dtype)
-    inner, squares = difference_moments([a], [b], [a])
+    inner, squares, _ = moments([a], [b])
     delta = b.float() - 1.0
     assert_same((inner, squares), (delta.sum(), delta.square().sum()))
     assert_same(b, torch.full((3,), 257.0).to(dtype))  # and the input is left as it was
@@ -108,14 +117,14 @@ def test_no_bound_is_no_clip():
     assert clip_coefficient(torch.tensor(float("inf")), None).item() == 1.0
 
 
-def test_readable_reads_on_the_cpu_alone():
+def test_numbers_are_read_on_the_cpu_alone():
     """A tensor on a device stays unread, here on the meta device, which could not be read at all."""
-    assert readable(torch.tensor(0.5)) == 0.5
-    assert isinstance(readable(torch.tensor(0.5)), float)
-    assert readable(torch.tensor(False)) is False
-    assert readable(0.25) == 0.25
+    assert item_on_cpu(torch.tensor(0.5)) == 0.5
+    assert isinstance(item_on_cpu(torch.tensor(0.5)), float)
+    assert item_on_cpu(torch.tensor(False)) is False
+    assert item_on_cpu(0.25) == 0.25
     unread = torch.empty((), device="meta")
-    assert readable(unread) is unread
+    assert item_on_cpu(unread) is unread
 
 
 def test_scaling_by_one_touches_nothing():
@@ -163,7 +172,14 @@ def test_empty_lists_are_left_alone(scalar):
     """A group without gradients passes through every operation, whether or not its scalars have been read."""
     scale_([], scalar)
     shift_([], [], eps=scalar)
-    combine_([], [], weight=scalar)
+    assert save_and_shift_([], [], eps=scalar) == save_and_shift_([], [], eps=scalar, seed=1) == []
+    restore_([], [])
+    moments([], [], likely_weight=scalar)
+    combine_([], [], weight=scalar, clip=scalar)
+    add_penalty_([], [], weight=scalar)
+    add_([], [])
+    subtract_([], [])
+    choose_(torch.tensor(True), [], [])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -229,11 +245,14 @@ def test_one_pass_is_the_two_that_it_joins(weight):
     """The combination bit for bit, and the moments up to the order of sums."""
     g1, g2 = large(0), large(1)
     written, expected = [g.clone() for g in g2], [g.clone() for g in g2]
-    assert fused(weight, g1, written)
-    found = combine_and_measure_(g1, written, weight=weight)
+    assert fit(weight, g1, written)
+    *found, combined_with = moments(g1, written, likely_weight=weight)
+    assert combined_with == weight
     combine_(g1, expected, weight=weight)
     torch.testing.assert_close(written, expected, rtol=0, atol=0)
-    torch.testing.assert_close(found, difference_moments(g1, g2, g1), rtol=1e-5, atol=0)
+    combine_(g1, written, weight=weight, combined_with=combined_with)  # done already
+    torch.testing.assert_close(written, expected, rtol=0, atol=0)
+    torch.testing.assert_close(tuple(found), moments(g1, g2)[:2], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(("weight", "coefficient"), [(10.0, 0.5), (3.0, 1.0), (1e-3, 0.1), (0.0, 1.0)])
@@ -248,22 +267,28 @@ def test_a_combination_can_be_bounded_afterwards(weight, coefficient):
 
 
 def test_only_what_can_run_by_blocks_does():
-    """Not half precision, which sums in float32, not other layouts, not a weight that nobody has read."""
+    """Not half precision, which sums in float32, not two dtypes, not other layouts, not a weight that nobody has read."""
     x = torch.zeros(2, 3)
-    assert fused(1.0, [x], [x.double()])
-    assert not fused(1.0, [x], [x.bfloat16()])
-    assert not fused(1.0, [x.t()])
-    assert not fused(torch.tensor(1.0), [x])
+    assert fit(1.0, [x], [x])
+    assert fit(1.0, [x.double()], [x.double()])
+    assert not fit(1.0, [x], [x.double()])
+    assert not fit(1.0, [x], [x.bfloat16()])
+    assert not fit(1.0, [x.t()])
+    assert not fit(torch.tensor(1.0), [x])
+    assert not fit(0.0, [x])
 
 
 def test_weights_are_saved_before_they_move():
     """Bit for bit as by clone and shift; and where they started, if the way there is interrupted."""
     weights, direction = large(0), large(1)
     start, expected = [w.clone() for w in weights], [w.clone() for w in weights]
+    assert fit(0.1, weights, direction)
     saved = save_and_shift_(weights, direction, eps=0.1)
     shift_(expected, direction, eps=0.1)
     torch.testing.assert_close((saved, weights), (start, expected), rtol=0, atol=0)
-    weights = [w.clone() for w in start]
-    with pytest.raises(RuntimeError, match="size"):
-        save_and_shift_(weights, [direction[0], torch.zeros(3)], eps=0.1)
+    restore_(weights, saved)
     torch.testing.assert_close(weights, start, rtol=0, atol=0)
+    for eps in (0.1, torch.tensor(0.1)):
+        with pytest.raises(RuntimeError, match="size"):
+            save_and_shift_(weights, [direction[0], torch.zeros(3)], eps=eps)
+        torch.testing.assert_close(weights, start, rtol=0, atol=0)

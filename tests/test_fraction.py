@@ -8,7 +8,7 @@ from problems import assert_same, closure_of, regression, twin_of, weights
 from torch import nn
 
 from gradreg_optim import GradRegOptimizer, MicroBatches
-from gradreg_optim.fraction import chosen_part
+from gradreg_optim.drivers.micro_batches import chosen_part
 
 SETTINGS = {"strength": 0.3, "eps": 1e-3, "g1_clip": None, "g2_clip": None}
 COUNT = 6

@@ -8,7 +8,7 @@ from problems import assert_same, closure_of, regression, weights
 from torch import nn
 
 from gradreg_optim import GradRegOptimizer
-from gradreg_optim.groups import KEYS, excluded_positions, parameter_names
+from gradreg_optim.wrapping.groups import KEYS, excluded_positions, parameter_names
 
 
 def parameter(*shape):

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from problems import leave_unread
 from torch import nn
 
 from gradreg_optim import GradRegOptimizer
@@ -31,13 +32,8 @@ def peak(dtype=torch.float32, **settings):
 def test_one_copy_and_one_gradient(settings, unread, monkeypatch):
     """Beyond the base step's own gradient; also where scalars stay on a device, unread."""
     if unread:
-        monkeypatch.setattr("gradreg_optim.phases.readable", lambda value: value)
+        leave_unread(monkeypatch)
     assert 2.9 < peak(**settings) < 3.2
-
-
-def test_lean_is_one_gradient_less():
-    """The copy of the weights, and nothing else."""
-    assert 1.9 < peak(memory="lean") < 2.2
 
 
 def test_rounding_takes_pieces():

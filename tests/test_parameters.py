@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from problems import assert_same, closure_of, regression, twin_of, weights
+from problems import assert_same, closure_of, leave_unread, regression, twin_of, weights
 from torch import nn
 
 from gradreg_optim import GradRegOptimizer
@@ -191,7 +191,7 @@ def test_sparse_adam_is_wrapped_if_all_is_excluded_and_refused_otherwise():
 def test_a_zero_gradient_has_no_direction(settings, read, monkeypatch):
     """At a stationary point nothing moves and no figure is NaN, also where ε = ρ/0, and where nobody has read that."""
     if not read:
-        monkeypatch.setattr("gradreg_optim.phases.readable", lambda value: value)
+        leave_unread(monkeypatch)
     w = nn.Parameter(torch.zeros(3))
     optimizer = GradRegOptimizer(torch.optim.SGD([w], lr=0.1), **settings)
     optimizer.step(closure_of(optimizer, lambda: w.square().sum()))

@@ -1,7 +1,7 @@
-"""The second point: there, and back without a trace."""
+"""The further points: there, and back without a trace."""
 
 import random
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import numpy
 import pytest
@@ -10,61 +10,88 @@ from problems import assert_same
 from torch import nn
 from torch.nn.modules import module as nn_module
 
-from gradreg_optim.perturbation import RandomState, batch_norm_statistics_kept, shifted
+from gradreg_optim.core.local import LocalStorage
+from gradreg_optim.core.repeatable import RandomState, batch_norm_statistics_kept
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
+@contextmanager
+def shifted(weights, direction, steps, **given):
+    """The parameters of each group, moved along what is in their ``.grad``; yields what the storage took there."""
+    for group, along in zip(weights, direction, strict=True):
+        for parameter, gradient in zip(group, along, strict=True):
+            parameter.grad = gradient
+    storage = LocalStorage([{"params": group} for group in weights])
+    first = storage.take([1.0] * len(weights), [frozenset()] * len(weights))
+    with storage.moved(first, steps, **{"seed": None, "measured": False, **given}):
+        yield first
+
+
+def parameter(*shape, dtype=torch.float32):
+    return nn.Parameter(torch.randn(*shape).to(dtype))
+
+
+def values(parameters):
+    return [value.detach().clone() for value in parameters]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_inside_the_block_the_weights_stand_at_the_second_point(dtype):
-    """θ' = θ + ε·d with each group's own ε; the block gets copies of θ."""
-    theta = [torch.randn(3, 2).to(dtype), torch.randn(4).to(dtype)]
+    """θ' = θ + ε·d with each group's own ε, and how much of the step arrived is measured from copies of θ."""
+    theta = [parameter(3, 2, dtype=dtype), parameter(4, dtype=dtype)]
     d = [torch.randn(3, 2).to(dtype), torch.randn(4).to(dtype)]
-    before = [weight.clone() for weight in theta]
-    with shifted([[theta[0]], [theta[1]], []], [[d[0]], [d[1]], []], [0.5, 0.25, 1.0]) as at_theta:
-        assert_same(theta, [torch.add(before[0], d[0], alpha=0.5), torch.add(before[1], d[1], alpha=0.25)])
-        assert_same(at_theta, [[before[0]], [before[1]], []])
-    assert_same(theta, before)
+    before = values(theta)
+    with shifted([[theta[0]], [theta[1]], []], [[d[0]], [d[1]], []], [0.5, 0.25, 1.0], measured=True) as first:
+        there = [torch.add(before[0], d[0], alpha=0.5), torch.add(before[1], d[1], alpha=0.25)]
+        assert_same(values(theta), there)
+        found = [(group.moved_along, group.step_squared) for group in first.groups]
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        moved = [(b.to(wide) - a.to(wide)).flatten() for a, b in zip(before, there, strict=True)]
+        along = [x.to(wide).flatten() for x in d]
+        expected = [*((m @ x, x @ x) for m, x in zip(moved, along, strict=True)), (torch.zeros(()), torch.zeros(()))]
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)  # order of summation
+    assert_same(values(theta), before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_adding_and_subtracting_would_not_restore(dtype):
     """The weights come back by copy: for these numbers θ + ε·d − ε·d is not θ."""
-    theta, d = torch.randn(1000).to(dtype), torch.randn(1000).to(dtype)
-    before = theta.clone()
-    assert (torch.add(torch.add(theta, d, alpha=0.1), d, alpha=-0.1) != theta).any()
+    theta, d = parameter(1000, dtype=dtype), torch.randn(1000).to(dtype)
+    before = values([theta])
+    assert (torch.add(torch.add(before[0], d, alpha=0.1), d, alpha=-0.1) != before[0]).any()
     with shifted([[theta]], [[d]], [0.1]):
         pass
-    assert_same(theta, before)
+    assert_same(values([theta]), before)
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_an_exception_restores(error):
     """Whatever leaves the block, the weights are back, and the exception goes on."""
-    theta = torch.randn(3)
-    before = theta.clone()
+    theta = parameter(3)
+    before = values([theta])
     with pytest.raises(error), shifted([[theta]], [[torch.randn(3)]], [0.1]):
         raise error
-    assert_same(theta, before)
+    assert_same(values([theta]), before)
 
 
 def test_a_shift_that_fails_halfway_restores():
     """An error in the second group's shift takes the first group's back."""
-    theta = [torch.randn(3), torch.randn(3)]
-    before = [weight.clone() for weight in theta]
-    with pytest.raises(RuntimeError), shifted([[theta[0]], [theta[1]]], [[torch.randn(3)], [torch.randn(7)]], [0.1, 0.1]):
+    theta = [parameter(3), parameter(3)]
+    before = values(theta)
+    with pytest.raises(TypeError), shifted([[theta[0]], [theta[1]]], [[torch.randn(3)], [torch.randn(3)]], [0.1, "long"]):
         pass
-    assert_same(theta, before)
+    assert_same(values(theta), before)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_direction_that_is_not_finite_restores(value):
     """NaN + x − NaN would stay NaN; a copy does not."""
-    theta = torch.randn(3)
-    before = theta.clone()
+    theta = parameter(3)
+    before = values([theta])
     with shifted([[theta]], [[torch.full((3,), value)]], [0.1]):
         assert not theta.isfinite().any()
-    assert_same(theta, before)
+    assert_same(values([theta]), before)
 
 
 def draw():
@@ -154,7 +181,7 @@ def test_autocast_around_the_step_does_not_hide_the_second_point():
     model, inputs = nn.Linear(4, 4), torch.randn(8, 4)
     with torch.autocast("cpu", torch.bfloat16):
         before = model(inputs)
-        with shifted([[model.weight.detach()]], [[torch.ones(4, 4)]], [1.0]):
+        with shifted([[model.weight]], [[torch.ones(4, 4)]], [1.0]):
             moved = model(inputs)
         after = model(inputs)
     assert not torch.equal(moved, before)

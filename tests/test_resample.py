@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 from trl import GRPOTrainer, RLOOTrainer, SFTTrainer
 
 from gradreg_optim import GradRegConfig, attach
-from gradreg_optim.resample import OldPolicy, clipped_by_loss
+from gradreg_optim.trainers.old_policy import OldPolicy, clipped_by_loss
 
 ACTIONS, PROMPT = 5, 3
 EXACT = 1e-12

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradreg_optim.schedule import NAMES, strength_factor
+from gradreg_optim.wrapping.schedule import NAMES, strength_factor
 
 LENGTHS = st.integers(1, 50)
 WARMUPS = st.integers(0, 50)

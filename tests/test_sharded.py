@@ -19,8 +19,7 @@ SETTINGS = {
     "checked": {"strength": 0.1, "eps": 0.05, "check_every": 2, "shrink": True},
     "bounded": {"strength": 5.0, "radius": 0.05, "max_penalty_ratio": 0.3, "exclude": "0."},
 }
-LEAN = {"strength": 0.1, "radius": 0.05, "memory": "lean"}
-EVERY = {"strength": 0.1, "radius": 0.05, "every": 2, "between": "reuse"}
+EVERY = {"strength": 0.1, "radius": 0.05, "every": 2}
 PARTS = {
     "half": {"strength": 0.1, "radius": 0.05, "fraction": 0.5},
     "whole": {"strength": 0.1, "radius": 0.05, "fraction": 1.0},
@@ -74,12 +73,17 @@ def micro_batches_on(model, inputs, targets, accumulation):
     return MicroBatches(backward, chunks, no_sync=getattr(model, "no_sync", None))
 
 
-def train(model, names_of, inputs, targets, settings, accumulation):
+def train(model, names_of, inputs, targets, settings, accumulation, loop=False):
     """Three steps; the metrics of the last."""
     optimizer = GradRegOptimizer(torch.optim.AdamW(model.parameters(), lr=0.01), model=names_of, **settings)
     for _ in range(3):
         if "fraction" in settings:
             optimizer.step(micro_batches_on(model, inputs, targets, accumulation))
+        elif loop:
+            closure = closure_on(model, optimizer, inputs, targets, accumulation)
+            for _ in optimizer.passes():
+                closure()
+            optimizer.step()
         else:
             optimizer.step(closure_on(model, optimizer, inputs, targets, accumulation))
     return {name: float(value) for name, value in optimizer.metrics.items()}
@@ -99,15 +103,15 @@ def rank_slice(tensor):
     return tensor.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def ddp_case(settings, accumulation, bucket_views):
+def ddp_case(settings, accumulation, bucket_views, loop=False):
     from torch.nn.parallel import DistributedDataParallel
 
     model = DistributedDataParallel(network(), gradient_as_bucket_view=bucket_views)
-    metrics = train(model, model, *map(rank_slice, data()), settings, accumulation)
+    metrics = train(model, model, *map(rank_slice, data()), settings, accumulation, loop)
     return metrics, [parameter.detach() for parameter in model.parameters()]
 
 
-def fsdp_case(settings, accumulation, replicas):
+def fsdp_case(settings, accumulation, replicas, loop=False):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -117,7 +121,7 @@ def fsdp_case(settings, accumulation, replicas):
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
     fully_shard(model[0], mesh=mesh)
     fully_shard(model, mesh=mesh)
-    metrics = train(model, model, *map(rank_slice, data()), settings, accumulation)
+    metrics = train(model, model, *map(rank_slice, data()), settings, accumulation, loop)
     return metrics, [copy.deepcopy(parameter.detach().full_tensor()) for parameter in model.parameters()]
 
 
@@ -165,13 +169,6 @@ def test_fsdp2_matches_one_process(world, name, accumulation):
     assert_like_one_process(world.run(fsdp_case, SETTINGS[name], accumulation, False), SETTINGS[name])
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("replicas", [False, True])
-def test_lean_steps_of_shards(world, accumulation, replicas):
-    """FSDP2 hands over each reduced shard, which is added to the first gradient's and freed."""
-    assert_like_one_process(world.run(fsdp_case, LEAN, accumulation, replicas), LEAN)
-
-
 @pytest.mark.parametrize("name", PARTS)
 def test_parts_of_a_step(world, name):
     """The difference of one micro-batch of two, whose gradient is reduced by itself."""
@@ -180,21 +177,8 @@ def test_parts_of_a_step(world, name):
     assert_like_one_process(world.run(fsdp_case, PARTS[name], 2, False), PARTS[name])
 
 
-def lean_under_ddp():
-    try:
-        ddp_case(LEAN, 1, False)
-    except RuntimeError as error:
-        return str(error)
-    return ""
-
-
-def test_lean_steps_under_ddp_are_refused(world):
-    """Averages are written after gradients were handed over: every rank says so."""
-    assert all("memory='lean'" in message and "DistributedDataParallel" in message for message in world.run(lean_under_ddp))
-
-
-def test_the_last_penalty_is_sharded_too(world):
-    """Steps between regularized ones, under DDP and FSDP2."""
+def test_plain_steps_between_regularized_ones(world):
+    """Three steps of ``every=2``, under DDP and FSDP2."""
     for case in (ddp_case, fsdp_case):
         assert_like_one_process(world.run(case, EVERY, 1, False), EVERY)
 
@@ -203,3 +187,49 @@ def test_the_last_penalty_is_sharded_too(world):
 def test_hybrid_sharding_counts_replicas_once(world, name):
     """With parameters replicated over one axis of the mesh, norms are those of one replica."""
     assert_like_one_process(world.run(fsdp_case, SETTINGS[name], 1, True), SETTINGS[name])
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_loop_over_passes_matches_one_process(world, name):
+    """Without a closure, the body of the loop is what the closure was: under DDP and FSDP2 the step is the same."""
+    assert_like_one_process(world.run(ddp_case, SETTINGS[name], 2, True, True), SETTINGS[name])
+    assert_like_one_process(world.run(fsdp_case, SETTINGS[name], 2, False, True), SETTINGS[name])
+
+
+def added_to_old_gradients(shards):
+    """What is said about a closure that leaves the gradients from before where they are, and then about two that clear."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = network()[:1]
+    if shards:
+        fully_shard(model)
+    else:
+        model = DistributedDataParallel(model)
+    inputs, _ = map(rank_slice, data())
+    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), strength=0.1, eps=0.05)
+
+    def backward():
+        model(inputs).square().mean().backward()
+
+    def cleared(set_to_none):
+        optimizer.zero_grad(set_to_none=set_to_none)
+        backward()
+
+    def message(closure):
+        try:
+            optimizer.step(closure)
+        except RuntimeError as error:
+            return str(error)
+        return ""
+
+    backward()
+    return [message(closure) for closure in (backward, lambda: cleared(False), lambda: cleared(True))]
+
+
+@pytest.mark.parametrize("shards", [False, True], ids=["DDP", "FSDP2"])
+def test_a_closure_that_clears_nothing_is_refused(world, shards):
+    """On every rank; one that clears is not, whether it sets gradients to None or to 0."""
+    for refused, *accepted in world.run(added_to_old_gradients, shards):
+        assert "added to gradients from before" in refused
+        assert accepted == ["", ""]

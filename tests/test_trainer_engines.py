@@ -9,7 +9,7 @@ from distributed import World
 from test_trainer_update import EXCLUDED, distance, formula, norm
 from trainers import REAL, assert_same, llama
 
-from gradreg_optim.fraction import chosen_part
+from gradreg_optim.drivers.micro_batches import chosen_part
 
 DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is an extra")
 ENGINES = {

@@ -7,7 +7,7 @@ import torch
 from test_trainer_update import EXCLUDED, LOSSES, completion_log_probabilities, distance, double, norm, trained
 from trainers import REAL, Spy, assert_same, build, llama, penalties, weights
 
-from gradreg_optim.written_out import LogProbabilities
+from gradreg_optim.trainers.unfused import LogProbabilities
 
 
 def ratio_loss(model, window):

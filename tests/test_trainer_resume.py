@@ -177,7 +177,7 @@ def test_nothing_is_left_behind_by_an_error(error, at, tmp_path):
         trainer.train()
     assert_same(weights(trainer.model), start)
     assert vars(trainer).keys() >= attributes
-    assert not trainer._gradreg_attachment._replaying
+    assert not trainer._gradreg_attachment.replay.is_running
     assert (
         trainer.accelerator.sync_gradients
     )  # every one of these losses belongs to the end of a window, or to its repetition

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import assert_same, closure_of
+from problems import assert_same, closure_of, leave_unread
 from reference import Reference
 from torch import nn
 
@@ -221,7 +221,7 @@ def test_unread_scalars_take_the_same_steps(monkeypatch):
     results = []
     for unread in (False, True):
         if unread:
-            monkeypatch.setattr("gradreg_optim.phases.readable", lambda value: value)
+            leave_unread(monkeypatch)
         groups, parameters, excluded, loss = build(descriptions)
         optimizer = GradRegOptimizer(
             torch.optim.SGD(named(groups, excluded), lr=0.05),
@@ -259,7 +259,7 @@ def test_unread_scalars_are_not_read(monkeypatch):
             Reads.count += func is torch.ops.aten._local_scalar_dense.default
             return func(*args, **(kwargs or {}))
 
-    monkeypatch.setattr("gradreg_optim.phases.readable", lambda value: value)
+    leave_unread(monkeypatch)
     groups, _, _, loss = build([{"shapes": [(3, 2)], "excluded": 9}, {"shapes": [(2,)], "excluded": 9}])
     optimizer = GradRegOptimizer(torch.optim.SGD(groups, lr=0.05), radius=0.1, max_penalty_ratio=0.1)
     with Reads():

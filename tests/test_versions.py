@@ -106,7 +106,7 @@ def test_extras_state_a_range_with_two_ends(name):
 
 
 MODULES = {
-    "gradreg_optim.trainer": ("accelerate", "transformers", "trl"),
+    "gradreg_optim.trainers.attach": ("accelerate", "transformers", "trl"),
     "gradreg_optim.zero": ("accelerate", "deepspeed"),
 }
 

@@ -25,7 +25,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import deepspeed as integration
 
 from gradreg_optim import GradRegOptimizer, attach
-from gradreg_optim.attachment import Attachment
+from gradreg_optim.trainers.replay import Replay
 
 logging.disable(logging.WARNING)
 warnings.simplefilter("ignore")
@@ -203,18 +203,18 @@ def train(folder, name, kind="sft", how="optimizers", accumulation=1, dropout=0.
 
         trainer.compute_loss = outer
         patches.enter_context(reductions.patched)
-        check, timers = Attachment._check_repetition, []
+        check, timers = Replay.check, []
 
-        def timed_check(attachment):
+        def timed_check(*arguments):
             timer = getattr(trainer.model_wrapped, "tput_timer", None)
             if timer is not None:
                 timer.start_step = 0  # let its stopwatch run from the first step
             timers.append(timer and dict(vars(timer)))
             if checked:
-                check(attachment)
+                check(*arguments)
             timers.append(timer and dict(vars(timer)))
 
-        patches.enter_context(mock.patch.object(Attachment, "_check_repetition", timed_check))
+        patches.enter_context(mock.patch.object(Replay, "check", timed_check))
         trainer.train()
         return {
             "engine": type(trainer.model_wrapped).__name__,

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gradreg_optim.fraction import chosen_part
+from gradreg_optim.drivers.micro_batches import chosen_part
 
 FEATURES, CLASSES, ROWS = 5, 3, 4
 UNIVERSAL_BATCH = 12
@@ -280,6 +280,7 @@ def train(
     kinds: dict[str, bool] | None = None,
     one_tensor: bool = False,
     parts: bool = False,
+    loop: str = "",
 ) -> dict[str, Any]:
     """Masters after each step, metrics, and whether the masters changed during the detour to θ'."""
     from gradreg_optim import ZeroGradRegOptimizer
@@ -302,7 +303,14 @@ def train(
                 seen["moved"] += any(not torch.equal(at_theta[name], now) for name, now in weights(engine).items())
 
         with quiet():
-            optimizer.step((in_parts if parts else window)(engine, step, inputs, targets, on_pass))
+            closure = (in_parts if parts else window)(engine, step, inputs, targets, on_pass)
+            if loop:
+                for _ in optimizer.passes():
+                    closure()
+                if loop == "and step":
+                    optimizer.step()
+            else:
+                optimizer.step(closure)
         now = masters(engine)
         seen["masters"].append(now)
         rounded = {name: value.to(at_theta[name].dtype) for name, value in now.items()}
@@ -492,19 +500,6 @@ def refused(changes: dict[str, Any], settings: dict[str, Any] | None = None) -> 
     return "nothing"
 
 
-def refused_in_a_trainer(settings: dict[str, Any]) -> str:
-    """What is said about a wrapper with ``settings`` that a trainer hands to an engine."""
-    from gradreg_optim import GradRegOptimizer, ZeroGradRegOptimizer
-
-    engine = make_engine(make_config(2))
-    wrapper = GradRegOptimizer(torch.optim.SGD(make_model().parameters(), lr=0.1), **settings)
-    try:
-        ZeroGradRegOptimizer.taking_over(engine, wrapper, {}, [])
-    except ValueError as error:
-        return str(error)
-    return "nothing"
-
-
 def misuse(kind: str) -> str:
     """What ``step`` says to a closure that is not one accumulation window."""
     from gradreg_optim import ZeroGradRegOptimizer
@@ -512,6 +507,17 @@ def misuse(kind: str) -> str:
     engine = make_engine(make_config(2, micro_batches=2))
     optimizer = ZeroGradRegOptimizer(engine)
     inputs, targets = make_data(steps=2, micro_batches=2, world=dist.get_world_size())
+    if kind == "step twice":
+        try:
+            with quiet():
+                for _ in optimizer.passes():
+                    window(engine, 0, inputs, targets)()
+                optimizer.step()
+                optimizer.step()
+        except RuntimeError as error:
+            return f"{type(error).__name__}: {error}"
+        finally:
+            engine.destroy()
     closures = {
         "half a window": window(engine, 0, inputs[:, :1], targets[:, :1]),
         "two windows": lambda: [window(engine, step, inputs, targets)() for step in range(2)][-1],

@@ -13,9 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradreg_optim.zero.gathered import GatheredPartitions, all_gather
-from gradreg_optim.zero.partitions import Fragment
-
-__all__ = ["PRIVATE", "BF16Partitions"]
+from gradreg_optim.zero.storage import Fragment
 
 PRIVATE = (
     "bf16_groups",
@@ -44,8 +42,8 @@ class BF16Partitions(GatheredPartitions):
 
     offloaded = False  # DeepSpeed offloads nothing here
 
-    def __init__(self, zero: Any) -> None:
-        fragments = []
+    def __init__(self, engine: Any) -> None:
+        zero, fragments = engine.optimizer, []
         for index, members in enumerate(zero.bf16_groups):
             size = zero.fp32_groups_flat_partition[index].numel()
             first, offset = dist.get_rank(zero.real_dp_process_group[index]) * size, 0
@@ -54,7 +52,7 @@ class BF16Partitions(GatheredPartitions):
                 if start < end:
                     fragments.append(Fragment(parameter, index, index, start - first, end - start))
                 offset += parameter.numel()
-        super().__init__(zero, fragments)
+        super().__init__(engine, fragments)
         self._reached: list[list[bool]] = []
 
     @property
@@ -72,24 +70,24 @@ class BF16Partitions(GatheredPartitions):
         slices = self.zero.fp32_groups_gradient_flat_partition
         return [fragment.of(slices[fragment.index]) for fragment in self.fragments]
 
-    def take_gradients(self) -> list[Tensor]:
+    def _take_first(self) -> list[Tensor]:
         """Copies: the next backward adds to the same buffers."""
         self.first = [gradient.clone() for gradient in self.gradients()]
         self._reached = [list(reached) for reached in self.zero.fp32_groups_has_gradients]
         self._clear()
         return self.first
 
-    def take_again(self) -> list[Tensor]:
+    def take_sum(self) -> list[Tensor]:
         """Copies; which parameters were reached stays noted, for the step that will use them."""
         reached = [list(group) for group in self.zero.fp32_groups_has_gradients]
-        taken = super().take_again()
+        taken = super().take_sum()
         self.zero.fp32_groups_has_gradients = reached
         return taken
 
     def _clear(self) -> None:
         self.zero.zero_grad()
 
-    def put_back(self) -> None:
+    def _return_first(self) -> None:
         """The copies go back into the buffers of every rank, over the group that works after an exception as well."""
         self._clear()
         torch._foreach_copy_(self.gradients(), self.first)
@@ -97,12 +95,12 @@ class BF16Partitions(GatheredPartitions):
             self._collect(whole, own)
         self.zero.fp32_groups_has_gradients = self._reached
 
-    def release(self) -> None:
+    def _release(self) -> None:
         """The note on which parameters had gradients goes too."""
-        super().release()
+        super()._release()
         self._reached = []
 
-    def gradients_written(self) -> None:
+    def _note_written(self) -> None:
         """Every rank gets the combined gradient, of all parameters that either pass has reached."""
         for index, (whole, own) in enumerate(self._buffers()):
             group = self.zero.real_dp_process_group[index]

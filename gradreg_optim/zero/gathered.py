@@ -11,9 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradreg_optim.zero.partitions import Fragment, Partitions
-
-__all__ = ["GatheredPartitions", "all_gather"]
+from gradreg_optim.zero.storage import Fragment, Partitions
 
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 
@@ -37,8 +35,8 @@ class GatheredPartitions(Partitions):
     different places: the usual group is not usable any more once a collective timed out in it.
     """
 
-    def __init__(self, zero: Any, fragments: list[Fragment]) -> None:
-        super().__init__(zero, fragments)
+    def __init__(self, engine: Any, fragments: list[Fragment]) -> None:
+        super().__init__(engine, fragments)
         self._rescuers = dist.new_group(backend="gloo", timeout=RESCUE_TIMEOUT)
 
     @abstractmethod

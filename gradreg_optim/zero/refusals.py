@@ -13,8 +13,6 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-__all__ = ["check_engine"]
-
 
 def check_engine(engine: Any) -> None:
     """Refuse what cannot be regularized, before anything is changed.

@@ -12,11 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gradreg_optim.gradients import owned
+from gradreg_optim.core.local import detached_from_bucket
 from gradreg_optim.zero.gathered import GatheredPartitions
-from gradreg_optim.zero.partitions import Fragment, await_copies
-
-__all__ = ["PRIVATE", "PRIVATE_IF_OFFLOADED", "Stage12Partitions"]
+from gradreg_optim.zero.storage import Fragment, await_copies
 
 PRIVATE = (
     "all_grad_tensors",
@@ -48,8 +46,8 @@ NO_MICRO_STEP = -1
 class Stage12Partitions(GatheredPartitions):
     """ZeRO 1 and 2: gradients are partitioned like masters and optimizer state (stage 1 keeps the others' too)."""
 
-    def __init__(self, zero: Any) -> None:
-        fragments = []
+    def __init__(self, engine: Any) -> None:
+        zero, fragments = engine.optimizer, []
         for group, members in enumerate(zero.params_in_partition):
             rank = dist.get_rank(zero.real_dp_process_group[group])
             for parameter in members:
@@ -59,7 +57,7 @@ class Stage12Partitions(GatheredPartitions):
                 size = min(parameter.numel() - skipped, int(zero.partition_size[group]) - start)
                 if size > 0:
                     fragments.append(Fragment(parameter, group, group, start, size))
-        super().__init__(zero, fragments)
+        super().__init__(engine, fragments)
         self.offloaded = bool(zero.cpu_offload)
         self._kept: dict[int, Any] = {}
 
@@ -84,14 +82,14 @@ class Stage12Partitions(GatheredPartitions):
                 start += piece.numel()
         return [pieces[fragment.index, fragment.start] for fragment in self.fragments]
 
-    def take_gradients(self) -> list[Tensor]:
+    def _take_first(self) -> list[Tensor]:
         """The gradients themselves; copies only of offloaded ones, whose buffers are used again."""
         if self.offloaded:
             self.first = [gradient.clone() for gradient in self.gradients()]
         else:  # the next backward makes new ones
             for held in self.zero.averaged_gradients.values():
                 # The end of a partition cuts a parameter: DeepSpeed keeps a view, and with it the whole gradient.
-                held[:] = [owned(piece) for piece in held]
+                held[:] = [detached_from_bucket(piece) for piece in held]
             self.first = self.gradients()
             self._kept = dict(self.zero.averaged_gradients)
         self._clear()
@@ -106,18 +104,18 @@ class Stage12Partitions(GatheredPartitions):
             self.zero.norm_for_param_grads = {}
             self.zero.local_overflow = False
 
-    def put_back(self) -> None:
+    def _return_first(self) -> None:
         """What the second pass has accumulated is dropped."""
         self._clear()
         if self.offloaded:
             torch._foreach_copy_(self.gradients(), self.first)
         else:
             self.zero.averaged_gradients.update(self._kept)
-        self.gradients_written()
+        self._note_written()
 
-    def release(self) -> None:
+    def _release(self) -> None:
         """The lists in which DeepSpeed kept them go too."""
-        super().release()
+        super()._release()
         self._kept = {}
 
     def _whole(self) -> list[Tensor]:

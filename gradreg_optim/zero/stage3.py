@@ -13,9 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gradreg_optim.zero.partitions import Fragment, Partitions, await_copies
-
-__all__ = ["PRIVATE", "PRIVATE_IF_OFFLOADED", "Stage3Partitions"]
+from gradreg_optim.zero.storage import Fragment, Partitions, await_copies
 
 PRIVATE = (
     "_partition_all_parameters",
@@ -58,8 +56,9 @@ class Stage3Partitions(Partitions):
     θ', at the price of a second partition, and the masters stay as they are here too.
     """
 
-    def __init__(self, zero: Any) -> None:
-        fragments, rank = [], dist.get_rank(zero.dp_process_group)
+    def __init__(self, engine: Any) -> None:
+        zero, fragments = engine.optimizer, []
+        rank = dist.get_rank(zero.dp_process_group)
         for index, members in enumerate(zero.fp16_groups):
             start = 0
             for parameter in members:
@@ -68,7 +67,7 @@ class Stage3Partitions(Partitions):
                 if size > 0:
                     fragments.append(Fragment(parameter, zero.sub_group_to_group_id[index], index, start, size))
                 start += slice_size
-        super().__init__(zero, fragments)
+        super().__init__(engine, fragments)
         self.offloaded = bool(zero.offload_optimizer)
         self._buffers: dict[int, Any] = {}
 
@@ -93,7 +92,7 @@ class Stage3Partitions(Partitions):
         }
         return [held[id(fragment.parameter)].view(-1)[: fragment.size] for fragment in self.fragments]
 
-    def take_gradients(self) -> list[Tensor]:
+    def _take_first(self) -> list[Tensor]:
         """Copies: the next backward writes into the same buffers."""
         self.first = [gradient.clone() for gradient in self.gradients()]
         self._buffers = self.zero.averaged_gradients
@@ -106,16 +105,16 @@ class Stage3Partitions(Partitions):
         if self.offloaded:
             self.zero.norm_for_param_grads = {}
 
-    def put_back(self) -> None:
+    def _return_first(self) -> None:
         """The copies go back into the buffers."""
         self._clear()
         self.zero.averaged_gradients = self._buffers
         torch._foreach_copy_(self.gradients(), self.first)
-        self.gradients_written()
+        self._note_written()
 
-    def release(self) -> None:
+    def _release(self) -> None:
         """The list of the buffers goes too."""
-        super().release()
+        super()._release()
         self._buffers = {}
 
     def restore(self) -> None:

@@ -6,23 +6,33 @@ these are the wrapped optimizer's own objects, so that there is nothing to keep 
 
 from __future__ import annotations
 
-import inspect
-import sys
 import warnings
+from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradreg_optim.config import check_settings, exclude_patterns
-from gradreg_optim.groups import KEYS, PER_GROUP, SHARED, adopt_group, check_group, excluded_positions, missing_keys
-from gradreg_optim.schedule import strength_factor
-
-if TYPE_CHECKING:
-    from gradreg_optim.attachment import Attachment
+from gradreg_optim.core.plan import Plan
+from gradreg_optim.core.self_check import DEFAULT_CHECK_EVERY
+from gradreg_optim.core.storage import Storage
+from gradreg_optim.wrapping import upwards
+from gradreg_optim.wrapping.groups import (
+    DELETED,
+    KEYS,
+    SETTING_KEYS,
+    adopt_group,
+    drop_keys,
+    excluded_positions,
+    missing_keys,
+    settled_plan,
+)
+from gradreg_optim.wrapping.refusals import check_wrappable
+from gradreg_optim.wrapping.schedule import strength_factor
+from gradreg_optim.wrapping.settings import check_settings, exclude_patterns
 
 NOTHING = ("none",)
 """The value of ``exclude`` that leaves nothing out, not even where a default would."""
@@ -38,8 +48,14 @@ class OptimizerWrapper(Optimizer):
         *,
         exclude: str | Iterable[str],
         model: nn.Module | None,
+        named_groups: Callable[[], list[dict[str, Any]]] | None = None,
     ) -> None:
-        _check_optimizer(optimizer)
+        """Wrap ``optimizer``; ``named_groups`` are groups of the model's parameters, if its own hold something else."""
+        check_wrappable(optimizer)
+        if isinstance(optimizer, OptimizerWrapper):
+            raise ValueError(
+                "optimizer is a GradRegOptimizer already: one wrapper regularizes. Pass the optimizer inside it."
+            )
         check_settings(**settings)
         self.optimizer = optimizer
         self._settings = settings
@@ -47,18 +63,19 @@ class OptimizerWrapper(Optimizer):
         if self._schedule is not None:
             self._settings = {**settings, "schedule": None}  # like LambdaLR's, a callable is not saved
         self._model = model
-        self._attachment: Attachment | None = None
+        self._attachment: Any = None
         self.exclude = exclude_patterns(exclude)
         # The step-hook machinery of Optimizer, without Optimizer.__init__, which would build groups of its own.
         self.__setstate__({})
-        positions = excluded_positions(self._parameter_groups(), self._patterns(), model)
-        for group, excluded in zip(self.param_groups, positions, strict=True):
+        self._named_groups = named_groups
+        positions = excluded_positions(self._groups_with_names(), self._patterns(), model)
+        for group in self.param_groups:
             if "gradreg_step" in group:  # wrapped before, or loaded from a checkpoint: these settings count, and its step
-                group = _without(group, (*PER_GROUP, *SHARED))
-            adopt_group(group, self._settings, step=0, excluded=excluded)
-            group["gradreg_excluded"] = excluded
-        if "transformers.trainer" in sys.modules:  # its DeepSpeed integration has to be told that there are wrappers
-            import gradreg_optim.trainer  # noqa: F401 - upwards, hence here
+                drop_keys(group, SETTING_KEYS)
+            adopt_group(group, self._settings, step=0)
+        self._excluded = positions  # also in the groups, where loading a checkpoint may put those of another model
+        self._settled = self._settle()
+        upwards.announce()
 
     # One optimizer: groups, state and defaults are the wrapped one's.
 
@@ -104,18 +121,19 @@ class OptimizerWrapper(Optimizer):
     def _adopt_new_groups(self) -> None:
         """Complete groups that came without ``gradreg_*`` keys, as after ``add_param_group`` on the wrapped optimizer."""
         groups = self.param_groups
-        if any(missing_keys(group) for group in groups):
-            positions = excluded_positions(self._parameter_groups(), self._patterns(), self._model, must_match=False)
-            for group, excluded in zip(groups, positions, strict=True):
-                if missing_keys(group):
-                    adopt_group(group, self._settings, step=self.step_count, excluded=excluded)
+        if len(groups) > len(self._excluded):
+            positions = excluded_positions(self._groups_with_names(), self._patterns(), self._model, must_match=False)
+            self._excluded += positions[len(self._excluded) :]
+        for group, excluded in zip(groups, self._excluded, strict=False):
+            if missing_keys(group):
+                adopt_group(group, self._settings, step=self.step_count)
+            group["gradreg_excluded"] = excluded
+
+    def _groups_with_names(self) -> list[dict[str, Any]]:
+        return self.param_groups if self._named_groups is None else self._named_groups()
 
     def _patterns(self) -> tuple[str, ...]:
         return () if self.exclude == NOTHING else self.exclude
-
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        """Groups whose ``params`` are the model's parameters, to which ``exclude`` and its positions refer."""
-        return self.param_groups
 
     def leave_out(self, parameters: Iterable[Tensor]) -> None:
         """Exclude ``parameters`` as ``exclude`` does.
@@ -123,17 +141,19 @@ class OptimizerWrapper(Optimizer):
         Raises:
             ValueError: no trainable parameter would be left to regularize.
         """
+        self._adopt_new_groups()
         unwanted = {id(parameter) for parameter in parameters}
         left = 0
-        for group, named in zip(self.param_groups, self._parameter_groups(), strict=True):
-            positions = {i for i, parameter in enumerate(named["params"]) if id(parameter) in unwanted}
-            group["gradreg_excluded"] = sorted(positions | set(group["gradreg_excluded"]))
-            left += len(named["params"]) - len(group["gradreg_excluded"])
+        for number, group in enumerate(self._groups_with_names()):
+            positions = {i for i, parameter in enumerate(group["params"]) if id(parameter) in unwanted}
+            self._excluded[number] = sorted(positions | set(self._excluded[number]))
+            left += len(group["params"]) - len(self._excluded[number])
         if not left:
             raise ValueError(
                 "Every parameter of the optimizer is excluded: nothing is left to regularize. "
                 "Pass exclude='none' to regularize embeddings and heads too."
             )
+        self._adopt_new_groups()
 
     # Strength over time.
 
@@ -147,29 +167,52 @@ class OptimizerWrapper(Optimizer):
         for group in self.param_groups:
             group["gradreg_step"] = step
 
-    def _strengths(self) -> list[float]:
-        """Each group's strength in the step to come."""
+    def plan(self) -> Plan:
+        """The settings of the step to come; validated when a user or a scheduler has changed one."""
+        groups = self.param_groups
+        if self._settled is None or self._settled[0] != _read(groups):
+            self._settled = self._settle()
+        plan, group, step = self._settled[1], groups[0], self.step_count
+        if group["gradreg_warmup_steps"] or group["gradreg_schedule"] or self._schedule:
+            factor = strength_factor(
+                step,
+                warmup_steps=group["gradreg_warmup_steps"],
+                schedule=self._schedule or group["gradreg_schedule"],
+                schedule_steps=group["gradreg_schedule_steps"],
+            )
+            plan = replace(plan, strengths=tuple(strength * factor for strength in plan.strengths))
+        since_warmup = step - group["gradreg_warmup_steps"]
+        if not any(plan.strengths) or since_warmup % group["gradreg_every"]:
+            return replace(plan, step=step, points=())
+        points = plan.scheme.checked_points if self._check_is_due(group) else plan.scheme.points
+        return replace(plan, step=step, points=points, floor=group["gradreg_floor"])
+
+    def _settle(self) -> tuple[list[Any], Plan]:
+        """What :meth:`plan` compares settings with, and what of the plan stays until they change."""
         self._adopt_new_groups()
-        for group in self.param_groups:
-            check_group(group)
-        shared = self.param_groups[0]
-        factor = strength_factor(
-            self.step_count,
-            warmup_steps=shared["gradreg_warmup_steps"],
-            schedule=self._schedule or shared["gradreg_schedule"],
-            schedule_steps=shared["gradreg_schedule_steps"],
-        )
-        return [group["gradreg_strength"] * factor for group in self.param_groups]
+        plan = settled_plan(self.param_groups, self._excluded, self._model)
+        return _read(self.param_groups), plan
 
     @property
     def regularizes(self) -> bool:
         """Whether the step to come takes a second gradient."""
-        return any(strength > 0 for strength in self._strengths()) and self._is_turn()
+        return self.plan().regularizes
 
-    def _is_turn(self) -> bool:
-        """Whether the step to come is the first after the warm-up, or one of each ``every`` from there on."""
-        group = self.param_groups[0]
-        return (self.step_count - int(group["gradreg_warmup_steps"])) % int(group["gradreg_every"]) == 0
+    def _check_is_due(self, group: dict[str, Any]) -> bool:
+        every = group["gradreg_check_every"]
+        if every is None:
+            every = DEFAULT_CHECK_EVERY if self._precision_is_low() else 0
+        # Of ``gradreg_every`` steps in a row one is regularized: it is checked if the round number is among them.
+        return bool(every) and (group["gradreg_floor"] is None or self.step_count % every < group["gradreg_every"])
+
+    def _precision_is_low(self) -> bool:
+        """Whether weights, or what a trainer computes with, have fewer bits than float32."""
+        is_low_in_trainer = self._attachment is not None and self._attachment.computes_in_low_precision
+        return is_low_in_trainer or self.storage().has_low_precision
+
+    @abstractmethod
+    def storage(self) -> Storage:
+        """Where gradients and weights are in the step to come."""
 
     # Checkpoints and pickling.
 
@@ -188,8 +231,10 @@ class OptimizerWrapper(Optimizer):
         self._adopt_new_groups()
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
-        current = [{key: group[key] for key in KEYS if key in group} for group in self.param_groups]
+        current = [{key: group[key] for key in KEYS} for group in self.param_groups]
         self.optimizer.load_state_dict(state_dict)
+        for group in self.param_groups:
+            drop_keys(group, DELETED)
         missing = sorted({key for group in self.param_groups for key in missing_keys(group)} - {"gradreg_excluded"})
         if missing:
             warnings.warn(
@@ -198,10 +243,9 @@ class OptimizerWrapper(Optimizer):
                 stacklevel=2,
             )
         for group, own in zip(self.param_groups, current, strict=True):
-            group["gradreg_excluded"] = own.pop("gradreg_excluded")  # about this model's parameters, not the saved run's
-            own["gradreg_step"] = 0
-            for key, value in own.items():
+            for key, value in {**own, "gradreg_step": 0}.items():
                 group.setdefault(key, value)
+        self._adopt_new_groups()  # what is excluded is a matter of this model's parameters, not the saved run's
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -211,19 +255,19 @@ class OptimizerWrapper(Optimizer):
             "_model",
             "_attachment",
             "step",  # an LR scheduler's, which would step the original instead of the copy
+            "_settled",
+            "_running",
+            "_pending",
             *(name for name in self.__dict__ if name.startswith("_optimizer_")),
         )
         state = {name: value for name, value in self.__dict__.items() if name not in hooks_and_foreign}
-        return {**state, "_model": None, "_attachment": None}
+        return {**state, "_model": None, "_attachment": None, "_settled": None, "_running": None, "_pending": None}
 
     # Trainers.
 
     def train(self) -> None:
         """Called by trainers before each micro-batch: there the wrapper finds the trainer that drives it."""
-        if "transformers" in sys.modules:
-            from gradreg_optim.trainer import attach_to_caller  # upwards, hence here: only trainers ever need it
-
-            attach_to_caller(self)
+        upwards.attach_to_caller(self)
         inner = getattr(self.optimizer, "train", None)  # schedule-free optimizers have one
         if callable(inner):
             inner()
@@ -237,32 +281,7 @@ class OptimizerWrapper(Optimizer):
             and not any(p.grad is not None and bool(p.grad.any()) for group in groups for p in group["params"])
         )
 
-    def _parameters(self) -> Iterator[Tensor]:
-        """Those of all groups."""
-        return (parameter for group in self.param_groups for parameter in group["params"])
 
-    def _devices(self) -> set[torch.device]:
-        return {parameter.device for parameter in self._parameters()}
-
-
-def _without(group: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    for name in names:
-        group.pop(f"gradreg_{name}", None)
-    return group
-
-
-def _check_optimizer(optimizer: Optimizer) -> None:
-    """Refuse what cannot be wrapped, before anything is changed."""
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"optimizer={optimizer!r} is a {type(optimizer).__name__}: an instance of torch.optim.Optimizer is wrapped. "
-            "Pass, for example, torch.optim.AdamW(model.parameters())."
-        )
-    if isinstance(optimizer, OptimizerWrapper):
-        raise ValueError("optimizer is a GradRegOptimizer already: one wrapper regularizes. Pass the optimizer inside it.")
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(
-            f"optimizer={type(optimizer).__name__}: its step needs a closure of its own, but the combined gradient "
-            "exists at one point only. Use an optimizer that steps on gradients, such as AdamW or SGD."
-        )
+def _read(groups: list[dict[str, Any]]) -> list[list[Any]]:
+    """The settings as they are now, ``None`` for those that a group lacks, and which parameters are excluded."""
+    return [[group.get(key) for key in (*SETTING_KEYS, "gradreg_excluded")] for group in groups]

@@ -3,8 +3,7 @@
 Living there, hyperparameters are saved with the optimizer, can differ between groups and can be scheduled. ``strength``,
 ``eps`` and ``radius`` are read group by group; the other settings and the step count hold for the whole optimizer, are
 written to every group and read from the first. ``gradreg_excluded`` lists positions in ``group["params"]``: positions
-survive FSDP2 and tensor parallelism, which put other tensors there. ``gradreg_floor`` is the noise floor last measured,
-``gradreg_along`` the curvature that steps between regularized ones use again.
+survive FSDP2 and tensor parallelism, which put other tensors there. ``gradreg_floor`` is the noise floor last measured.
 """
 
 from __future__ import annotations
@@ -14,38 +13,30 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradreg_optim.config import check_settings
-
-__all__ = ["KEYS", "PER_GROUP", "SHARED", "adopt_group", "excluded_positions", "missing_keys", "parameter_names"]
+from gradreg_optim.core.plan import Plan
+from gradreg_optim.core.schemes import scheme_of
+from gradreg_optim.wrapping.settings import PER_GROUP, SHARED, check_settings
 
 Group = dict[str, Any]
 
-PER_GROUP = ("strength", "eps", "radius")
-SHARED = (
-    "warmup_steps",
-    "schedule",
-    "schedule_steps",
-    "g1_clip",
-    "g2_clip",
-    "max_penalty_ratio",
-    "method",
-    "rounding",
-    "check_every",
-    "shrink",
-    "every",
-    "between",
-    "fraction",
-    "memory",
-)
-KEYS = tuple(f"gradreg_{name}" for name in (*PER_GROUP, *SHARED, "step", "floor", "along", "excluded"))
+SETTING_KEYS = tuple(f"gradreg_{name}" for name in (*PER_GROUP, *SHARED))
+KEYS = (*SETTING_KEYS, "gradreg_step", "gradreg_floor", "gradreg_excluded")
+DELETED = ("gradreg_memory", "gradreg_between", "gradreg_along")
+"""Keys that checkpoints of earlier versions hold."""
 
 
 def missing_keys(group: Group) -> list[str]:
     """The ``gradreg_*`` keys that ``group`` lacks."""
-    return [key for key in KEYS if key not in group]
+    return [key for key in KEYS if key not in group and key != "gradreg_excluded"]
 
 
-def adopt_group(group: Group, settings: dict[str, Any], *, step: int, excluded: list[int]) -> None:
+def drop_keys(group: Group, keys: Iterable[str]) -> None:
+    """Remove those of ``keys`` that ``group`` has."""
+    for key in keys:
+        group.pop(key, None)
+
+
+def adopt_group(group: Group, settings: dict[str, Any], *, step: int) -> None:
     """Fill in every ``gradreg_*`` key that ``group`` does not bring itself.
 
     A group that brings ``gradreg_eps`` does not inherit a radius, and one with ``gradreg_radius`` no eps.
@@ -63,23 +54,41 @@ def adopt_group(group: Group, settings: dict[str, Any], *, step: int, excluded: 
     group.update({f"gradreg_{name}": value for name, value in values.items()})
     for name in SHARED:
         group.setdefault(f"gradreg_{name}", settings[name])
-    clip = group["gradreg_g2_clip"]
-    if isinstance(clip, float):  # likewise; a lean step has no g2 to clip
-        group["gradreg_g2_clip"] = None if group["gradreg_memory"] == "lean" else float(clip)
     group.setdefault("gradreg_step", step)
     group.setdefault("gradreg_floor", None)
-    group.setdefault("gradreg_along", None)
-    group.setdefault("gradreg_excluded", excluded)
 
 
 def check_group(group: Group) -> None:
     """Raise ``ValueError`` if the settings a user or a scheduler wrote into ``group`` since break their rules."""
-    check_settings(**{name: group[f"gradreg_{name}"] for name in (*PER_GROUP, *SHARED)})
+    check_settings(**{key.removeprefix("gradreg_"): group[key] for key in SETTING_KEYS})
     if group["gradreg_eps"] is None and group["gradreg_radius"] is None:
         raise ValueError(
             "gradreg_eps=None and gradreg_radius=None: one of them must set the length of the step. "
             "Write a number into group['gradreg_eps'] or group['gradreg_radius']."
         )
+
+
+def settled_plan(groups: list[Group], excluded: list[list[int]], model: nn.Module | None) -> Plan:
+    """Validate all settings; the plan of every step until one changes, but for what depends on the number of the step."""
+    for group in groups:
+        check_group(group)
+    shared = groups[0]
+    return Plan(
+        step=0,
+        strengths=tuple(group["gradreg_strength"] for group in groups),
+        excluded=tuple(map(frozenset, excluded)),
+        eps=tuple(group["gradreg_eps"] for group in groups),
+        radius=tuple(group["gradreg_radius"] for group in groups),
+        g1_clip=shared["gradreg_g1_clip"],
+        g2_clip=shared["gradreg_g2_clip"],
+        max_penalty_ratio=shared["gradreg_max_penalty_ratio"],
+        scheme=scheme_of(shared["gradreg_method"], model),
+        points=(),
+        rounds_to_nearest=shared["gradreg_rounding"] == "nearest",
+        shrinks=shared["gradreg_shrink"],
+        fraction=shared["gradreg_fraction"],
+        floor=None,
+    )
 
 
 def parameter_names(groups: Iterable[Group], model: nn.Module | None) -> dict[int, list[str]]:

@@ -15,12 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradreg_optim.perturbation import RandomState
-
-__all__ = ["Answer", "Answers", "answered_methods"]
+from gradreg_optim.core.repeatable import RandomState
 
 _KINDS = ("OnlineDPOTrainer",)
-_ANSWERED = (
+_RECORDED = (
     "_prepare_inputs",
     "_generate",
     "_generate_vllm",
@@ -30,30 +28,30 @@ _ANSWERED = (
     "_compute_judge",
 )
 
-Answer = tuple[Any, RandomState]
+Recorded = tuple[Any, RandomState]
 
 
-def answered_methods(trainer: Any) -> list[tuple[Any, str]]:
+def recorded_methods(trainer: Any) -> list[tuple[Any, str]]:
     """Owners and names of the methods whose results are used again; none if the trainer is of another kind."""
     if not any(kind.__name__ in _KINDS for kind in type(trainer).__mro__):
         return []
     judge = getattr(trainer, "judge", None)
-    return [(trainer, name) for name in _ANSWERED if hasattr(trainer, name)] + ([(judge, "judge")] if judge else [])
+    return [(trainer, name) for name in _RECORDED if hasattr(trainer, name)] + ([(judge, "judge")] if judge else [])
 
 
-class Answers:
+class Generations:
     """Stands before those methods: records what they return in the first pass, and returns it in the second."""
 
     def __init__(self, devices: Callable[[], set[torch.device]]) -> None:
         self._devices = devices
-        self._kept: list[Answer] | None = None
-        self._again: Iterator[Answer] | None = None
+        self._kept: list[Recorded] | None = None
+        self._again: Iterator[Recorded] | None = None
 
-    def record(self, kept: list[Answer] | None) -> None:
+    def record(self, kept: list[Recorded] | None) -> None:
         """Append to ``kept`` from now on; ``None``: to nothing."""
         self._kept, self._again = kept, None
 
-    def repeat(self, kept: list[Answer]) -> None:
+    def repeat(self, kept: list[Recorded]) -> None:
         """Return what ``kept`` holds from now on, in its order."""
         self._kept, self._again = None, iter(kept)
 
@@ -63,7 +61,7 @@ class Answers:
             result, random = next(self._again)
             random.restore()
             return _cloned(result)
-        kept, self._kept = self._kept, None  # methods may call one another: the outermost one's answer counts
+        kept, self._kept = self._kept, None  # methods may call one another: the outermost one's result counts
         try:
             result = method(*args, **kwargs)
         finally:

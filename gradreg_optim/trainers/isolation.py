@@ -15,8 +15,6 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["copied", "counters", "untouched"]
-
 _READ = ("train_dataset", "eval_dataset", "_buffered_inputs", "args", "state", "control", "data_collator")
 """Attributes that losses only read: data, which is long, and what the training loop keeps."""
 

@@ -42,8 +42,6 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["METHOD", "OldPolicy", "clipped_by_loss", "is_given"]
-
 METHOD = "_get_per_token_logps_and_entropies"
 """The trainer's method that returns the log-probabilities of a loss, (completions, tokens), before anything else."""
 

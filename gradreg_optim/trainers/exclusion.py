@@ -7,8 +7,6 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["default_exclusion"]
-
 HEADS = ("score", "classifier", "v_head", "value_head", "reward_head")
 """Attributes under which Transformers and TRL keep value, reward and classification heads."""
 

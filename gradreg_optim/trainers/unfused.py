@@ -1,4 +1,4 @@
-"""TRL's fused log-probabilities, written out in operations that can be differentiated twice, for ``method="exact"``.
+"""TRL's fused log-probabilities in operations that can be differentiated twice, for ``method="exact"``.
 
 Relied upon (trl 1.16; earlier versions have no such kernel): ``trl.trainer.utils._ChunkedLogProbFunction``, its arguments
 and its outputs, and ``trl.trainer.utils.is_triton_available``, which decides for the fused kernel on logits. The whole
@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-__all__ = ["LogProbabilities", "written_out"]
 
 
 class LogProbabilities:
@@ -52,7 +50,7 @@ class LogProbabilities:
 
 
 @contextmanager
-def written_out() -> Iterator[None]:
+def unfused() -> Iterator[None]:
     """Let TRL's losses compute log-probabilities without fused kernels inside the block."""
     utils: Any = sys.modules.get("trl.trainer.utils")
     if not hasattr(utils, "_ChunkedLogProbFunction"):

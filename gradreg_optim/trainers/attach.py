@@ -1,6 +1,6 @@
 """Trainers of Transformers and TRL: how a wrapper gets to one, by itself or by :func:`attach`, and away from it.
 
-What happens then, in every step, is told in :mod:`gradreg_optim.attachment`.
+What happens then, in every step, is told in :mod:`gradreg_optim.trainers.attachment`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import transformers.trainer
 from torch.optim import Optimizer
 from transformers import Trainer
 
-from gradreg_optim.attachment import Attachment, attachment_of, find_wrapper
-from gradreg_optim.config import GradRegConfig, check_settings, exclude_patterns
+from gradreg_optim.config import GradRegConfig
 from gradreg_optim.optimizer import GradRegOptimizer
+from gradreg_optim.trainers.adoption import find_wrapper
+from gradreg_optim.trainers.attachment import Attachment, attachment_of
 from gradreg_optim.versions import warn_outside_range
-
-__all__ = ["attach", "attach_to_caller", "detach"]
+from gradreg_optim.wrapping.settings import check_settings, exclude_patterns
 
 
 def attach(trainer: Trainer, config: GradRegConfig | None = None, **settings: Any) -> None:

@@ -1,4 +1,6 @@
-"""H·d itself, by differentiating twice, where the model allows it: no difference, no step length, no rounding of one.
+"""The scheme ``"exact"``: H·d itself, by differentiating twice, where the model allows it.
+
+    exact       θ, twice        Δ = H·d
 
     s = ⟨∇L, d⟩        ∇s = H·d        (Pearlmutter 1994; Karakida et al. 2023 call it double backpropagation)
 
@@ -9,14 +11,18 @@ every micro-batch by itself, and DistributedDataParallel averages ∇s as it ave
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["hessian_products"]
+from gradreg_optim.core.finite_difference import clip_first_, item_on_cpu, moments_of_delta, summed
+from gradreg_optim.core.plan import Plan, Scheme
+from gradreg_optim.core.step import Difference, FirstGradient, GroupGradients, Point, Scalar
+from gradreg_optim.core.storage import Storage
 
 _REFUSALS = (
     "derivative for",  # fused attention and other kernels that have no second derivative
@@ -27,9 +33,36 @@ _REFUSALS = (
 )
 
 
+def exact(model: nn.Module | None) -> Scheme:
+    """The scheme, with a model to name in error messages. No step, no ε, and none of their figures."""
+    points = (Point.TWICE,)
+    return Scheme(points, points, at=partial(stand_at, model=model), difference=product, weight=weight_of)
+
+
+def stand_at(
+    storage: Storage, first: FirstGradient, _point: Point, _plan: Plan, *, model: nn.Module | None
+) -> AbstractContextManager[None]:
+    """Let backward passes inside the block collect H·d."""
+    parameters, direction = storage.leaves(first)
+    return hessian_products(parameters, direction, scale=first.clip / storage.loss_scale, model=model)
+
+
+def product(storage: Storage, first: FirstGradient, _plan: Plan) -> Difference:
+    """Measure H·d."""
+    clip_first_(first)
+    delta = first.further.pop(Point.TWICE)
+    inner, squares, _ = summed(storage, first, moments_of_delta(first, delta))
+    return Difference(inner, squares, delta, is_delta=True, is_finite=item_on_cpu(torch.isfinite(squares.sum())))
+
+
+def weight_of(group: GroupGradients) -> Scalar:
+    """γ."""
+    return group.strength
+
+
 @contextmanager
 def hessian_products(
-    parameters: Sequence[Tensor], direction: Sequence[Tensor], *, scale: float = 1.0, model: nn.Module | None = None
+    parameters: Sequence[Tensor], direction: Sequence[Tensor], *, scale: Scalar = 1.0, model: nn.Module | None = None
 ) -> Iterator[None]:
     """Inside the block, ``loss.backward()`` adds H·(scale·d) to ``.grad`` of what the loss depends on.
 

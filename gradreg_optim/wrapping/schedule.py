@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-__all__ = ["NAMES", "Schedule", "strength_factor"]
-
 Schedule = Callable[[int], float]
 
 NAMES = ("constant", "linear", "cosine")

@@ -1,0 +1,228 @@
+"""Finite differences of two gradients: the schemes ``"forward"`` and ``"central"``, and the algebra of their moments.
+
+    forward     θ, θ + ε·d              Δ = c·g2 − g1              Δ/ε = H·d + O(ε·‖d‖²)
+    central     θ, θ − ε·d, θ + ε·d     Δ = (c₊·g₊ − c₋·g₋)/2      Δ/ε = H·d + O(ε²·‖d‖³), and rounding in g1 drops out
+
+with g1 clipped already, and c the factors that clip the others. Both are exact on a quadratic at any ε. Scalars are 0-d
+tensors on the device of the data, so that nothing here waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from gradreg_optim.core import multi_tensor
+from gradreg_optim.core.plan import Plan, Scheme
+from gradreg_optim.core.step import Difference, FirstGradient, Gradients, GroupGradients, Point, Scalar
+from gradreg_optim.core.storage import Storage
+
+
+def stand_at(storage: Storage, first: FirstGradient, point: Point, plan: Plan) -> AbstractContextManager[None]:
+    """Stand at ``point`` inside the block; at θ' itself, note how much of the step the weights' dtype let through."""
+    steps = [group.eps * first.clip * (point.value / storage.loss_scale) for group in first.groups]
+    # A step to a point nearby would be rounded to nothing: only stochastic rounding lets some of it through.
+    seed = None if plan.rounds_to_nearest and point is not Point.NEARBY else plan.step
+    return storage.moved(first, steps, seed=seed, measured=point is Point.AHEAD)
+
+
+def weight_of(group: GroupGradients) -> Scalar:
+    """γ/ε, and 0 if there was no step (ε derived from the radius of a vanishing gradient)."""
+    if isinstance(group.eps, Tensor):
+        return ratio(group.strength, group.eps)
+    return group.strength / group.eps if group.eps else 0.0
+
+
+def forward_difference(storage: Storage, first: FirstGradient, plan: Plan) -> Difference:
+    """Measure Δ = c·g2 − g1, which is not written anywhere.
+
+    On a CPU, g1 + weight·(g2 − g1) is written in the same pass over memory; it is right if nothing clips, shrinks or bounds.
+    """
+    clip_first_(first)
+    second = first.further.pop(Point.AHEAD)
+    first.further.clear()
+    found = []
+    for group, g2 in zip(first.groups, second, strict=True):
+        likely = weight_of(group) if group.counts is None else None
+        found.append(multi_tensor.moments(counted(group, group.g1), counted(group, g2), likely_weight=likely))
+    inner, squares, fidelity = summed(storage, first, [(inner, square) for inner, square, _ in found])
+    g1_squared = stack_scalars([group.g1_squared for group in first.groups])
+    g2_norm = length_of_sum(g1_squared, inner, squares)
+    clip = clip_coefficient(g2_norm, plan.g2_clip)
+    inner, squares = clipped_moments(inner, squares, g1_squared, coefficient=clip)
+    return Difference(
+        inner,
+        squares,
+        second,
+        is_delta=False,
+        is_finite=item_on_cpu(torch.isfinite(g2_norm)),
+        clip=item_on_cpu(clip),
+        combined_with=[combined_with for _, _, combined_with in found],
+        figures=_figures(g1_squared, inner, g2_norm, clip * g2_norm, clip < 1, fidelity),
+    )
+
+
+def central_difference(storage: Storage, first: FirstGradient, plan: Plan) -> Difference:
+    """Write Δ = (c₊·g₊ − c₋·g₋)/2 over g₊, and measure it."""
+    clip_first_(first)
+    plus, minus = first.further.pop(Point.AHEAD), first.further.pop(Point.BEHIND)
+    norms = _norms(storage, first, plus, minus)
+    clips = [clip_coefficient(norm, plan.g2_clip) for norm in norms]
+    for side, clip in zip((plus, minus), clips, strict=True):
+        for gradients in side:
+            multi_tensor.scale_(gradients, item_on_cpu(clip))
+    for ahead, behind in zip(plus, minus, strict=True):
+        multi_tensor.subtract_(ahead, behind)
+        multi_tensor.scale_(ahead, 0.5)
+    inner, squares, fidelity = summed(storage, first, moments_of_delta(first, plus))
+    g1_squared = stack_scalars([group.g1_squared for group in first.groups])
+    at_plus = length_of_sum(g1_squared, inner, squares)
+    return Difference(
+        inner,
+        squares,
+        plus,
+        is_delta=True,
+        is_finite=item_on_cpu(torch.isfinite(squares.sum())),
+        figures=_figures(g1_squared, inner, norms[0], at_plus, torch.minimum(*clips) < 1, fidelity),
+    )
+
+
+# By measurement (benchmarks/results/2026-11-22-difference-findings.md): of forward estimates with a self-check above 0.7 all
+# were usable, of those below 0.6 most were not. The central difference, in which the errors of g1 drop out and those of the
+# second order cancel, has at 0 what the forward one has at about 0.5.
+FORWARD = Scheme(
+    points=(Point.AHEAD,),
+    checked_points=(Point.NEARBY, Point.BEHIND, Point.AHEAD),
+    at=stand_at,
+    difference=forward_difference,
+    weight=weight_of,
+    noise=1.0,
+    sufficient=0.6,
+)
+"""Two gradients a step."""
+CENTRAL = Scheme(
+    points=(Point.BEHIND, Point.AHEAD),
+    checked_points=(Point.NEARBY, Point.BEHIND, Point.AHEAD),
+    at=stand_at,
+    difference=central_difference,
+    weight=weight_of,
+    noise=0.5,  # halved in Δ
+    sufficient=0.0,
+)
+"""Three gradients a step."""
+
+
+# Sums over groups and ranks.
+
+
+def counted(group: GroupGradients, tensors: list[Tensor]) -> list[Tensor]:
+    """Those of ``tensors``, laid out like g1, that this rank adds to sums over ranks."""
+    if group.counts is None:
+        return tensors
+    return [tensor for tensor, counts in zip(tensors, group.counts, strict=True) if counts]
+
+
+def clip_first_(first: FirstGradient) -> None:
+    """From now on g1 is d, the clipped gradient; until all gradients are taken it stays as it came."""
+    for group in first.groups:
+        multi_tensor.scale_(group.g1, first.clip)
+
+
+def moments_of_delta(first: FirstGradient, delta: Gradients) -> list[tuple[Tensor, Tensor]]:
+    """⟨Δ, g1⟩ and ‖Δ‖² of each group, over this rank's tensors, of a Δ that is written somewhere."""
+    return [
+        multi_tensor.moments_along(counted(group, written), counted(group, group.g1))
+        for group, written in zip(first.groups, delta, strict=True)
+    ]
+
+
+def summed(storage: Storage, first: FirstGradient, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Two moments of gradients for each group, over all ranks and without the loss scale, and the step's fidelity.
+
+    The fidelity is ⟨θ'_real − θ, ε·d⟩/‖ε·d‖²: the share of the step that the weights' dtype let through.
+    """
+    groups, scale = first.groups, storage.loss_scale
+    columns = [*zip(*pairs, strict=True), [g.moved_along for g in groups], [g.step_squared for g in groups]]
+    sums = storage.sum_over_ranks(torch.stack([stack_scalars(list(column)) for column in columns]))
+    steps = stack_scalars([group.eps for group in groups], sums)
+    fidelity = ratio((steps * sums[2]).sum(), (steps.square() * sums[3]).sum())
+    return sums[0] / scale**2, sums[1] / scale**2, fidelity
+
+
+def _norms(storage: Storage, first: FirstGradient, *sides: Gradients) -> Tensor:
+    """‖·‖ over all groups and ranks of each of ``sides``, without the loss scale."""
+    squares = []
+    for side in sides:
+        pairs = zip(first.groups, side, strict=True)
+        squares.append(stack_scalars([multi_tensor.norm_squared(counted(group, written)) for group, written in pairs]).sum())
+    return storage.sum_over_ranks(stack_scalars(squares)).sqrt() / storage.loss_scale
+
+
+def _figures(
+    g1_squared: Tensor, inner: Tensor, g2_norm: Tensor, used: Tensor, clipped: Tensor, fidelity: Tensor
+) -> dict[str, Scalar]:
+    """What only a difference has; ``used`` is ‖g2‖ as it enters the difference."""
+    return {
+        "g2_norm": g2_norm,
+        "g2_clipped": clipped,
+        "cosine": ratio(g1_squared.sum() + inner.sum(), g1_squared.sum().sqrt() * used),
+        "perturbation_fidelity": fidelity,
+    }
+
+
+# Scalars.
+
+
+def stack_scalars(values: Sequence[Scalar], like: Tensor | None = None) -> Tensor:
+    """Python numbers and 0-d tensors as one vector, on the device and in the widest dtype of its tensors or of ``like``."""
+    tensors = [value for value in values if isinstance(value, Tensor)] if like is None else [like]
+    dtype = max((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.itemsize)
+    # A group without gradients has its 0 on the CPU: the device is that of anything elsewhere.
+    device = next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), torch.device("cpu"))
+    return torch.stack(
+        [
+            value.to(device, dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=device)
+            for value in values
+        ]
+    )
+
+
+def ratio(numerator: Scalar, denominator: Tensor) -> Tensor:
+    """``numerator / denominator``, and 0 where the denominator is 0 (a vanishing gradient has no direction)."""
+    return torch.where(denominator == 0, torch.zeros_like(denominator), numerator / denominator)
+
+
+def clip_coefficient(norm: Tensor, max_norm: float | None) -> Tensor:
+    """The factor min(1, max_norm / (norm + 1e-6)) of :func:`torch.nn.utils.clip_grad_norm_`; 1 without a bound."""
+    if max_norm is None:
+        return torch.ones_like(norm)
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def clipped_moments(inner: Tensor, squares: Tensor, g1_squared: Tensor, *, coefficient: Tensor) -> tuple[Tensor, Tensor]:
+    """⟨c·g2 − g1, g1⟩ and ‖c·g2 − g1‖² of a clipped g2, from those of g2 − g1 and without another pass over memory.
+
+    With δ = g2 − g1: c·g2 − g1 = c·δ − (1 − c)·g1. The square may cancel to less than 0 by rounding, and is clamped.
+    """
+    c = coefficient
+    squares = (c**2 * squares - 2 * c * (1 - c) * inner + (1 - c) ** 2 * g1_squared).clamp(min=0)
+    return c * inner - (1 - c) * g1_squared, squares
+
+
+def length_of_sum(squares_of_first: Tensor, inner: Tensor, squares: Tensor) -> Tensor:
+    """‖a + b‖ out of parts of ‖a‖², ⟨a, b⟩ and ‖b‖².
+
+    A sum that cancels may come out below 0, and its root as NaN: it is clamped, which lets a NaN of the parts through.
+
+    >>> length_of_sum(torch.tensor([9.0]), torch.tensor([0.0]), torch.tensor([16.0]))
+    tensor(5.)
+    """
+    return (squares_of_first + 2 * inner + squares).sum().clamp(min=0).sqrt()
+
+
+def item_on_cpu(value: Scalar) -> Scalar:
+    """A Python number where reading costs nothing (CPU), and the 0-d tensor itself where it would stall a device."""
+    return value.item() if isinstance(value, Tensor) and value.device.type == "cpu" else value

@@ -1,0 +1,284 @@
+"""Gradients in ``.grad``, weights in the parameters: plain tensors, and the DTensors of FSDP2 and tensor parallelism."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gradreg_optim.core import multi_tensor
+from gradreg_optim.core.step import FirstGradient, Gradients, GroupGradients, Scalar
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+NO_SECOND_GRADIENT = (
+    "The second call of the closure left no gradient on any regularized parameter, the first one did. "
+    "Let the closure clear the gradients and run forward and backward each time it is called."
+)
+
+_Sum = dict[int, Tensor]
+"""Gradients by the ``id`` of their parameter."""
+
+
+class LocalStorage:
+    """One step's view of the parameters of an optimizer.
+
+    Taking a gradient means taking it out of ``.grad``: nothing is copied, and nothing can be zeroed in place. A parameter
+    that only one of two passes reaches has a gradient of 0 in the other.
+
+    Memory: g1, and one copy of the regularized weights while they are away from θ. Communication: none for plain tensors
+    (DistributedDataParallel has averaged the gradients); for DTensors each :meth:`sum_over_ranks` is an all_reduce of a few
+    float64 numbers over each dimension of the mesh.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, loss_scale: float = 1.0, overflow_skips_step: bool = False) -> None:
+        self.loss_scale = loss_scale
+        self.overflow_skips_step = overflow_skips_step
+        self._groups = groups
+        self._mesh = device_mesh(parameter for group in groups for parameter in group["params"])
+        self._reached: list[list[Tensor]] = [[] for _ in groups]  # regularized parameters that had a gradient, and that
+        self._gradients: list[list[Tensor]] = [[] for _ in groups]
+        self._unreached: list[list[Tensor]] = [[] for _ in groups]  # regularized parameters that had none
+        self._kept: list[tuple[Tensor, Tensor | None]] = []  # parameters that are not regularized, and their gradients
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """Those of all parameters."""
+        return {parameter.device for parameter in self._parameters()}
+
+    @property
+    def has_low_precision(self) -> bool:
+        """Whether a trainable parameter is in half precision."""
+        return any(p.dtype.itemsize < torch.float32.itemsize for p in self._parameters() if p.requires_grad)
+
+    # g1.
+
+    def take(self, strengths: Sequence[float], excluded: Sequence[frozenset[int]]) -> FirstGradient:
+        """Sort the gradients; ``.grad`` is ``None`` afterwards."""
+        first = FirstGradient([GroupGradients(strength) for strength in strengths])
+        try:
+            for number, group in enumerate(self._groups):
+                for position, parameter in enumerate(group["params"]):
+                    is_regularized = strengths[number] and position not in excluded[number] and parameter.requires_grad
+                    self._take_one(first.groups[number], number, parameter, is_regularized)
+        except BaseException:
+            self.put_back(first)
+            raise
+        return first
+
+    def _take_one(self, group: GroupGradients, number: int, parameter: Tensor, is_regularized: object) -> None:
+        gradient = detached_from_bucket(parameter.grad)
+        if not is_regularized:
+            self._kept.append((parameter, gradient))
+        elif gradient is None:
+            self._unreached[number].append(parameter)
+        else:
+            gradient = require_dense(gradient, parameter)
+            self._reached[number].append(parameter)
+            self._gradients[number].append(gradient)
+            group.weights.append(real(parameter))
+            self._append(group, parameter, gradient)
+        parameter.grad = None
+
+    def _append(self, group: GroupGradients, parameter: Tensor, gradient: Tensor) -> None:
+        group.g1.append(real(gradient))
+        if self._mesh is not None:
+            group.counts = [*(group.counts or []), is_counted(parameter, self._mesh)]
+
+    def has_gradient(self, first: FirstGradient) -> bool:
+        """Whether any regularized parameter has one."""
+        return any(group.g1 for group in first.groups)
+
+    def put_back(self, first: FirstGradient) -> None:
+        """Put g1 back into ``.grad``; a parameter that had none gets none, since an optimizer tells that from 0."""
+        for parameter, gradient in self._kept:
+            parameter.grad = gradient
+        for reached, gradients, unreached in zip(self._reached, self._gradients, self._unreached, strict=True):
+            for parameter, gradient in zip(reached, gradients, strict=False):
+                parameter.grad = gradient
+            for parameter in unreached:
+                parameter.grad = None
+
+    abandon = put_back  # the weights are at θ: ``moved`` has seen to that
+
+    def keep(self, first: FirstGradient) -> None:
+        """Nothing is left to do: the combined gradient was written into ``.grad``."""
+
+    # Weights.
+
+    @contextmanager
+    def moved(self, first: FirstGradient, steps: list[Scalar], *, seed: int | None, measured: bool) -> Iterator[None]:
+        """The weights, moved in place; copied back on the way out, however the block is left."""
+        saved: list[list[Tensor]] = []
+        try:
+            for number, (group, step) in enumerate(zip(first.groups, steps, strict=True)):
+                seed_of_group = None if seed is None else (seed << 16) + number
+                saved.append(multi_tensor.save_and_shift_(group.weights, group.g1, eps=step, seed=seed_of_group))
+            if measured:
+                self._measure(first, saved)
+            torch.clear_autocast_cache()  # inside an autocast block around all passes, bf16 copies of θ would be used again
+            yield
+        finally:
+            for group, theta in zip(first.groups, saved, strict=False):  # fewer if a copy could not be had
+                multi_tensor.restore_(group.weights, theta)
+            torch.clear_autocast_cache()
+
+    def _measure(self, first: FirstGradient, saved: list[list[Tensor]]) -> None:
+        unscale = first.clip / self.loss_scale
+        for group, theta in zip(first.groups, saved, strict=True):
+            counts = group.counts or [True] * len(group.g1)
+            tensors = ([x for x, c in zip(xs, counts, strict=True) if c] for xs in (theta, group.weights, group.g1))
+            moved, squared = multi_tensor.step_moments(*tensors)
+            group.moved_along, group.step_squared = moved * unscale, squared * unscale**2
+
+    def leaves(self, first: FirstGradient) -> tuple[list[Tensor], list[Tensor]]:
+        """The parameters and g1.
+
+        Raises:
+            RuntimeError: they are distributed over ranks.
+        """
+        if self._mesh is not None:
+            raise RuntimeError(
+                "method='exact': no second derivatives are taken of parameters that are distributed over ranks (DTensor). "
+                "Use method='forward' or 'central' under FSDP2 and tensor parallelism."
+            )
+        return [*chain(*self._reached)], [*chain(*self._gradients)]
+
+    # Gradients at further points.
+
+    def last(self, first: FirstGradient) -> Gradients:
+        """Leave them in ``.grad``, of which the arithmetic gets views; parameters that are not regularized get g1 back."""
+        for parameter, gradient in self._kept:
+            parameter.grad = gradient
+        if not any(parameter.grad is not None for parameter in chain(*self._reached, *self._unreached)):
+            raise RuntimeError(NO_SECOND_GRADIENT)
+        return [self._last_of(number, group) for number, group in enumerate(first.groups)]
+
+    def _last_of(self, number: int, group: GroupGradients) -> list[Tensor]:
+        for parameter in self._unreached[number]:  # the last pass reaches it, and g1 is 0
+            if parameter.grad is not None:
+                self._reached[number].append(parameter)
+                self._gradients[number].append(torch.zeros_like(parameter.grad))
+                self._append(group, parameter, self._gradients[number][-1])
+        written = []
+        for parameter, gradient in zip(self._reached[number], self._gradients[number], strict=True):
+            parameter.grad = torch.zeros_like(gradient) if parameter.grad is None else parameter.grad.resolve_conj()
+            written.append(real(parameter.grad))
+        return written
+
+    # Micro-batches.
+
+    def clear(self) -> None:
+        """As ``zero_grad`` does."""
+        for parameter in self._parameters():
+            parameter.grad = None
+
+    def require_window(self, micro_batches: int) -> None:
+        """Any number will do."""
+
+    def announce(self, *, is_summed: bool) -> None:
+        """Nothing to do: gradients are complete, unless the caller accumulates without reducing them."""
+
+    def take_sum(self) -> _Sum:
+        """Take the gradients out of ``.grad``."""
+        taken: _Sum = {}
+        for parameter in self._parameters():
+            gradient = detached_from_bucket(parameter.grad)
+            if gradient is not None:
+                taken[id(parameter)] = gradient
+            parameter.grad = None
+        return taken
+
+    def copy_sum(self) -> _Sum:
+        """Copy the gradients in ``.grad``."""
+        return {id(p): p.grad.clone() for p in self._parameters() if p.grad is not None}
+
+    def add_sum(self, gradients: _Sum) -> None:
+        """Add to the gradients in ``.grad``."""
+        for parameter in self._parameters():
+            if id(parameter) in gradients:
+                addend = gradients[id(parameter)]
+                parameter.grad = addend.clone() if parameter.grad is None else parameter.grad.add_(addend)
+
+    def laid_out(self, first: FirstGradient, gradients: _Sum) -> Gradients:
+        """Lay them out like g1, 0 where there is none."""
+        return [
+            [
+                real(gradients[id(p)].resolve_conj()) if id(p) in gradients else torch.zeros_like(g1)
+                for p, g1 in zip(reached, group.g1, strict=True)
+            ]
+            for reached, group in zip(self._reached, first.groups, strict=True)
+        ]
+
+    def _parameters(self) -> Iterator[Tensor]:
+        return (parameter for group in self._groups for parameter in group["params"])
+
+    def sum_over_ranks(self, sums: Tensor) -> Tensor:
+        """Complete sums over all ranks that hold shards."""
+        if self._mesh is None:
+            return sums
+        # A rank that owns nothing has made its zeros in some dtype and on the CPU: all must send the same.
+        total = sums.to(self._mesh.device_type, torch.float64)
+        for group in self._mesh.get_all_groups():
+            torch.distributed.all_reduce(total, group=group)
+        return total
+
+
+def device_mesh(parameters: Iterable[Tensor]) -> DeviceMesh | None:
+    """The mesh over which distributed parameters (FSDP2, tensor parallelism) are spread; ``None`` if all are local.
+
+    Raises:
+        ValueError: there are several meshes.
+    """
+    meshes = {parameter.device_mesh for parameter in parameters if hasattr(parameter, "device_mesh")}
+    if len(meshes) > 1:
+        raise ValueError(
+            f"the parameters lie on {len(meshes)} device meshes: norms are summed over one. Shard all parameters that are "
+            "regularized over the same mesh, or exclude the others from the optimizer."
+        )
+    return meshes.pop() if meshes else None
+
+
+def is_counted(parameter: Tensor, mesh: DeviceMesh) -> bool:
+    """Whether this rank adds the parameter's part to sums over ``mesh``: of equal replicas only the first does."""
+    coordinate = mesh.get_coordinate()
+    placements = getattr(parameter, "placements", None)  # a parameter that is not distributed is a replica everywhere
+    replicated = [placements is None or placements[axis].is_replicate() for axis in range(mesh.ndim)]
+    return coordinate is not None and all(place == 0 for place, copy in zip(coordinate, replicated, strict=True) if copy)
+
+
+def require_dense(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """The gradient, ready for arithmetic; an error for layouts without it."""
+    if gradient.layout != torch.strided:
+        raise ValueError(
+            f"the gradient of a parameter of shape {tuple(parameter.shape)} has layout {gradient.layout}: only dense "
+            "gradients are regularized. Use sparse=False, or leave the parameter out with exclude=."
+        )
+    return gradient.resolve_conj()
+
+
+def detached_from_bucket(gradient: Tensor | None) -> Tensor | None:
+    """The gradient itself, or a copy if the second pass would overwrite it."""
+    if gradient is None or gradient.layout != torch.strided:
+        return gradient
+    local = local_shard(gradient)
+    # A view into a larger buffer, such as a bucket of DistributedDataParallel, which the next backward fills again.
+    shared = local.untyped_storage().nbytes() > local.numel() * local.element_size()
+    return gradient.clone() if shared else gradient
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def real(tensor: Tensor) -> Tensor:
+    """What the arithmetic runs on: shares memory with ``tensor``, and has one element per real number in it."""
+    local = local_shard(tensor.detach())
+    return torch.view_as_real(local) if local.is_complex() else local

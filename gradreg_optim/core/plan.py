@@ -1,0 +1,64 @@
+"""What a step is to do: its settings, and the scheme that estimates H·d."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from gradreg_optim.core.step import Difference, FirstGradient, GroupGradients, Point, Scalar
+from gradreg_optim.core.storage import Storage
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """At which points gradients are taken, and what Δ is. Kinds: forward, central, exact.
+
+    Args:
+        points: where gradients are taken after θ; the combined gradient is written over the last one.
+        checked_points: the same in the step of a check.
+        at: ``at(storage, first, point, plan)`` lets a block take gradients at the point.
+        difference: ``difference(storage, first, plan)`` measures Δ from the gradients in ``first``.
+        weight: the factor with which a group's Δ is added to its g1.
+        noise: the rounding errors of Δ, in units of those of a difference of two gradients; ``None`` if it is none.
+        sufficient: the self-check below which a user is warned.
+    """
+
+    points: tuple[Point, ...]
+    checked_points: tuple[Point, ...]
+    at: Callable[[Storage, FirstGradient, Point, Plan], AbstractContextManager[None]]
+    difference: Callable[[Storage, FirstGradient, Plan], Difference]
+    weight: Callable[[GroupGradients], Scalar]
+    noise: float | None = None
+    sufficient: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The settings of one step, read from the parameter groups and validated once.
+
+    ``strengths``, ``eps`` and ``radius`` hold one number a group; a strength already contains the schedule's factor, and
+    a group of strength 0 is not regularized. ``points`` are those where gradients are taken after θ, none in a step
+    without penalty. ``excluded`` holds the positions of parameters that are left out of their group. ``floor`` is
+    the noise floor last measured. ``step``, the number of the step, seeds stochastic rounding.
+    """
+
+    step: int
+    strengths: tuple[float, ...]
+    excluded: tuple[frozenset[int], ...]
+    eps: tuple[float | None, ...]
+    radius: tuple[float | None, ...]
+    g1_clip: float | None
+    g2_clip: float | None
+    max_penalty_ratio: float | None
+    scheme: Scheme
+    points: tuple[Point, ...]
+    rounds_to_nearest: bool
+    shrinks: bool
+    fraction: float
+    floor: float | None
+
+    @property
+    def regularizes(self) -> bool:
+        """Whether this step takes gradients at further points."""
+        return bool(self.points)

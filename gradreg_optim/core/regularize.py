@@ -1,0 +1,183 @@
+"""The algorithm: one generator, which yields wherever a gradient is wanted.
+
+Objective (Ackermann et al. 2026, arXiv 2602.18037; Karakida et al. 2023, arXiv 2210.02720)
+
+    L(θ) + (γ/2)·‖∇L(θ)‖²        with gradient        ∇L + γ·H∇L
+
+Estimator
+
+    g1 = ∇L(θ)        d = clip(g1)        θ' = θ + ε·d        g2 = ∇L(θ')        Δ = clip(g2) − d
+    g  = d + (γ/ε)·Δ
+
+Whoever drives the generator runs forward and backward at each point. Where gradients and weights are kept is the business
+of a :class:`~gradreg_optim.core.storage.Storage`; what Δ is, that of a :class:`~gradreg_optim.core.plan.Scheme`.
+
+Symbols in the code: ``strength`` is γ, ``eps`` is ε, ``radius`` is ρ = ‖θ' − θ‖ = ε·‖d‖, ``weight`` is γ/ε.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import torch
+from torch import Tensor
+
+from gradreg_optim.core import multi_tensor
+from gradreg_optim.core.finite_difference import clip_coefficient, counted, item_on_cpu, ratio, stack_scalars
+from gradreg_optim.core.plan import Plan
+from gradreg_optim.core.self_check import evaluated, signal_fraction
+from gradreg_optim.core.step import Check, Difference, FirstGradient, Gradients, Outcome, PartOfPass, Point, Scalar
+from gradreg_optim.core.storage import Storage
+
+
+@torch.no_grad()
+def regularized(storage: Storage, plan: Plan) -> Generator[Point, PartOfPass | None, Outcome]:
+    """Replace the gradient g1 that ``storage`` holds after the first pass by g1 + (γ/ε)·Δ.
+
+    Yields each point at which a gradient is wanted, θ first. The driver may answer θ with the part of that pass that it
+    will repeat. If it closes the generator at a point, or throws into it, the weights are at θ, bit for bit, and g1 is back.
+    """
+    part = yield Point.THETA
+    if not plan.points:
+        return Outcome({"strength": 0.0})
+    first = storage.take(plan.strengths, plan.excluded)
+    first.figures["strength"] = next(strength for strength in plan.strengths if strength)
+    try:
+        if not choose_step(storage, first, plan):  # d = clip(g1), ε; False: there is no finite gradient
+            storage.put_back(first)
+            return Outcome(first.figures, first.skipped)
+        for point in plan.points:  # usually one
+            with plan.scheme.at(storage, first, point, plan):  # θ' = θ + ε·d inside, θ again after it
+                yield point
+            collect(storage, first, point, part, plan)
+        check = run_check(storage, first, plan)
+        delta = plan.scheme.difference(storage, first, plan)
+        weights, figures = penalty(first, delta, plan, check)
+        combine_(storage, first, delta, weights)
+    except BaseException:
+        storage.abandon(first)
+        raise
+    return Outcome(first.figures | delta.figures | figures, first.skipped, check)
+
+
+def choose_step(storage: Storage, first: FirstGradient, plan: Plan) -> bool:
+    """Find ‖g1‖, the factor that clips it, and ε; False if there is no gradient, or it is known not to be finite."""
+    if not storage.has_gradient(first):
+        return False
+    scale = storage.loss_scale
+    local = stack_scalars([multi_tensor.norm_squared(counted(group, group.g1)) for group in first.groups])
+    squares = storage.sum_over_ranks(local) / scale**2
+    norm = squares.sum().sqrt()
+    is_finite = torch.isfinite(norm)
+    coefficient = clip_coefficient(norm, plan.g1_clip)
+    coefficient = torch.where(is_finite, coefficient, torch.ones_like(coefficient))
+    first.figures |= {"g1_norm": norm, "g1_clipped": coefficient < 1}
+    if item_on_cpu(is_finite) is False:
+        first.skipped = 1
+        return False
+    first.norm, first.clip = norm, item_on_cpu(coefficient)
+    for group, square, eps, radius in zip(first.groups, squares, plan.eps, plan.radius, strict=True):
+        group.g1_squared = square * coefficient**2
+        group.eps = eps if radius is None else item_on_cpu(ratio(radius, norm * coefficient))  # type: ignore[assignment]
+    if Point.TWICE not in plan.points:
+        first.figures["eps"] = next(group.eps for group in first.groups if group.strength)
+    return True
+
+
+def collect(storage: Storage, first: FirstGradient, point: Point, part: PartOfPass | None, plan: Plan) -> None:
+    """Take in the gradients of ``point``; of those nearby their distance from g1 is all that is wanted."""
+    if point is plan.points[-1]:  # last of all, since it may reach parameters that no other point has reached
+        first.further[point] = storage.last(first)
+        first.further |= {other: storage.laid_out(first, taken) for other, taken in first.taken.items()}
+        first.taken.clear()
+        for other, gradients in first.further.items():
+            complete_(storage, first, gradients, part, other)
+    elif point is Point.NEARBY:
+        gradients = storage.laid_out(first, storage.take_sum())
+        complete_(storage, first, gradients, part, point)
+        first.noise = _inner_of_differences(first, gradients, gradients)
+    else:
+        first.taken[point] = storage.take_sum()
+
+
+def complete_(storage: Storage, first: FirstGradient, gradients: Gradients, part: PartOfPass | None, point: Point) -> None:
+    """Make gradients of a part S of n micro-batches stand for all: ĝ = g1 + (n/m)·(g_S − g1_S); see ``fraction``."""
+    if part is None:
+        return
+    starts = None if point is Point.TWICE else storage.laid_out(first, part.gradients)
+    for number, (group, written) in enumerate(zip(first.groups, gradients, strict=True)):
+        if starts is not None:
+            multi_tensor.subtract_(written, starts[number])
+        multi_tensor.scale_(written, part.factor)
+        if starts is not None:
+            multi_tensor.add_(written, group.g1)
+
+
+def run_check(storage: Storage, first: FirstGradient, plan: Plan) -> Check | None:
+    """In the step of a check: compare the differences ahead and behind, and both with the noise. Waits for the device."""
+    if first.noise is None:
+        return None
+    ahead, behind = first.further[Point.AHEAD], first.further[Point.BEHIND]
+    pairs = ((ahead, behind), (ahead, ahead), (behind, behind))
+    products = [*(_inner_of_differences(first, *pair) for pair in pairs), first.noise]
+    scale = storage.loss_scale
+    sums = [value / scale**2 for value in storage.sum_over_ranks(stack_scalars(products)).tolist()]
+    eps = next(float(group.eps) for group in first.groups if group.strength)
+    return evaluated(sums, norm=float(first.norm), eps=eps, clip=float(first.clip), scheme=plan.scheme)
+
+
+def _inner_of_differences(first: FirstGradient, left: Gradients, right: Gradients) -> Tensor:
+    """⟨left − g1, right − g1⟩ over this rank's tensors, g1 as it is before it is clipped."""
+    products = []
+    for group, a, b in zip(first.groups, left, right, strict=True):
+        g1 = counted(group, group.g1)
+        products.append(multi_tensor.inner_of_differences(g1, counted(group, a), counted(group, b)))
+    return stack_scalars(products).sum()
+
+
+def penalty(
+    first: FirstGradient, delta: Difference, plan: Plan, check: Check | None
+) -> tuple[list[Scalar], dict[str, Scalar]]:
+    """The weight of Δ in each group, shrunk by its share of signal and bounded, and what is to be logged about it."""
+    figures: dict[str, Scalar] = {}
+    g1_squared = stack_scalars([group.g1_squared for group in first.groups])
+    g1_norm = g1_squared.sum().sqrt()
+    weights = [plan.scheme.weight(group) for group in first.groups]
+    length = (stack_scalars(weights, delta.inner).square() * delta.squares).sum().sqrt()
+    floor = plan.floor if check is None else check.floor
+    if floor is not None and plan.scheme.noise is not None:
+        signal = signal_fraction(delta.squares.sum() / g1_squared.sum(), floor * plan.scheme.noise)
+        figures |= {"noise_floor": floor, "signal": signal}
+        if plan.shrinks:
+            weights, length = [item_on_cpu(weight * signal) for weight in weights], length * signal
+    if plan.max_penalty_ratio is not None:
+        limit = plan.max_penalty_ratio * g1_norm
+        bound = torch.where(length > limit, limit / length, torch.ones_like(length))
+        weights, length = [item_on_cpu(weight * bound) for weight in weights], length * bound
+    steps = stack_scalars([1.0 if Point.TWICE in plan.points else group.eps for group in first.groups], delta.inner)
+    figures |= {
+        "penalty_ratio": ratio(length, g1_norm),
+        "curvature": ratio(ratio(delta.inner, steps).sum(), g1_squared.sum()),
+    }
+    if check is not None:
+        figures["self_check"] = check.self_check
+    return weights, figures
+
+
+def combine_(storage: Storage, first: FirstGradient, delta: Difference, weights: list[Scalar]) -> None:
+    """Write d + weight·Δ where the wrapped optimizer reads gradients; d alone if Δ is not finite."""
+    is_finite = delta.is_finite
+    if is_finite is not True:
+        first.skipped = 1 if is_finite is False else (~torch.as_tensor(is_finite)).long()
+    if is_finite is False and not storage.overflow_skips_step:
+        storage.put_back(first)
+        return
+    for number, (group, written, weight) in enumerate(zip(first.groups, delta.written, weights, strict=True)):
+        if delta.is_delta:
+            multi_tensor.add_penalty_(group.g1, written, weight=weight)
+        else:
+            combined_with = delta.combined_with[number] if delta.combined_with else None
+            multi_tensor.combine_(group.g1, written, weight=weight, clip=delta.clip, combined_with=combined_with)
+        if isinstance(is_finite, Tensor) and not storage.overflow_skips_step:  # nobody has read it: choose on the device
+            multi_tensor.choose_(is_finite, written, group.g1)
+    storage.keep(first)

@@ -1,0 +1,119 @@
+"""The records of one step: what was found at θ, how the gradients differ, and what came out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Scalar = float | Tensor
+"""A Python number, or a 0-d tensor that nobody has read yet."""
+
+Gradients = list[list[Tensor]]
+"""One list of tensors a parameter group, laid out like :attr:`GroupGradients.g1`."""
+
+
+_zero = partial(torch.zeros, ())
+
+
+class Point(Enum):
+    """Where a gradient is taken; the value is the distance from θ in units of the step ε·d."""
+
+    THETA = 0.0
+    AHEAD = 1.0
+    BEHIND = -1.0
+    NEARBY = 0.01
+    """So close to θ that the gradients differ by rounding alone."""
+    TWICE = "θ, differentiated twice"
+
+
+@dataclass
+class GroupGradients:
+    """One parameter group's regularized tensors, and what is known about them so far.
+
+    ``g1`` and ``weights`` are what the arithmetic runs on: flat or shaped, real, local to this process. ``counts`` says
+    which of them this rank adds to sums over ranks; ``None``: all. ``eps`` is ε in this step, ``g1_squared`` is ‖g1‖² after
+    clipping. ``moved_along`` and ``step_squared`` are ⟨θ'_real − θ, g1⟩ and ‖g1‖² on a sample of elements.
+    """
+
+    strength: float
+    eps: Scalar = 0.0
+    g1: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
+    counts: list[bool] | None = None
+    g1_squared: Tensor = field(default_factory=_zero)
+    moved_along: Tensor = field(default_factory=_zero)
+    step_squared: Tensor = field(default_factory=_zero)
+
+
+@dataclass
+class PartOfPass:
+    """The part of the first pass that the further passes repeat, if they do not repeat all of it.
+
+    ``factor`` is the number of all micro-batches over that of the part, ``gradients`` the part's sum in the first pass, as
+    the storage keeps it.
+    """
+
+    factor: float
+    gradients: Any
+
+
+@dataclass
+class FirstGradient:
+    """g1, out of reach of the next backward, and the gradients that were taken at further points.
+
+    ``figures`` are what is to be logged about g1 and ε, ``skipped`` is 1 if the penalty is left out. ``norm`` is ‖g1‖ over
+    all groups and ranks, before the clip by the factor ``clip``. ``taken`` are gradients of further points as the storage
+    keeps them, ``further`` the same, laid out like g1. ``noise`` is ‖g − g1‖² of the gradients g at :attr:`Point.NEARBY`,
+    over this rank's tensors.
+    """
+
+    groups: list[GroupGradients]
+    figures: dict[str, Scalar] = field(default_factory=dict)
+    skipped: Scalar = 0
+    norm: Tensor = field(default_factory=_zero)
+    clip: Scalar = 1.0
+    taken: dict[Point, Any] = field(default_factory=dict)
+    further: dict[Point, Gradients] = field(default_factory=dict)
+    noise: Tensor | None = None
+
+
+@dataclass
+class Difference:
+    """Δ, which stands for ε·H·d (``"exact"``: for H·d), and its moments over all ranks.
+
+    ``inner`` is ⟨Δ, g1⟩ and ``squares`` ‖Δ‖², one number a group. ``written`` are the tensors from which the wrapped
+    optimizer will step: they hold Δ itself if ``is_delta``, else g2, of which Δ = clip·g2 − g1. Where that cost no pass of
+    its own, g1 + weight·(g2 − g1) has been written over a group's g2 already, with the weight that ``combined_with`` tells.
+    """
+
+    inner: Tensor
+    squares: Tensor
+    written: Gradients
+    is_delta: bool
+    is_finite: Scalar
+    clip: Scalar = 1.0
+    combined_with: list[float | None] = field(default_factory=list)
+    figures: dict[str, Scalar] = field(default_factory=dict)
+
+
+@dataclass
+class Check:
+    """What the step of a check measured: Python numbers. ``advice`` is what to tell the user if the self-check is low."""
+
+    self_check: float
+    floor: float
+    advice: str | None
+
+
+@dataclass
+class Outcome:
+    """What a step did: its figures for ``metrics``, whether the penalty was left out, and what a check found."""
+
+    figures: dict[str, Scalar]
+    skipped: Scalar = 0
+    check: Check | None = None

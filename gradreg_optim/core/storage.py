@@ -1,0 +1,89 @@
+"""What the algorithm asks of the place where a process keeps gradients and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gradreg_optim.core.step import FirstGradient, Gradients, Scalar
+
+
+class Storage(Protocol):
+    """Gradients and weights of this process: :mod:`gradreg_optim.core.local`, or :mod:`gradreg_optim.zero.storage`."""
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor that gradients carry."""
+
+    @property
+    def overflow_skips_step(self) -> bool:
+        """Whether whoever scales the loss skips a step whose gradient is not finite, which then has to show."""
+
+    def take(self, strengths: Sequence[float], excluded: Sequence[frozenset[int]]) -> FirstGradient:
+        """Take the gradients out of reach of the next backward; if that raises, they are as before.
+
+        g1 are those of the groups whose strength is not 0, but for the parameters at the positions in ``excluded``.
+        """
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """Where a loss may draw random numbers."""
+
+    @property
+    def has_low_precision(self) -> bool:
+        """Whether weights, or what the engine computes with, have fewer bits than float32."""
+
+    def has_gradient(self, first: FirstGradient) -> bool:
+        """Whether there is anything to regularize; the same answer on every rank."""
+
+    def moved(
+        self, first: FirstGradient, steps: list[Scalar], *, seed: int | None, measured: bool
+    ) -> AbstractContextManager[None]:
+        """Inside the block the weights are at θ + step·g1, one step a group; after it they are at θ, or will be.
+
+        ``seed`` is that of stochastic rounding, ``None`` rounds to nearest. ``measured``: note in the groups how much of the
+        step arrived.
+        """
+
+    def leaves(self, first: FirstGradient) -> tuple[list[Tensor], list[Tensor]]:
+        """The regularized parameters as autograd knows them, and g1 in their shapes."""
+
+    def last(self, first: FirstGradient) -> Gradients:
+        """The gradients of the last point, in the place from which the wrapped optimizer will step."""
+
+    def laid_out(self, first: FirstGradient, gradients: Any) -> Gradients:
+        """What :meth:`take_sum` or :meth:`copy_sum` returned, laid out like g1; 0 where there was no gradient."""
+
+    def sum_over_ranks(self, sums: Tensor) -> Tensor:
+        """Sums over this process's tensors, completed over all ranks that hold parts of them."""
+
+    def put_back(self, first: FirstGradient) -> None:
+        """Leave g1 where the wrapped optimizer reads gradients, as if there had been no further pass."""
+
+    def abandon(self, first: FirstGradient) -> None:
+        """After an exception: the weights are at θ, bit for bit, and g1 is back."""
+
+    def keep(self, first: FirstGradient) -> None:
+        """The combined gradient is in its place: forget g1."""
+
+    def clear(self) -> None:
+        """Clear gradients before a pass over micro-batches, unless the engine does."""
+
+    def require_window(self, micro_batches: int) -> None:
+        """Refuse a step on so many micro-batches if the engine accumulates another number."""
+
+    def announce(self, *, is_summed: bool) -> None:
+        """Say of the next micro-batch whether the gradient has to be complete over ranks after it."""
+
+    def take_sum(self) -> Any:
+        """The gradients that have been accumulated, out of reach of the next backward."""
+
+    def copy_sum(self) -> Any:
+        """Copies of the gradients that have been accumulated."""
+
+    def add_sum(self, gradients: Any) -> None:
+        """Add what :meth:`take_sum` returned to the gradients that have been accumulated."""

@@ -1,0 +1,160 @@
+"""``fraction=f``: the difference on some of a step's micro-batches, at the cost of 1 + f gradients instead of two.
+
+Of n micro-batches, whose gradients sum up to g1, m = round(f·n) are the *part* S. The direction is the whole g1, and
+
+    ĝ2 = g1 + (n/m)·(g2_S − g1_S)        g = g1 + (γ/ε)·(ĝ2 − g1)
+
+takes the place of g2. Nothing but the part runs a second time. g1_S costs no pass: it is what the first pass has added up
+over the part, so g1 is accumulated in two sums. S is a run of neighbours, the first of which follows the last, and starts
+at a place drawn anew in each step from its number: every micro-batch is in it with probability m/n, so E[ĝ2] = g2 over the
+choice, and all ranks choose alike. Its price is variance: the difference is as noisy as that of a batch of a fraction f, and
+longer than the whole one by its noise.
+
+Memory: one more gradient, g1_S. Communication: with DistributedDataParallel and ZeRO stage 1, gradients are reduced once or
+twice more in the first pass, where the part begins and where it ends; FSDP2 likewise if it accumulates without reducing.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradreg_optim.core.plan import Plan
+from gradreg_optim.core.repeatable import RandomState
+from gradreg_optim.core.step import PartOfPass, Point
+from gradreg_optim.core.storage import Storage
+
+
+class MicroBatches:
+    """A closure in pieces: what a step runs on each of its micro-batches. For ``fraction=``; any other step takes it too.
+
+    Args:
+        backward: forward and backward of one micro-batch, called with gradients enabled; returns the loss. The losses of
+            all micro-batches add up to the loss of the step, so a mean is divided by their number. It clears no
+            gradients: the optimizer does. Under DeepSpeed it is the usual ``engine(...)``, ``engine.backward(loss)``,
+            ``engine.step()``.
+        batches: the micro-batches, each of which is given to ``backward`` as it is.
+        no_sync: called for a context in which gradients are not reduced over ranks, around each micro-batch after which
+            they need not be: ``model.no_sync`` of DistributedDataParallel. Without it they are reduced every time.
+
+    Raises:
+        ValueError: there are no micro-batches.
+
+    >>> w = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> from gradreg_optim import GradRegOptimizer
+    >>> optimizer = GradRegOptimizer(torch.optim.SGD([w], lr=0.1), strength=0.5, eps=0.25, fraction=0.25)
+    >>> def backward(x):
+    ...     loss = 2 * (w * x).square().sum() / 4    # gradients of w and Hessians of 1, four times
+    ...     loss.backward()
+    ...     return loss.detach()
+    >>> optimizer.step(MicroBatches(backward, [1.0] * 4))
+    tensor(2.)
+    >>> w.item()                                     # 1 − 0.1·(4 + 0.5·4·4), with the difference of one of the four
+    -0.2000...
+    """
+
+    def __init__(
+        self,
+        backward: Callable[[Any], Any],
+        batches: Iterable[Any],
+        *,
+        no_sync: Callable[[], AbstractContextManager[Any]] | None = None,
+    ) -> None:
+        self.backward = torch.enable_grad()(backward)
+        self.batches: Sequence[Any] = list(batches)
+        self.no_sync = no_sync or nullcontext
+        if not self.batches:
+            raise ValueError("batches=[]: a step needs at least one micro-batch. Skip the step, or give it data.")
+
+    def drive(self, points: Generator[Point, PartOfPass | None, None], storage: Storage, plan: Plan) -> Any:
+        """Run what each of ``points`` wants: all micro-batches at θ, and those of the part at further points.
+
+        Returns:
+            The sum of the losses at θ, ``None`` if one of them is.
+        """
+        count = len(self.batches)
+        storage.require_window(count)
+        split = SplitGradient(storage, plan, count)
+        starts: dict[int, RandomState] = {}  # of each stretch of neighbours in the part
+
+        losses = []
+        next(points)
+        storage.clear()
+        for position in range(count):
+            if position in split.part and (position == 0 or position - 1 not in split.part):
+                starts[position] = RandomState(storage.devices)
+            losses.append(self._run(storage, position, is_summed=split.ends_after(position)))
+            split.close(position)
+        part = split.joined()
+        with suppress(StopIteration):
+            points.send(part)
+            while True:
+                storage.clear()
+                for position in sorted(split.part):
+                    if position in starts:
+                        starts[position].restore()
+                    self._run(storage, position, is_summed=position == max(split.part))
+                next(points)
+        losses = [loss.detach() if isinstance(loss, Tensor) else loss for loss in losses]
+        return None if any(loss is None for loss in losses) else sum(losses[1:], losses[0])
+
+    def _run(self, storage: Storage, position: int, *, is_summed: bool) -> Any:
+        """Forward and backward of one micro-batch; ``is_summed``: its gradient has to be complete over ranks afterwards."""
+        storage.announce(is_summed=is_summed)
+        with nullcontext() if is_summed else self.no_sync():
+            return self.backward(self.batches[position])
+
+
+def chosen_part(count: int, fraction: float, step: int) -> frozenset[int]:
+    """The positions of round(fraction·count) of ``count`` micro-batches, at least one, drawn for ``step``.
+
+    >>> sorted(chosen_part(8, 0.25, step=0)), sorted(chosen_part(8, 0.25, step=1))
+    ([6, 7], [2, 3])
+    """
+    size = max(1, round(fraction * count))
+    start = random.Random(step).randrange(count)
+    return frozenset((start + offset) % count for offset in range(size))
+
+
+class SplitGradient:
+    """The first pass of one step, whose gradient is accumulated in two sums: the part's, and that of the others.
+
+    A step that is not regularized, or on all micro-batches, has nothing to split.
+    """
+
+    def __init__(self, storage: Storage, plan: Plan, count: int) -> None:
+        self._storage = storage
+        self._count = count
+        is_split = plan.regularizes and plan.fraction < 1
+        self.part = chosen_part(count, plan.fraction, plan.step) if is_split else frozenset(range(count))
+        self._sums: dict[bool, Any] = {}
+
+    def ends_after(self, position: int) -> bool:
+        """Whether a stretch of the part, or of the others, ends with that micro-batch: its gradient has to be complete."""
+        following = position + 1
+        return following == self._count or (position in self.part) != (following in self.part)
+
+    def close(self, position: int) -> None:
+        """Put the gradients away that have been accumulated up to that micro-batch; the last stretch's stay in place."""
+        if position + 1 == self._count or not self.ends_after(position):
+            return
+        kind = position in self.part
+        if kind in self._sums:
+            self._storage.add_sum(self._sums.pop(kind))
+        self._sums[kind] = self._storage.take_sum()
+
+    def joined(self) -> PartOfPass | None:
+        """Complete g1 in its place; g1_S, unless the part is everything."""
+        if len(self.part) == self._count:
+            return None
+        last = self._count - 1 in self.part
+        if last in self._sums:
+            self._storage.add_sum(self._sums.pop(last))
+        gradients = self._storage.copy_sum() if last else self._sums[True]
+        self._storage.add_sum(self._sums.pop(not last))
+        return PartOfPass(self._count / len(self.part), gradients)

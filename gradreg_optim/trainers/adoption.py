@@ -1,0 +1,131 @@
+"""How a wrapper becomes the optimizer of a trainer, and how the trainer gets its own back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers import Trainer
+
+from gradreg_optim.optimizer import GradRegOptimizer
+from gradreg_optim.trainers.exclusion import default_exclusion
+from gradreg_optim.trainers.hooks import Hooks
+from gradreg_optim.wrapping.groups import KEYS, drop_keys
+
+
+def find_wrapper(optimizer: Any) -> GradRegOptimizer | None:
+    """The :class:`GradRegOptimizer` in a chain of wrappers (Accelerate's, an engine's), or ``None``."""
+    while optimizer is not None and not isinstance(optimizer, GradRegOptimizer):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer
+
+
+class Adoption:
+    """One trainer's wrapper: given to it, put around what the trainer creates, or moved onto DeepSpeed's partitions.
+
+    ``optimizer`` is the wrapper, ``None`` until the trainer has created one. ``attachment`` is what the wrapper is told to
+    listen to; ``hooks`` keep what has to be undone.
+    """
+
+    def __init__(self, trainer: Trainer, given: GradRegOptimizer | None, settings: dict[str, Any], attachment: Any) -> None:
+        self.optimizer: Any = None
+        self.is_sharded = trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
+        self._trainer = trainer
+        self._settings = settings
+        self._attachment = attachment
+        self._hooks: Hooks = attachment.hooks
+        self._excluded: list[Tensor] = []
+        self._groups_before: list[dict[str, Any]] = []
+        if given is not None:
+            self._adopt(given)
+        elif trainer.optimizer is not None:
+            self._wrap()
+        self._given = self.optimizer
+        if given is None or self.is_sharded:  # under DeepSpeed, Transformers forgets the optimizer that it was given
+            self._hooks.answer(trainer, "create_optimizer", self._create_optimizer)
+
+    def _create_optimizer(self, create: Any, *args: Any, **kwargs: Any) -> Any:
+        trainer = self._trainer
+        if self.is_sharded and self._given is not None and trainer.optimizer is None:
+            if self.optimizer is not self._given:
+                raise RuntimeError(
+                    "Under DeepSpeed an optimizer that was given as optimizers= trains once: its parameters are partitions "
+                    "now. Build a new trainer, or let the trainer create the optimizer and call attach(trainer)."
+                )
+            trainer.optimizer = self._given
+        create(*args, **kwargs)
+        if find_wrapper(trainer.optimizer) is None and isinstance(trainer.optimizer, Optimizer):
+            self._wrap()
+        return trainer.optimizer
+
+    def _wrap(self) -> None:
+        """Wrap what the trainer has."""
+        holder: Any = self._trainer
+        while isinstance(holder.optimizer, AcceleratedOptimizer):  # from an earlier training
+            holder = holder.optimizer
+        groups = holder.optimizer.param_groups
+        self._groups_before = [{key: group[key] for key in KEYS if key in group} for group in groups]
+        try:
+            optimizer = GradRegOptimizer(holder.optimizer, **{"model": self._trainer.model, **self._settings})
+            self._adopt(optimizer)
+        except BaseException:
+            self._restore(groups)
+            raise
+        _exchange(holder, optimizer)
+
+    def _adopt(self, optimizer: GradRegOptimizer) -> None:
+        optimizer.leave_out([] if optimizer.exclude else default_exclusion(self._trainer.model))
+        self._excluded = [group["params"][i] for group in optimizer.param_groups for i in group["gradreg_excluded"]]
+        self._tie(optimizer)
+
+    def _tie(self, optimizer: GradRegOptimizer) -> None:
+        """Let the wrapper know the trainer, its model and its scaler."""
+        if optimizer._attachment is not None:  # to another trainer, which gets it back when it trains again
+            optimizer._attachment.release()
+        model = self._trainer.model if optimizer._model is None else optimizer._model
+        tie = {
+            "_model": model,
+            "_scaler": self._trainer.accelerator.scaler,
+            "_attachment": self._attachment,
+            "_settled": None,
+        }
+        for name, value in tie.items():
+            self._hooks.set(optimizer, name, value)
+        self.optimizer = optimizer
+
+    def shard(self) -> None:
+        """Continue on the partitions of the DeepSpeed engine that now holds the optimizer."""
+        from gradreg_optim.zero import ZeroGradRegOptimizer  # nothing else here needs DeepSpeed
+
+        engine: Any = self._trainer.model_wrapped
+        wrapper = self.optimizer
+        if wrapper is engine.optimizer.optimizer and isinstance(wrapper, ZeroGradRegOptimizer):
+            return
+        if wrapper is None and not self._settings.get("exclude"):  # the optimizer comes from DeepSpeed's configuration
+            self._excluded = list(default_exclusion(self._trainer.model))
+        self._tie(ZeroGradRegOptimizer.taking_over(engine, wrapper, self._settings, self._excluded))
+
+    def give_back(self) -> None:
+        """Give the trainer the optimizer inside the wrapper, its groups as they were."""
+        holder: Any = self._trainer
+        while holder is not None and (inner := getattr(holder, "optimizer", None)) is not self.optimizer:
+            holder = inner
+        if self.optimizer is not None and holder is not None:
+            _exchange(holder, self.optimizer.optimizer)
+            self._restore(self.optimizer.param_groups)
+
+    def _restore(self, groups: list[dict[str, Any]]) -> None:
+        """Take out of ``groups`` what wrapping put there; a wrapper that the trainer was given keeps its own settings."""
+        for group, before in zip(groups, self._groups_before, strict=False):
+            drop_keys(group, KEYS)
+            group.update(before)
+
+
+def _exchange(holder: Any, optimizer: Optimizer) -> None:
+    """Make ``optimizer`` the one that ``holder``, a trainer or Accelerate's wrapper, holds."""
+    holder.optimizer = optimizer
+    if isinstance(holder, AcceleratedOptimizer):
+        holder.__setstate__({})  # under a GradScaler it keeps the step method of the optimizer that it holds

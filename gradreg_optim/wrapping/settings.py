@@ -1,0 +1,179 @@
+"""The settings: one list, from which keys, checks and command-line flags are derived.
+
+A new setting is added here, and to the signatures that a user reads (``GradRegOptimizer``, ``ZeroGradRegOptimizer``), which
+the tests compare with this list.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gradreg_optim.core.schemes import METHODS
+from gradreg_optim.wrapping.schedule import NAMES
+
+ROUNDINGS = ("nearest", "stochastic")
+RESAMPLES = ("reuse", "importance", "sequence")
+
+
+class _Default(float):
+    """A default that can be told from the same number given by hand."""
+
+
+DEFAULT_EPS = _Default(1e-3)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value must be, in words for error messages and as a test; ``kind`` and ``choices`` are those of the flag."""
+
+    text: str
+    kind: Any
+    holds: Callable[[Any], bool]
+    choices: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting.
+
+    Args:
+        name: the keyword argument; ``gradreg_<name>`` in parameter groups.
+        default: of the keyword argument.
+        rule: what a value must be.
+        remedy: what to write instead, for the error message.
+        help: what the flag says about itself.
+        flag: its name after ``--grad_reg_``, if it is not ``name``.
+        flag_default: if a command line cannot say ``default``.
+        is_per_group: whether each parameter group is asked; else the first group speaks for all.
+        is_key: whether parameter groups carry it.
+    """
+
+    name: str
+    default: Any
+    rule: Rule
+    remedy: str
+    help: str
+    flag: str | None = None
+    flag_default: Any = None
+    is_per_group: bool = False
+    is_key: bool = True
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _positive(value: Any) -> bool:
+    return value is None or (_number(value) and 0 < value < math.inf)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _above_zero(value: Any) -> bool:
+    return value is None or (_number(value) and value > 0)
+
+
+def _one_of(choices: tuple[str, ...]) -> Rule:
+    return Rule(f"one of {choices}", str, lambda value: isinstance(value, str) and value in choices, choices)
+
+
+NOT_NEGATIVE = Rule("a finite number >= 0", float, lambda value: _number(value) and 0 <= value < math.inf)
+POSITIVE = Rule("a finite number > 0", float, _positive)
+POSITIVE_OR_NONE = Rule("None or a finite number > 0", float | None, _positive)
+CLIP = Rule("None or a number > 0", float, _above_zero)
+BOUND = Rule("None or a number > 0", float | None, _above_zero)
+FRACTION = Rule("a number > 0 and <= 1", float, lambda value: _number(value) and 0 < value <= 1)
+COUNT = Rule("an integer >= 0", int, _whole)
+COUNT_OR_NONE = Rule("None or an integer >= 0", int | None, lambda value: value is None or _whole(value))
+PERIOD = Rule("an integer >= 1", int, lambda value: _whole(value) and value >= 1)
+PERIOD_OR_NONE = Rule("None or an integer > 0", int | None, lambda value: value is None or (_whole(value) and value > 0))
+SWITCH = Rule("True or False", bool, lambda value: isinstance(value, bool))
+SCHEDULE = Rule(
+    f"None, one of {NAMES}, or a callable of the step",
+    str,
+    lambda value: value is None or value in NAMES or callable(value),
+    NAMES,
+)
+
+# fmt: off
+SETTINGS = (
+    Setting("strength", 1e-3, NOT_NEGATIVE, "Published values are 1e-2 and 1e-3; 0 switches off.",
+            "Weight γ of the penalty (γ/2)·‖∇L‖². 0 switches it off.", is_per_group=True),
+    Setting("eps", DEFAULT_EPS, POSITIVE, "The published value is 1e-3.",
+            "Finite-difference step ε, in units of the gradient.", is_per_group=True),
+    Setting("radius", None, POSITIVE_OR_NONE, "Leave it out to use eps; fp32 wants about 0.0025, fp16 and bf16 0.005.",
+            "Length of the finite-difference step, instead of ε; 0.0025 in fp32, 0.005 in fp16 and bf16.",
+            is_per_group=True),
+    Setting("warmup_steps", 0, COUNT, "It counts optimizer steps without the penalty.",
+            "Optimizer steps before the penalty starts.", flag="warmup"),
+    Setting("schedule", None, SCHEDULE, "A callable returns the factor on the strength.",
+            "Strength after the warm-up.", flag_default="constant"),
+    Setting("schedule_steps", None, PERIOD_OR_NONE, "It counts the optimizer steps over which the strength rises.",
+            "Steps over which a linear or cosine schedule rises; default: all of training."),
+    Setting("g1_clip", 10.0, CLIP, "None switches the clip off.", "Norm bound on the first gradient; 0: none."),
+    Setting("g2_clip", 10.0, CLIP, "None switches the clip off.", "Norm bound on the second gradient; 0: none."),
+    Setting("max_penalty_ratio", None, BOUND, "None leaves the penalty unbounded.",
+            "Bound on ‖penalty‖/‖g1‖; does not bias the difference."),
+    Setting("method", "forward", _one_of(METHODS),
+            "forward takes one further gradient, central two, exact differentiates twice.",
+            "Estimate of H·d: one further gradient, two, or double backward."),
+    Setting("rounding", "stochastic", _one_of(ROUNDINGS),
+            "It says how bfloat16 weights take a step smaller than their spacing.",
+            "How bfloat16 weights without fp32 masters take the step."),
+    Setting("check_every", None, COUNT_OR_NONE,
+            "It counts optimizer steps between self-checks; 0 makes none, None only in low precision.",
+            "Steps between self-checks of the difference; 0: none. Default: 100 in low precision."),
+    Setting("shrink", True, SWITCH, "True scales the penalty by its share of signal.",
+            "Scale the penalty by the share of the difference that is not rounding noise."),
+    Setting("every", 1, PERIOD, "1 regularizes every step, k each k-th one.",
+            "Regularize each k-th step; wants k times the strength."),
+    Setting("fraction", 1.0, FRACTION, "0.25 takes the difference on a quarter of the micro-batches.",
+            "Fraction of a step's micro-batches that make the difference."),
+    Setting("resample", "reuse", _one_of(RESAMPLES),
+            "reuse is the published choice; the others reweight the completions of GRPO, RLOO and kin in the second pass.",
+            "Completions in the second pass of GRPO, RLOO and kin: as they are, or reweighted, by tokens or whole.",
+            is_key=False),
+)
+# fmt: on
+
+PER_GROUP = tuple(setting.name for setting in SETTINGS if setting.is_per_group)
+SHARED = tuple(setting.name for setting in SETTINGS if setting.is_key and not setting.is_per_group)
+_BY_NAME = {setting.name: setting for setting in SETTINGS}
+
+
+def check_settings(**settings: Any) -> None:
+    """Raise ``ValueError`` for the first of the given settings that breaks its rule; unknown names pass."""
+    for name, value in settings.items():
+        setting = _BY_NAME.get(name)
+        if setting is not None and not setting.rule.holds(value):
+            raise ValueError(f"{name}={value!r}: {name} must be {setting.rule.text}. {setting.remedy}")
+    eps, radius = settings.get("eps", DEFAULT_EPS), settings.get("radius")
+    if radius is not None and eps is not None and not isinstance(eps, _Default):
+        raise ValueError(
+            f"eps={eps!r} and radius={radius!r}: both set the length of the same step. "
+            "Give eps (a multiple of the gradient) or radius (the length itself), not both."
+        )
+
+
+def settings_among(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a call's ``arguments`` that are settings, and the defaults of the others."""
+    return {setting.name: arguments.get(setting.name, setting.default) for setting in SETTINGS}
+
+
+def exclude_patterns(exclude: str | Iterable[str] | None) -> tuple[str, ...]:
+    """The patterns of ``exclude`` as a tuple; one string is one pattern, ``None`` is none."""
+    if exclude is None:
+        return ()
+    patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not pattern:
+            raise ValueError(
+                f"exclude={exclude!r}: every pattern must be a non-empty string, a part of parameter names. "
+                "Pass, for example, exclude=('embed', 'lm_head')."
+            )
+    return patterns
