@@ -120,7 +120,7 @@ class Clearing:
     """Notices a first pass that adds to gradients from before instead of clearing them, until it has seen one clear.
 
     Such a pass (of Lightning, with ``accumulate_grad_batches``) covers all of a step's micro-batches, and the second one
-    only its own. One gradient is compared with what it was, when the backward reaches its parameter.
+    only its own. One gradient is compared with what it was, when the first backward begins.
     """
 
     def __init__(self) -> None:
@@ -138,16 +138,18 @@ class Clearing:
         if parameter is None:
             yield
             return
-        before, was_cleared = parameter.grad.clone(), []
+        before, was_cleared, backward = real(parameter.grad).clone(), [], torch.autograd.backward
 
-        def compare(_gradient: Tensor) -> None:
-            was_cleared.append(parameter.grad is None or not torch.equal(parameter.grad, before))
+        def compare(*args: Any, **kwargs: Any) -> None:
+            torch.autograd.backward = backward
+            was_cleared.append(parameter.grad is None or not torch.equal(real(parameter.grad), before))
+            backward(*args, **kwargs)
 
-        hook = parameter.register_hook(compare)
+        torch.autograd.backward = compare
         try:
             yield
         finally:
-            hook.remove()
+            torch.autograd.backward = backward
         if was_cleared and not was_cleared[0]:
             raise RuntimeError(
                 "The closure added to gradients from before it was called: its second call would lack them. Clear gradients "
