@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -14,35 +12,25 @@ import torch
 for package in ("transformers", "matplotlib"):
     pytest.importorskip(package, reason=f"{package} belongs to the demo extra")
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+from benchmarks.common import language_models  # noqa: E402
+from benchmarks.precision import accuracy_tables, difference_accuracy  # noqa: E402
+from benchmarks.precision import difference_schemes as schemes  # noqa: E402
 
-
-@pytest.fixture(scope="module")
-def schemes() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield importlib.import_module("difference_schemes")
-
-
-@pytest.fixture(scope="module")
-def accuracy(schemes: ModuleType) -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield importlib.import_module("difference_accuracy")
+through_optimizer = importlib.import_module("benchmarks.precision.__main__")
 
 
 @pytest.fixture
-def setting(schemes: ModuleType):
+def setting():
     """A random model, its masters, and a batch of 80 tokens."""
-    model = schemes.random_model()
+    model = language_models.random_model()
     masters = schemes.jitter_(model)
-    return model, masters, schemes.make_batch(model, "policy", 80, 0)
+    return model, masters, language_models.make_batch(model, "policy", 80, 0)
 
 
-def test_the_exact_product_is_that_of_float64_differences(schemes: ModuleType, setting) -> None:
+def test_the_exact_product_is_that_of_float64_differences(setting) -> None:
     model, masters, batch = setting
-    g, product = schemes.Passes(model, masters, schemes.ARITHMETICS["fp32"]).exact(batch, rows=2)
-    wide = schemes.Passes(model, masters, schemes.Arithmetic(weights=torch.float64, attention="eager"))
+    g, product = schemes.Passes(model, masters, language_models.ARITHMETICS["fp32"]).exact(batch, rows=2)
+    wide = schemes.Passes(model, masters, language_models.Arithmetic(weights=torch.float64, attention="eager"))
     sides = []
     for eps in (1e-5, -1e-5):
         with torch.no_grad():
@@ -54,14 +42,14 @@ def test_the_exact_product_is_that_of_float64_differences(schemes: ModuleType, s
     assert error / schemes.norm(difference) < 2**-8  # both come back in bf16, half a bit of which is 2⁻⁹ each
 
 
-def test_a_scale_of_two_to_a_power_changes_no_bit_of_the_difference(schemes: ModuleType, setting) -> None:
+def test_a_scale_of_two_to_a_power_changes_no_bit_of_the_difference(setting) -> None:
     """What is measured by radius holds at every gradient scale: bf16 has the same bits at every power of two."""
     model, masters, batch = setting
-    passes = schemes.Passes(model, masters, schemes.ARITHMETICS["bf16"])
+    passes = schemes.Passes(model, masters, language_models.ARITHMETICS["bf16"])
     random = torch.Generator()
     found = []
     for scale in (1.0, 1 / 64):
-        scaled = schemes.Batch(batch.kind, batch.seed, batch.tokens, batch.weights * scale)
+        scaled = language_models.Batch(batch.kind, batch.seed, batch.tokens, batch.weights * scale)
         passes.restore()
         g1 = passes.gradient(scaled)
         passes.displace(g1, 0.01 / schemes.norm(g1), "master", random)
@@ -70,10 +58,10 @@ def test_a_scale_of_two_to_a_power_changes_no_bit_of_the_difference(schemes: Mod
     assert any(x.any() for x in found[0])
 
 
-def test_stochastic_rounding_lands_on_neighbours_and_is_right_on_average(schemes: ModuleType) -> None:
+def test_stochastic_rounding_lands_on_neighbours_and_is_right_on_average() -> None:
     random = torch.Generator().manual_seed(0)
     wanted = torch.tensor([1.0 + 2**-7 * 0.25, -3.0 - 2**-6 * 0.75, 1.5])[:, None].expand(3, 40000).contiguous()
-    rounded = schemes.stochastically_rounded(wanted, random).float()
+    rounded = schemes.stochastically_rounded_(wanted.clone(), random)
     assert rounded[0].unique().tolist() == [1.0, 1.0 + 2**-7]
     assert rounded[1].unique().tolist() == [-3.0 - 2**-6, -3.0]
     assert rounded[2].unique().tolist() == [1.5]
@@ -81,7 +69,7 @@ def test_stochastic_rounding_lands_on_neighbours_and_is_right_on_average(schemes
     assert share.tolist() == pytest.approx([0.25, 0.75], abs=0.01)  # four standard deviations of 40000 draws are 0.009
 
 
-def test_figures_of_a_difference_made_of_known_parts(schemes: ModuleType) -> None:
+def test_figures_of_a_difference_made_of_known_parts() -> None:
     """δ = ε·(2·H·g + 2·n) with n as long as H·g and orthogonal to it and to g: cosine 1/√2, ratio √8, projection 2."""
     g, product, noise = ([torch.tensor(v)] for v in ([3.0, 0, 0, 0], [0.0, 4, 0, 0], [0.0, 0, 4, 0]))
     eps = 0.5
@@ -99,14 +87,14 @@ def test_figures_of_a_difference_made_of_known_parts(schemes: ModuleType) -> Non
         assert row[f"shrunk_{weight}"] == pytest.approx(float(torch.cosine_similarity(combined, exact, 0)), abs=1e-6)
 
 
-def test_the_threshold_that_separates_is_found(accuracy: ModuleType) -> None:
-    assert accuracy._best_threshold([(0.1, False), (0.4, False), (0.6, True), (0.9, True)]) == (0.6, 1.0)
-    assert accuracy._best_threshold([(0.1, False), (0.7, False), (0.6, True), (0.9, True)])[1] == 0.75
+def test_the_threshold_that_separates_is_found() -> None:
+    assert accuracy_tables.best_threshold([(0.1, False), (0.4, False), (0.6, True), (0.9, True)]) == (0.6, 1.0)
+    assert accuracy_tables.best_threshold([(0.1, False), (0.7, False), (0.6, True), (0.9, True)])[1] == 0.75
 
 
-def test_a_quick_run_on_the_random_model_writes_everything(accuracy: ModuleType, tmp_path: Path) -> None:
+def test_a_quick_run_on_the_random_model_writes_everything(tmp_path: Path) -> None:
     """JSON, document and picture; the estimates rank as they must where there is little to round."""
-    accuracy.main(["--model", "random", "--quick", "--output", str(tmp_path / "run.1")])
+    difference_accuracy.main(["--model", "random", "--quick", "--output", str(tmp_path / "run.1")])
 
     assert (tmp_path / "run.1.png").read_bytes().startswith(b"\x89PNG")
     assert "policy-gradient batches" in (tmp_path / "run.1.md").read_text(encoding="utf-8")
@@ -124,9 +112,9 @@ def test_a_quick_run_on_the_random_model_writes_everything(accuracy: ModuleType,
     assert smallest["fidelity"] < 0.1 < 0.9 < rows["bf16", "master", 0.01]["fidelity"]
 
 
-def test_precision_through_the_optimizer(schemes: ModuleType, tmp_path: Path) -> None:
+def test_precision_through_the_optimizer(tmp_path: Path) -> None:
     """One real step for each row: the more bits, and the more gradients, the nearer to the product."""
-    importlib.import_module("precision").main(["--model", "random", "--tokens", "80", "--output", str(tmp_path)])
+    through_optimizer.main(["--model", "random", "--tokens", "80", "--output", str(tmp_path / "run")])
     rows = json.loads(next(tmp_path.glob("*.json")).read_text())["rows"]
     cosines = {
         (row["passes"], row["settings"].get("method", "forward"), "eps" in row["settings"]): row["cosine"] for row in rows

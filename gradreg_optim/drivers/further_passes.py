@@ -1,4 +1,4 @@
-"""The step of somebody who has run the first pass already: a trainer, which repeats recorded micro-batches."""
+"""The driver of a trainer, which has run the first pass already and repeats its recorded micro-batches."""
 
 from __future__ import annotations
 

@@ -1,17 +1,16 @@
 """``fraction=f``: the difference on some of a step's micro-batches, at the cost of 1 + f gradients instead of two.
 
-Of n micro-batches, whose gradients sum up to g1, m = round(f·n) are the *part* S. The direction is the whole g1, and
+The gradients of n micro-batches sum up to g1. The step repeats m = round(f·n) of them, the part S, and uses
 
     ĝ2 = g1 + (n/m)·(g2_S − g1_S)        g = g1 + (γ/ε)·(ĝ2 − g1)
 
-takes the place of g2. Nothing but the part runs a second time. g1_S costs no pass: it is what the first pass has added up
-over the part, so g1 is accumulated in two sums. S is a run of neighbours, the first of which follows the last, and starts
-at a place drawn anew in each step from its number: every micro-batch is in it with probability m/n, so E[ĝ2] = g2 over the
-choice, and all ranks choose alike. Its price is variance: the difference is as noisy as that of a batch of a fraction f, and
-longer than the whole one by its noise.
+in place of g2. The direction of the step is the whole g1. g1_S needs no pass of its own: the first pass accumulates g1 in
+two sums. S is a contiguous block of micro-batches, wrapping around at the end. Its start is drawn from a generator seeded
+with the step number, so all ranks choose the same block. Every micro-batch is in S with probability m/n, so ĝ2 is unbiased.
+The price is variance: the difference is as noisy as that of a batch of a fraction f.
 
-Memory: one more gradient, g1_S. Communication: with DistributedDataParallel and ZeRO stage 1, gradients are reduced once or
-twice more in the first pass, where the part begins and where it ends; FSDP2 likewise if it accumulates without reducing.
+Memory: one more gradient, g1_S. Communication: DistributedDataParallel, ZeRO stage 1, and FSDP2 without reduction during
+accumulation, reduce gradients once or twice more in the first pass, where S begins and where it ends.
 """
 
 from __future__ import annotations
@@ -31,16 +30,15 @@ from gradreg_optim.core.storage import Storage
 
 
 class MicroBatches:
-    """A closure in pieces: what a step runs on each of its micro-batches. For ``fraction=``; any other step takes it too.
+    """A step's micro-batches, passed to ``step`` in place of a closure. ``fraction`` needs it.
 
     Args:
-        backward: forward and backward of one micro-batch, called with gradients enabled; returns the loss. The losses of
-            all micro-batches add up to the loss of the step, so a mean is divided by their number. It clears no
-            gradients: the optimizer does. Under DeepSpeed it is the usual ``engine(...)``, ``engine.backward(loss)``,
-            ``engine.step()``.
-        batches: the micro-batches, each of which is given to ``backward`` as it is.
-        no_sync: called for a context in which gradients are not reduced over ranks, around each micro-batch after which
-            they need not be: ``model.no_sync`` of DistributedDataParallel. Without it they are reduced every time.
+        backward: runs forward and backward of one micro-batch with gradients enabled and returns the loss. The losses of all
+            micro-batches add up to the loss of the step: divide a mean by their number. The optimizer clears gradients.
+            Under DeepSpeed: ``engine(...)``, ``engine.backward(loss)``, ``engine.step()``.
+        batches: the micro-batches; ``backward`` gets each of them.
+        no_sync: returns a context in which gradients are not reduced over ranks, such as ``model.no_sync`` of
+            DistributedDataParallel. Without it every micro-batch reduces its gradients.
 
     Raises:
         ValueError: there are no micro-batches.
@@ -80,7 +78,7 @@ class MicroBatches:
         count = len(self.batches)
         storage.require_window(count)
         split = SplitGradient(storage, plan, count)
-        starts: dict[int, RandomState] = {}  # of each stretch of neighbours in the part
+        starts: dict[int, RandomState] = {}  # of each block of the part
 
         losses = []
         next(points)
@@ -122,9 +120,9 @@ def chosen_part(count: int, fraction: float, step: int) -> frozenset[int]:
 
 
 class SplitGradient:
-    """The first pass of one step, whose gradient is accumulated in two sums: the part's, and that of the others.
+    """Accumulates the first pass in two sums, that of the part and that of the others.
 
-    A step that is not regularized, or on all micro-batches, has nothing to split.
+    Without penalty, or with ``fraction=1``, the part is everything.
     """
 
     def __init__(self, storage: Storage, plan: Plan, count: int) -> None:
@@ -135,12 +133,12 @@ class SplitGradient:
         self._sums: dict[bool, Any] = {}
 
     def ends_after(self, position: int) -> bool:
-        """Whether a stretch of the part, or of the others, ends with that micro-batch: its gradient has to be complete."""
+        """Whether a block of the part, or of the others, ends with that micro-batch: its gradient has to be complete."""
         following = position + 1
         return following == self._count or (position in self.part) != (following in self.part)
 
     def close(self, position: int) -> None:
-        """Put the gradients away that have been accumulated up to that micro-batch; the last stretch's stay in place."""
+        """Take the gradients that were accumulated up to that micro-batch; those of the last block stay in place."""
         if position + 1 == self._count or not self.ends_after(position):
             return
         kind = position in self.part
@@ -149,7 +147,7 @@ class SplitGradient:
         self._sums[kind] = self._storage.take_sum()
 
     def joined(self) -> PartOfPass | None:
-        """Complete g1 in its place; g1_S, unless the part is everything."""
+        """Complete g1 in its place; return g1_S, or ``None`` if the part is everything."""
         if len(self.part) == self._count:
             return None
         last = self._count - 1 in self.part

@@ -13,7 +13,7 @@ half-precision tensors and in the tensors' own precision otherwise; results are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from gradreg_optim.core.multi_tensor import blocks
 Scalar = float | Tensor
 
 CHUNK = 2**24
-"""Elements that are worked on at once: launching costs, and so does memory for what is needed beside the tensors."""
+"""Elements a chunk. Larger chunks need fewer kernel launches, and more memory for intermediate results."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -32,7 +32,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _flat_chunks(tensor: Tensor) -> Sequence[Tensor]:
-    """Flat pieces, so small that copies of a few of them do not count; of a tensor that is not contiguous, of a copy."""
+    """Flat chunks, small enough that copies of a few of them cost no memory; of a copy, if ``tensor`` is not contiguous."""
     flat = tensor.flatten()
     size = blocks.block_size() if flat.device.type == "cpu" else CHUNK
     return [flat] if flat.numel() <= size else torch.split(flat, size)
@@ -52,6 +52,16 @@ def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 # Sums.
+
+
+def _sums(of_chunk: Callable[..., list[Tensor]], *lists: Sequence[Tensor]) -> list[Tensor]:
+    """What ``of_chunk`` returns for the same elements of each list, summed over all chunks, on the device of the first."""
+    found: list[list[Tensor]] = []
+    for tensors in zip(*lists, strict=True):
+        wide = accumulation_dtype(tensors[0].dtype)
+        found += [of_chunk(*(part.to(wide) for part in parts)) for parts in zip(*map(_flat_chunks, tensors), strict=True)]
+    home = lists[0][0].device
+    return [torch.stack([value.to(home) for value in column]).sum() for column in zip(*found, strict=True)]
 
 
 def norm_squared(tensors: Sequence[Tensor]) -> Tensor:
@@ -85,16 +95,13 @@ def moments(
         return torch.zeros(()), torch.zeros(()), None
     if likely_weight is not None and blocks.fit(likely_weight, g1, g2):
         return *blocks.combine_and_measure_(g1, g2, weight=float(likely_weight)), float(likely_weight)
-    home = g1[0].device
-    inner, squares = [], []
-    for a, b in zip(g1, g2, strict=True):
-        wide = accumulation_dtype(a.dtype)
-        for x, y in zip(_flat_chunks(a), _flat_chunks(b), strict=True):
-            x = x.to(wide)
-            delta = y.to(wide) - x
-            inner.append(torch.dot(delta, x).to(home))
-            squares.append(torch.dot(delta, delta).to(home))
-    return torch.stack(inner).sum(), torch.stack(squares).sum(), None
+
+    def of_chunk(first: Tensor, second: Tensor) -> list[Tensor]:
+        delta = second - first
+        return [torch.dot(delta, first), torch.dot(delta, delta)]
+
+    inner, squares = _sums(of_chunk, g1, g2)
+    return inner, squares, None
 
 
 def moments_along(delta: Sequence[Tensor], along: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -105,12 +112,8 @@ def moments_along(delta: Sequence[Tensor], along: Sequence[Tensor]) -> tuple[Ten
     """
     if not delta:
         return torch.zeros(()), torch.zeros(())
-    home, inner = delta[0].device, []
-    for tensors in zip(delta, along, strict=True):
-        wide = accumulation_dtype(tensors[0].dtype)
-        for a, x in zip(*map(_flat_chunks, tensors), strict=True):
-            inner.append(torch.dot(a.to(wide), x.to(wide)).to(home))
-    return torch.stack(inner).sum(), norm_squared(delta)
+    (inner,) = _sums(lambda x, y: [torch.dot(x, y)], delta, along)
+    return inner, norm_squared(delta)
 
 
 def inner_of_differences(start: Sequence[Tensor], left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
@@ -121,13 +124,8 @@ def inner_of_differences(start: Sequence[Tensor], left: Sequence[Tensor], right:
     """
     if not start:
         return torch.zeros(())
-    home, products = start[0].device, []
-    for tensors in zip(start, left, right, strict=True):
-        wide = accumulation_dtype(tensors[0].dtype)
-        for parts in zip(*map(_flat_chunks, tensors), strict=True):
-            a, b, c = (part.to(wide) for part in parts)
-            products.append(torch.dot(b - a, c - a).to(home))
-    return torch.stack(products).sum()
+    (product,) = _sums(lambda a, b, c: [torch.dot(b - a, c - a)], start, left, right)
+    return product
 
 
 def sampled(tensor: Tensor, *, limit: int = 2**12, block: int = 64) -> Tensor:
@@ -149,18 +147,11 @@ def step_moments(start: Sequence[Tensor], end: Sequence[Tensor], direction: Sequ
     """
     if not direction:
         return torch.zeros(()), torch.zeros(())
-    lists = ([sampled(x).flatten() for x in xs] for xs in (start, end, direction))
+    start, end, direction = ([sampled(x).flatten() for x in xs] for xs in (start, end, direction))
     if len({(x.dtype, x.device) for x in direction}) == 1:  # one long sample costs less than many short ones
-        start, end, direction = ([torch.cat(xs)] for xs in lists)
-    else:
-        start, end, direction = lists
-    home = direction[0].device
-    along = [
-        torch.dot((b.to(wide) - a).to(home), x.to(wide)).to(home)
-        for a, b, x in zip(start, end, direction, strict=True)
-        for wide in [accumulation_dtype(a.dtype)]
-    ]
-    return torch.stack(along).sum(), norm_squared(direction)
+        start, end, direction = ([torch.cat(xs)] for xs in (start, end, direction))
+    (along,) = _sums(lambda a, b, x: [torch.dot(b - a, x)], start, end, direction)
+    return along, norm_squared(direction)
 
 
 # In place.
@@ -266,8 +257,14 @@ def shift_(weights: Sequence[Tensor], direction: Sequence[Tensor], *, eps: Scala
     pairs = list(zip(weights, direction, strict=True))
     if seed is not None:
         generator = torch.Generator(weights[0].device).manual_seed(seed)
+        moved = torch.empty(0, device=weights[0].device)
         for weight, along in (parts for pair in pairs if pair[0].dtype == torch.bfloat16 for parts in chunks(*pair)):
-            weight.copy_(stochastically_rounded(weight.float().add_(along.float() * eps), generator))
+            moved = moved.resize_(weight.shape).copy_(weight)  # memory that is used again is in the cache
+            if isinstance(eps, Tensor):
+                moved.addcmul_(along.float(), eps.float())
+            else:
+                moved.add_(along, alpha=eps)
+            weight.copy_(stochastically_rounded_(moved, generator))
         pairs = [pair for pair in pairs if pair[0].dtype != torch.bfloat16]
     if not isinstance(eps, Tensor):
         if pairs:
@@ -281,12 +278,14 @@ def shift_(weights: Sequence[Tensor], direction: Sequence[Tensor], *, eps: Scala
             part.copy_(part.float().add_(step.float() * eps))
 
 
-def stochastically_rounded(values: Tensor, generator: torch.Generator) -> Tensor:
-    """Float32 ``values`` as bfloat16, each rounded up or down with the probability that makes it right on average.
+def stochastically_rounded_(values: Tensor, generator: torch.Generator) -> Tensor:
+    """Round contiguous float32 ``values`` in place to values of bfloat16, up or down so that they are right on average.
 
     bfloat16 is the upper half of float32: random bits are added below the cut, and cut off with the rest.
     """
     words = torch.empty((values.numel() + 3) // 4, dtype=torch.int64, device=values.device)
     words.random_(-(2**63), None, generator=generator)  # one draw for four elements, a fourth of the time on a CPU
-    noise = words.view(torch.int16)[: values.numel()].to(torch.int32).bitwise_and_(2**16 - 1).view(values.shape)
-    return noise.add_(values.view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32).to(torch.bfloat16)
+    bits = values.view(-1).view(torch.int32)
+    bits.add_(words.view(torch.int16)[: values.numel()]).add_(2**15)  # from −2¹⁵..2¹⁵−1 to 0..2¹⁶−1
+    bits.bitwise_and_(-(2**16))
+    return values
