@@ -1,11 +1,13 @@
 """Whatever happens in the second pass: the weights come back, bit for bit, and ``.grad`` holds g1."""
 
 import math
+import warnings
 
 import pytest
 import torch
 from problems import assert_same, closure_of, regression, twin_of, weights
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradreg_optim import GradRegOptimizer
 
@@ -213,3 +215,45 @@ def test_the_mark_of_a_gradient_is_gone(set_to_none):
     optimizer.step(closure)
     assert_same([parameter.grad for parameter in model.parameters()], combined)
     assert float(torch.cat([gradient.flatten() for gradient in combined]).norm()) < 100
+
+
+class Interrupt(BaseException):
+    pass
+
+
+class InterruptAt(TorchDispatchMode):
+    """Raises in place of the operation with that number."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.left = number
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.left -= 1
+        if self.left == 0:
+            raise Interrupt
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", [{}, {"method": "central"}, {"method": "exact"}, {"check_every": 1}], ids=str)
+def test_an_interrupt_at_any_operation_leaves_theta(settings, dtype):
+    """Wherever an interrupt hits before the wrapped optimizer steps, also in the restoring copy, θ is whole bit for bit."""
+    number, was_interrupted = 0, True
+    while was_interrupted:
+        number, was_interrupted, stepped = number + 1, False, []
+        torch.manual_seed(0)
+        model, loss = regression(dtype=dtype)
+        optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), strength=0.1, eps=0.1, **settings)
+        optimizer.optimizer.register_step_pre_hook(lambda *_, stepped=stepped: stepped.append(True))
+        start = weights(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a low self-check
+            try:
+                with InterruptAt(number):
+                    optimizer.step(closure_of(optimizer, loss))
+            except Interrupt:
+                was_interrupted = True
+        if was_interrupted and not stepped:
+            assert_same(weights(model), start)
+    assert number > 100
