@@ -1,11 +1,9 @@
-"""The scheme ``"exact"``: H·d itself, by differentiating twice, where the model allows it.
-
-    exact       θ, twice        Δ = H·d
+"""The scheme ``"exact"``: Δ = H·d itself, by differentiating twice, for models that allow it.
 
     s = ⟨∇L, d⟩        ∇s = H·d        (Pearlmutter 1994; Karakida et al. 2023 call it double backpropagation)
 
-The closure stays what it is: while it runs, what its ``backward`` adds to ``.grad`` is ∇s in place of ∇L. That holds for
-every micro-batch by itself, and DistributedDataParallel averages ∇s as it averages gradients, from the same hooks.
+The closure does not change. While it runs, its ``backward`` adds ∇s to ``.grad`` in place of ∇L. Each micro-batch adds its
+own ∇s, and DistributedDataParallel averages ∇s as it averages gradients, in the same hooks.
 """
 
 from __future__ import annotations

@@ -90,9 +90,9 @@ def central_difference(storage: Storage, first: FirstGradient, plan: Plan) -> Di
     )
 
 
-# By measurement (benchmarks/results/2026-11-22-difference-findings.md): of forward estimates with a self-check above 0.7 all
-# were usable, of those below 0.6 most were not. The central difference, in which the errors of g1 drop out and those of the
-# second order cancel, has at 0 what the forward one has at about 0.5.
+# ``sufficient`` was measured (benchmarks/results/2026-11-22-difference-studies/result.md). All forward estimates with a
+# self-check above 0.7 were usable; most of those below 0.6 were not. In the central difference the errors of g1 and those of
+# second order cancel: at a self-check of 0 it is as good as the forward difference at about 0.5.
 FORWARD = Scheme(
     points=(Point.AHEAD,),
     checked_points=(Point.NEARBY, Point.BEHIND, Point.AHEAD),

@@ -174,13 +174,10 @@ class LocalStorage:
 
     # Micro-batches.
 
-    def clear(self) -> None:
-        """As ``zero_grad`` does."""
+    def begin_window(self, micro_batches: int) -> None:
+        """Clear ``.grad``, as ``zero_grad`` does; any number of micro-batches will do."""
         for parameter in self._parameters():
             parameter.grad = None
-
-    def require_window(self, micro_batches: int) -> None:
-        """Any number will do."""
 
     def announce(self, *, is_summed: bool) -> None:
         """Nothing to do: gradients are complete, unless the caller accumulates without reducing them."""

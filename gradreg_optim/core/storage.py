@@ -70,11 +70,8 @@ class Storage(Protocol):
     def keep(self, first: FirstGradient) -> None:
         """The combined gradient is in its place: forget g1."""
 
-    def clear(self) -> None:
-        """Clear gradients before a pass over micro-batches, unless the engine does."""
-
-    def require_window(self, micro_batches: int) -> None:
-        """Refuse a step on so many micro-batches if the engine accumulates another number."""
+    def begin_window(self, micro_batches: int) -> None:
+        """Clear gradients before a first pass over so many micro-batches; refuse another number than the engine's."""
 
     def announce(self, *, is_summed: bool) -> None:
         """Say of the next micro-batch whether the gradient has to be complete over ranks after it."""

@@ -76,13 +76,12 @@ class MicroBatches:
             The sum of the losses at θ, ``None`` if one of them is.
         """
         count = len(self.batches)
-        storage.require_window(count)
         split = SplitGradient(storage, plan, count)
         starts: dict[int, RandomState] = {}  # of each block of the part
 
         losses = []
         next(points)
-        storage.clear()
+        storage.begin_window(count)
         for position in range(count):
             if position in split.part and (position == 0 or position - 1 not in split.part):
                 starts[position] = RandomState(storage.devices)
@@ -91,8 +90,7 @@ class MicroBatches:
         part = split.joined()
         with suppress(StopIteration):
             points.send(part)
-            while True:
-                storage.clear()
+            while True:  # ``.grad`` is empty: the storage has taken all gradients
                 for position in sorted(split.part):
                     if position in starts:
                         starts[position].restore()

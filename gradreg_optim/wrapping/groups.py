@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gradreg_optim.core.exact import exact
+from gradreg_optim.core.finite_difference import CENTRAL, FORWARD
 from gradreg_optim.core.plan import Plan
-from gradreg_optim.core.schemes import scheme_of
 from gradreg_optim.wrapping.settings import PER_GROUP, SHARED, check_settings
 
 Group = dict[str, Any]
@@ -82,7 +83,7 @@ def settled_plan(groups: list[Group], excluded: list[list[int]], model: nn.Modul
         g1_clip=shared["gradreg_g1_clip"],
         g2_clip=shared["gradreg_g2_clip"],
         max_penalty_ratio=shared["gradreg_max_penalty_ratio"],
-        scheme=scheme_of(shared["gradreg_method"], model),
+        scheme={"forward": FORWARD, "central": CENTRAL}.get(shared["gradreg_method"]) or exact(model),
         points=(),
         rounds_to_nearest=shared["gradreg_rounding"] == "nearest",
         shrinks=shared["gradreg_shrink"],

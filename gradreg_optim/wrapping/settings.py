@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gradreg_optim.core.schemes import METHODS
 from gradreg_optim.wrapping.schedule import NAMES
 
+METHODS = ("forward", "central", "exact")
 ROUNDINGS = ("nearest", "stochastic")
 RESAMPLES = ("reuse", "importance", "sequence")
 
