@@ -217,6 +217,22 @@ def test_a_closure_that_does_not_clear_gradients():
     assert_same(weights(model), weights(other))
 
 
+def test_another_backward_before_gradients_are_cleared():
+    """A closure may run another network's backward before it clears: the wrapper's own gradients are not added to."""
+    model, loss = regression()
+    _, other_loss = regression()
+    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    loss().backward()
+
+    def closure():
+        other_loss().backward()
+        optimizer.zero_grad()
+        loss().backward()
+
+    optimizer.step(closure)
+    assert optimizer.step_count == 1
+
+
 def test_public_attributes_of_the_base_optimizer():
     """What the base optimizer offers is there; its private flags are not, and a missing name is an AttributeError."""
 

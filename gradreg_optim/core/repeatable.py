@@ -120,7 +120,7 @@ class Clearing:
     """Notices a first pass that adds to gradients from before instead of clearing them, until it has seen one clear.
 
     Such a pass (of Lightning, with ``accumulate_grad_batches``) covers all of a step's micro-batches, and the second one
-    only its own. One gradient is compared with what it was, when the first backward begins.
+    only its own. One gradient is compared with what it was, when the first backward that reaches it begins.
     """
 
     def __init__(self) -> None:
@@ -140,10 +140,17 @@ class Clearing:
             return
         before, was_cleared, backward = real(parameter.grad).clone(), [], torch.autograd.backward
 
+        def is_as_before() -> bool:
+            return parameter.grad is not None and torch.equal(real(parameter.grad), before)
+
         def compare(*args: Any, **kwargs: Any) -> None:
             torch.autograd.backward = backward
-            was_cleared.append(parameter.grad is None or not torch.equal(real(parameter.grad), before))
+            is_uncleared = is_as_before()
             backward(*args, **kwargs)
+            if is_uncleared and is_as_before():  # the backward of something else
+                torch.autograd.backward = compare
+            else:
+                was_cleared.append(not is_uncleared)
 
         torch.autograd.backward = compare
         try:

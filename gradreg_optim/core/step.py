@@ -37,7 +37,7 @@ class GroupGradients:
 
     ``g1`` and ``weights`` are what the arithmetic runs on: flat or shaped, real, local to this process. ``counts`` says
     which of them this rank adds to sums over ranks; ``None``: all. ``eps`` is ε in this step, ``g1_squared`` is ‖g1‖² after
-    clipping. ``moved_along`` and ``step_squared`` are ⟨θ'_real − θ, g1⟩ and ‖g1‖² on a sample of elements.
+    clipping. ``moved_along`` and ``step_squared`` are ⟨θ'_real − θ, d⟩ and ‖d‖² of the clipped gradient d, on a sample.
     """
 
     strength: float
