@@ -1,6 +1,6 @@
-"""Versions: do the libraries underneath lie in the ranges that the package declares?
+"""Checks the installed versions of libraries against the ranges that the package declares.
 
-The ranges are stated once, in the extras of ``pyproject.toml``, and read from the metadata of the installed package.
+The extras in ``pyproject.toml`` state the ranges; they are read from the metadata of the installed package.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from packaging.utils import canonicalize_name
 
 
 def warn_outside_range(*packages: str) -> None:
-    """Warn about each of ``packages`` that is installed in a version outside its declared range.
+    """Warn about each of ``packages`` whose installed version is outside its declared range.
 
-    Called when a module is imported that stands on them; a package that is not installed is none of its business.
+    Call it at the import of a module that needs them. Packages that are not installed are ignored.
     """
     for package in packages:
         try:
@@ -24,19 +24,19 @@ def warn_outside_range(*packages: str) -> None:
         except PackageNotFoundError:
             continue
         allowed = declared_range(package)
-        if not allowed.contains(installed, prereleases=True):  # installed from a repository: the next version's .dev0
+        if not allowed.contains(installed, prereleases=True):  # a build from a repository is a .dev0 of the next version
             warnings.warn(
                 f"{package} {installed} is outside the range that gradreg_optim supports and is tested with ({allowed}): "
-                f"a step may fail or go unregularized. Install a version inside it: pip install '{package}{allowed}'.",
+                f"steps may fail or run without the penalty. Install a version inside it: pip install '{package}{allowed}'.",
                 stacklevel=3,
             )
 
 
 def declared_range(package: str) -> SpecifierSet:
-    """The versions of ``package`` that the extras allow: all of them if none names it, or if there is no metadata."""
+    """The versions of ``package`` that the extras allow: any version if no extra names it or there is no metadata."""
     try:
         lines = requires("gradreg_optim") or []
-    except PackageNotFoundError:  # run from a source tree that was never installed
+    except PackageNotFoundError:  # a source tree that was never installed
         lines = []
     allowed = SpecifierSet()
     for requirement in map(Requirement, lines):

@@ -1,4 +1,4 @@
-"""How a wrapper becomes the optimizer of a trainer, and how the trainer gets its own back."""
+"""Makes a wrapper the optimizer of a trainer, and gives the trainer its own optimizer back."""
 
 from __future__ import annotations
 
@@ -12,22 +12,20 @@ from transformers import Trainer
 
 from gradreg_optim.optimizer import GradRegOptimizer
 from gradreg_optim.trainers.exclusion import default_exclusion
-from gradreg_optim.trainers.hooks import Hooks
 from gradreg_optim.wrapping.groups import KEYS, drop_keys
 
 
 def find_wrapper(optimizer: Any) -> GradRegOptimizer | None:
-    """The :class:`GradRegOptimizer` in a chain of wrappers (Accelerate's, an engine's), or ``None``."""
+    """Find the :class:`GradRegOptimizer` in a chain of wrappers (Accelerate's, an engine's); ``None`` if there is none."""
     while optimizer is not None and not isinstance(optimizer, GradRegOptimizer):
         optimizer = getattr(optimizer, "optimizer", None)
     return optimizer
 
 
 class Adoption:
-    """One trainer's wrapper: given to it, put around what the trainer creates, or moved onto DeepSpeed's partitions.
+    """The wrapper of one trainer: given to it, built around what it creates, or rebuilt on DeepSpeed's partitions.
 
-    ``optimizer`` is the wrapper, ``None`` until the trainer has created one. ``attachment`` is what the wrapper is told to
-    listen to; ``hooks`` keep what has to be undone.
+    ``optimizer`` is the wrapper, ``None`` until the trainer has created an optimizer.
     """
 
     def __init__(self, trainer: Trainer, given: GradRegOptimizer | None, settings: dict[str, Any], attachment: Any) -> None:
@@ -36,7 +34,6 @@ class Adoption:
         self._trainer = trainer
         self._settings = settings
         self._attachment = attachment
-        self._hooks: Hooks = attachment.hooks
         self._excluded: list[Tensor] = []
         self._groups_before: list[dict[str, Any]] = []
         if given is not None:
@@ -44,16 +41,17 @@ class Adoption:
         elif trainer.optimizer is not None:
             self._wrap()
         self._given = self.optimizer
-        if given is None or self.is_sharded:  # under DeepSpeed, Transformers forgets the optimizer that it was given
-            self._hooks.answer(trainer, "create_optimizer", self._create_optimizer)
+        if given is None or self.is_sharded:  # under DeepSpeed, Transformers drops the optimizer that it was given
+            attachment.hooks.answer(trainer, "create_optimizer", self._create_optimizer)
 
     def _create_optimizer(self, create: Any, *args: Any, **kwargs: Any) -> Any:
         trainer = self._trainer
         if self.is_sharded and self._given is not None and trainer.optimizer is None:
             if self.optimizer is not self._given:
                 raise RuntimeError(
-                    "Under DeepSpeed an optimizer that was given as optimizers= trains once: its parameters are partitions "
-                    "now. Build a new trainer, or let the trainer create the optimizer and call attach(trainer)."
+                    "Under DeepSpeed an optimizer that was given as optimizers= can train only once: DeepSpeed has replaced "
+                    "its parameters by partitions. Build a new trainer, or let the trainer create the optimizer and call "
+                    "attach(trainer)."
                 )
             trainer.optimizer = self._given
         create(*args, **kwargs)
@@ -62,7 +60,7 @@ class Adoption:
         return trainer.optimizer
 
     def _wrap(self) -> None:
-        """Wrap what the trainer has."""
+        """Wrap the trainer's optimizer."""
         holder: Any = self._trainer
         while isinstance(holder.optimizer, AcceleratedOptimizer):  # from an earlier training
             holder = holder.optimizer
@@ -74,31 +72,28 @@ class Adoption:
         except BaseException:
             self._restore(groups)
             raise
-        _exchange(holder, optimizer)
+        _replace_optimizer(holder, optimizer)
 
     def _adopt(self, optimizer: GradRegOptimizer) -> None:
         optimizer.leave_out([] if optimizer.exclude else default_exclusion(self._trainer.model))
         self._excluded = [group["params"][i] for group in optimizer.param_groups for i in group["gradreg_excluded"]]
-        self._tie(optimizer)
+        self._connect(optimizer)
 
-    def _tie(self, optimizer: GradRegOptimizer) -> None:
-        """Let the wrapper know the trainer, its model and its scaler."""
-        if optimizer._attachment is not None:  # to another trainer, which gets it back when it trains again
-            optimizer._attachment.release()
-        model = self._trainer.model if optimizer._model is None else optimizer._model
-        tie = {
-            "_model": model,
-            "_scaler": self._trainer.accelerator.scaler,
-            "_attachment": self._attachment,
-            "_settled": None,
-        }
-        for name, value in tie.items():
-            self._hooks.set(optimizer, name, value)
+    def _connect(self, optimizer: GradRegOptimizer) -> None:
+        """Give the wrapper the attachment, and the trainer's model and scaler."""
+        if optimizer._attachment is not None:  # of another trainer, which attaches again when it trains again
+            optimizer._attachment.hooks.close()
+        hooks = self._attachment.hooks
+        if optimizer._model is None:
+            hooks.set(optimizer, "_model", self._trainer.model)
+        hooks.set(optimizer, "_scaler", self._trainer.accelerator.scaler)
+        hooks.set(optimizer, "_attachment", self._attachment)
+        hooks.set(optimizer, "_settled", None)
         self.optimizer = optimizer
 
     def shard(self) -> None:
-        """Continue on the partitions of the DeepSpeed engine that now holds the optimizer."""
-        from gradreg_optim.zero import ZeroGradRegOptimizer  # nothing else here needs DeepSpeed
+        """Rebuild the wrapper on the partitions of the DeepSpeed engine that now holds the optimizer."""
+        from gradreg_optim.zero import ZeroGradRegOptimizer  # nothing else in this package needs DeepSpeed
 
         engine: Any = self._trainer.model_wrapped
         wrapper = self.optimizer
@@ -106,26 +101,26 @@ class Adoption:
             return
         if wrapper is None and not self._settings.get("exclude"):  # the optimizer comes from DeepSpeed's configuration
             self._excluded = list(default_exclusion(self._trainer.model))
-        self._tie(ZeroGradRegOptimizer.taking_over(engine, wrapper, self._settings, self._excluded))
+        self._connect(ZeroGradRegOptimizer.taking_over(engine, wrapper, self._settings, self._excluded))
 
     def give_back(self) -> None:
-        """Give the trainer the optimizer inside the wrapper, its groups as they were."""
+        """Give the trainer the wrapped optimizer, with its groups as they were."""
         holder: Any = self._trainer
         while holder is not None and (inner := getattr(holder, "optimizer", None)) is not self.optimizer:
             holder = inner
         if self.optimizer is not None and holder is not None:
-            _exchange(holder, self.optimizer.optimizer)
+            _replace_optimizer(holder, self.optimizer.optimizer)
             self._restore(self.optimizer.param_groups)
 
     def _restore(self, groups: list[dict[str, Any]]) -> None:
-        """Take out of ``groups`` what wrapping put there; a wrapper that the trainer was given keeps its own settings."""
+        """Remove the keys that wrapping added to ``groups``; a wrapper that was given to the trainer keeps its settings."""
         for group, before in zip(groups, self._groups_before, strict=False):
             drop_keys(group, KEYS)
             group.update(before)
 
 
-def _exchange(holder: Any, optimizer: Optimizer) -> None:
-    """Make ``optimizer`` the one that ``holder``, a trainer or Accelerate's wrapper, holds."""
+def _replace_optimizer(holder: Any, optimizer: Optimizer) -> None:
+    """Replace the optimizer that ``holder``, a trainer or Accelerate's wrapper, holds."""
     holder.optimizer = optimizer
     if isinstance(holder, AcceleratedOptimizer):
-        holder.__setstate__({})  # under a GradScaler it keeps the step method of the optimizer that it holds
+        holder.__setstate__({})  # under a GradScaler it caches the step method of its optimizer

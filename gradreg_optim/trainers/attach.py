@@ -1,23 +1,23 @@
-"""Trainers of Transformers and TRL: how a wrapper gets to one, by itself or by :func:`attach`, and away from it.
+"""Attaches a wrapper to a trainer of Transformers or TRL, by :func:`attach` or when training begins, and detaches it.
 
-What happens then, in every step, is told in :mod:`gradreg_optim.trainers.attachment`.
+:mod:`gradreg_optim.trainers.attachment` describes what an attached trainer does in each step.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import transformers.trainer
-from torch.optim import Optimizer
 from transformers import Trainer
 
 from gradreg_optim.config import GradRegConfig
 from gradreg_optim.optimizer import GradRegOptimizer
 from gradreg_optim.trainers.adoption import find_wrapper
 from gradreg_optim.trainers.attachment import Attachment, attachment_of
+from gradreg_optim.trainers.hooks import Hooks
 from gradreg_optim.versions import warn_outside_range
 from gradreg_optim.wrapping.settings import check_settings, exclude_patterns
 
@@ -25,9 +25,9 @@ from gradreg_optim.wrapping.settings import check_settings, exclude_patterns
 def attach(trainer: Trainer, config: GradRegConfig | None = None, **settings: Any) -> None:
     """Regularize a trainer's steps; nothing else about the trainer changes.
 
-    Needed when the trainer creates the optimizer itself (model ids, FSDP): whatever ``create_optimizer`` returns is then
-    wrapped. Needed by OnlineDPO, NashMD and XPO. Any other trainer that was given a :class:`GradRegOptimizer` as
-    ``optimizers=`` attaches by itself when it trains.
+    Call it if the trainer creates the optimizer itself (model ids, FSDP): it wraps what ``create_optimizer`` returns. Call
+    it for OnlineDPO, NashMD and XPO. Any other trainer that was given a :class:`GradRegOptimizer` as ``optimizers=``
+    attaches by itself when it trains.
 
     Args:
         trainer: a :class:`transformers.Trainer` or any TRL trainer based on it, before or after training.
@@ -35,9 +35,10 @@ def attach(trainer: Trainer, config: GradRegConfig | None = None, **settings: An
         settings: keyword arguments of :class:`GradRegOptimizer`; they override ``config``.
 
     Raises:
-        TypeError: ``trainer`` is not a ``transformers.Trainer``, ``config`` not a ``GradRegConfig``, or a setting unknown.
+        TypeError: ``trainer`` is not a ``transformers.Trainer``, ``config`` is not a ``GradRegConfig``, or a setting is
+            unknown.
         ValueError: a setting breaks its rule, or settings are given although the trainer's optimizer is a
-            :class:`GradRegOptimizer` with its own.
+            :class:`GradRegOptimizer`, which has its own.
         RuntimeError: the trainer is attached already.
     """
     if not isinstance(trainer, Trainer):
@@ -47,7 +48,7 @@ def attach(trainer: Trainer, config: GradRegConfig | None = None, **settings: An
         )
     if config is not None and not isinstance(config, GradRegConfig):
         raise TypeError(
-            f"config={config!r} is a {type(config).__name__}: settings come in a GradRegConfig or by name. "
+            f"config={config!r} is a {type(config).__name__}: settings are a GradRegConfig or keyword arguments. "
             "Call, for example, attach(trainer, strength=1e-2)."
         )
     if attachment_of(trainer) is not None:
@@ -57,68 +58,54 @@ def attach(trainer: Trainer, config: GradRegConfig | None = None, **settings: An
     if optimizer is not None and settings:
         raise ValueError(
             f"attach got {sorted(settings)}, but the trainer's optimizer is a GradRegOptimizer with settings of its own. "
-            "Give them to one of the two."
+            "Pass the settings to one of the two."
         )
-    _check(settings)
+    # Raise now what GradRegOptimizer would raise about its settings when the trainer creates the optimizer.
+    inspect.signature(GradRegOptimizer).bind(None, **settings)
+    exclude_patterns(settings.get("exclude"))
+    check_settings(**settings)
     Attachment(trainer, optimizer, settings)
 
 
 def detach(trainer: Trainer) -> None:
-    """Undo :func:`attach`: the trainer's methods are its own again, and its optimizer is the one that was wrapped.
+    """Undo :func:`attach`: restore the trainer's methods, and the optimizer that was wrapped.
 
     Raises:
         RuntimeError: the trainer is not attached.
     """
     attachment = attachment_of(trainer)
     if attachment is None:
-        raise RuntimeError("detach: this trainer is not attached. attach(trainer) comes first.")
-    attachment.detach()
+        raise RuntimeError("detach: this trainer is not attached. Call attach(trainer) first.")
+    attachment.hooks.close()
+    attachment.adoption.give_back()
 
 
-def attach_to_caller(optimizer: Optimizer) -> None:
-    """Open a micro-batch of the trainer whose ``training_step`` is calling, attached first if need be; else do nothing."""
+def attach_to_caller(optimizer: Any) -> None:
+    """Begin a micro-batch of the trainer whose ``training_step`` is calling; attach the trainer first if necessary."""
     frame = sys._getframe(1)
     while frame is not None:
         trainer = frame.f_locals.get("self")
-        if isinstance(trainer, Trainer) and (found := find_wrapper(trainer.optimizer)) is optimizer:
+        if isinstance(trainer, Trainer) and find_wrapper(trainer.optimizer) is optimizer:
             attachment = attachment_of(trainer)
-            if attachment is None or attachment.optimizer is not optimizer:
-                if attachment is not None:  # the trainer was given another wrapper since
-                    attachment.release()
-                attachment = Attachment(trainer, found, {})
-            attachment.begin_micro_batch()
+            if attachment is not None and attachment.optimizer is not optimizer:  # the trainer was given another wrapper
+                attachment.hooks.close()
+                attachment = None
+            (attachment or Attachment(trainer, optimizer, {})).begin_micro_batch()
             return
         frame = frame.f_back  # type: ignore[assignment]
 
 
-def keep_given_optimizers() -> None:
-    """Let trainers under DeepSpeed use the :class:`GradRegOptimizer` that they were given as ``optimizers=``.
+def _keep_given_optimizer(deepspeed_init: Callable[..., Any], trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+    """Let a trainer under DeepSpeed use the :class:`GradRegOptimizer` that it was given as ``optimizers=``.
 
-    ``transformers.integrations.deepspeed.deepspeed_init`` (4.57 to 5.23) sets ``trainer.optimizer = None`` and has the
-    trainer create another one, before anything of the given one is called. Can go when it keeps what it was given.
+    ``transformers.integrations.deepspeed.deepspeed_init`` (4.57 to 5.23) sets ``trainer.optimizer = None`` before it calls
+    any method of that optimizer, and the trainer creates another one. Remove this function when Transformers keeps it.
     """
-    module: Any = transformers.trainer
-    original = module.deepspeed_init
-    if hasattr(original, "keeps_given_optimizers"):
-        return
-
-    @functools.wraps(original)
-    def deepspeed_init(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
-        given = find_wrapper(trainer.optimizer)
-        if given is not None and attachment_of(trainer) is None:
-            Attachment(trainer, given, {})
-        return original(trainer, *args, **kwargs)
-
-    deepspeed_init.keeps_given_optimizers = True  # type: ignore[attr-defined]
-    module.deepspeed_init = deepspeed_init
-
-
-def _check(settings: dict[str, Any]) -> None:
-    """Raise now what :class:`GradRegOptimizer` would raise about its settings when the trainer creates the optimizer."""
-    inspect.signature(GradRegOptimizer).bind(None, **settings)
-    exclude_patterns(settings.get("exclude"))
-    check_settings(**settings)
+    given = find_wrapper(trainer.optimizer)
+    if given is not None and attachment_of(trainer) is None:
+        Attachment(trainer, given, {})
+    return deepspeed_init(trainer, *args, **kwargs)
 
 
 warn_outside_range("accelerate", "transformers", "trl")
-keep_given_optimizers()
+Hooks().answer(transformers.trainer, "deepspeed_init", _keep_given_optimizer)

@@ -1,4 +1,4 @@
-"""What trainers leave out by default: embeddings and heads, found as modules, not by names that happen to match."""
+"""The default of ``exclude`` in trainers: embeddings and heads, found as modules rather than by name."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _INSIDE = ("module", "_orig_mod", "base_model", "model", "pretrained_model")
 
 
 def default_exclusion(model: Any) -> list[nn.Parameter]:
-    """Parameters of the input and output embeddings and of value, reward and classification heads, found as modules."""
+    """Return the parameters of the input and output embeddings and of value, reward and classification heads."""
     layers: list[nn.Module] = [model]
     found: list[Any] = []
-    for layer in layers:  # grows while it is walked: PEFT, value heads, DDP and compilation all wrap the real model
+    for layer in layers:  # the loop appends to it: PEFT, value heads, DDP and compilation all wrap the real model
         for name in _INSIDE:
             inner = getattr(layer, name, None)
             if isinstance(inner, nn.Module) and all(inner is not known for known in layers):
                 layers.append(inner)
         found += [getattr(layer, name, None) for name in HEADS]
         for name in ("get_input_embeddings", "get_output_embeddings"):
-            with suppress(AttributeError, NotImplementedError):  # Transformers models without such embeddings
+            with suppress(AttributeError, NotImplementedError):  # a Transformers model without such embeddings
                 found.append(getattr(layer, name)())
     return [parameter for module in found if isinstance(module, nn.Module) for parameter in module.parameters()]

@@ -1,8 +1,8 @@
-"""Trainers that generate, score and differentiate in one ``training_step``: OnlineDPO, and NashMD and XPO on top of it.
+"""Trainers that generate, score and differentiate in one ``training_step``: OnlineDPO, and its subclasses NashMD and XPO.
 
-There the second pass repeats the whole step. What the first pass generated, scored or judged is returned again, with the
-random numbers as they then stood, so that nothing is generated or rewarded twice. Only the reference model, whose weights
-do not move, gives its log-probabilities a second time.
+For these the second pass repeats the whole ``training_step``. Generation, scoring and judging are not repeated: the results
+of the first pass are returned again, and the random numbers continue as they did then. Only the reference model runs a
+second time; its weights do not move.
 
 Relied upon (trl 0.27 to 1.16): the names of the class and of the methods below.
 """
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from gradreg_optim.core.repeatable import RandomState
 
-_KINDS = ("OnlineDPOTrainer",)
-_RECORDED = (
+_TRAINER = "OnlineDPOTrainer"
+_METHODS = (
     "_prepare_inputs",
     "_generate",
     "_generate_vllm",
@@ -28,51 +28,44 @@ _RECORDED = (
     "_compute_judge",
 )
 
-Recorded = tuple[Any, RandomState]
-
-
-def recorded_methods(trainer: Any) -> list[tuple[Any, str]]:
-    """Owners and names of the methods whose results are used again; none if the trainer is of another kind."""
-    if not any(kind.__name__ in _KINDS for kind in type(trainer).__mro__):
-        return []
-    judge = getattr(trainer, "judge", None)
-    return [(trainer, name) for name in _RECORDED if hasattr(trainer, name)] + ([(judge, "judge")] if judge else [])
+Recorded = tuple[Any, RandomState]  # the result of a call, and the random state after it
 
 
 class Generations:
-    """Stands before those methods: records what they return in the first pass, and returns it in the second."""
+    """Records the results of these methods in the first pass, and returns them in the second.
 
-    def __init__(self, devices: Callable[[], set[torch.device]]) -> None:
+    ``methods`` holds the owner and the name of each; it is empty for any other trainer. Results are appended to the list
+    ``recorded``, or read from the iterator ``repeated``, if there is one.
+    """
+
+    def __init__(self, trainer: Any, devices: Callable[[], set[torch.device]]) -> None:
+        self.methods: list[tuple[Any, str]] = []
+        if _TRAINER in [kind.__name__ for kind in type(trainer).__mro__]:
+            judge = getattr(trainer, "judge", None)
+            self.methods = [(trainer, name) for name in _METHODS if hasattr(trainer, name)]
+            self.methods += [(judge, "judge")] if judge else []
         self._devices = devices
-        self._kept: list[Recorded] | None = None
-        self._again: Iterator[Recorded] | None = None
-
-    def record(self, kept: list[Recorded] | None) -> None:
-        """Append to ``kept`` from now on; ``None``: to nothing."""
-        self._kept, self._again = kept, None
-
-    def repeat(self, kept: list[Recorded]) -> None:
-        """Return what ``kept`` holds from now on, in its order."""
-        self._kept, self._again = None, iter(kept)
+        self.recorded: list[Recorded] | None = None
+        self.repeated: Iterator[Recorded] | None = None
 
     def __call__(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What ``method`` returns, or returned in the first pass."""
-        if self._again is not None:
-            result, random = next(self._again)
+        """Return the result of ``method``, or the one of the first pass."""
+        if self.repeated is not None:
+            result, random = next(self.repeated)
             random.restore()
             return _cloned(result)
-        kept, self._kept = self._kept, None  # methods may call one another: the outermost one's result counts
+        recorded, self.recorded = self.recorded, None  # the methods call one another: record the outermost call only
         try:
             result = method(*args, **kwargs)
         finally:
-            self._kept = kept
-        if kept is not None:
-            kept.append((_cloned(result), RandomState(self._devices())))
+            self.recorded = recorded
+        if recorded is not None:
+            recorded.append((_cloned(result), RandomState(self._devices())))
         return result
 
 
 def _cloned(value: Any) -> Any:
-    """A copy down to the tensors: penalties are subtracted from rewards in place."""
+    """Copy containers and tensors: trainers subtract penalties from rewards in place."""
     if isinstance(value, Tensor):
         return value.clone()
     if isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""What a loss leaves behind on its trainer, kept from the second pass: metrics, counters, buffers, the trainer's state.
+"""Isolates the trainer from the second pass: its metrics, counters, buffers and state are restored afterwards.
 
-Losses append to lists of metrics, count tokens, adapt coefficients and pop keys from their inputs. The second pass works
-on copies of all that, as it stood before the first pass over the same micro-batch. The tensors of inputs are not copied.
+Losses append to metrics, count tokens, adapt coefficients and pop keys from their inputs. The second pass works on copies
+of these, as they were before the first pass over the same micro-batch. Input tensors are not copied.
 """
 
 from __future__ import annotations
@@ -15,42 +15,36 @@ from typing import Any
 
 from torch import Tensor
 
-_READ = ("train_dataset", "eval_dataset", "_buffered_inputs", "args", "state", "control", "data_collator")
-"""Attributes that losses only read: data, which is long, and what the training loop keeps."""
+_READ_ONLY = ("train_dataset", "eval_dataset", "_buffered_inputs", "args", "state", "control", "data_collator")
+"""Attributes that losses only read: data, which can be large, and state of the training loop."""
 
 
 def copied(value: Any) -> Any:
-    """Copies of the containers, the tensors themselves inside.
+    """Copy containers recursively; the tensors inside are shared.
 
     >>> inputs = {"labels": [1, 2]}
     >>> copied(inputs)["labels"].append(3); inputs
     {'labels': [1, 2]}
     """
-    if isinstance(value, (dict, list, deque)):
+    if isinstance(value, (dict, UserDict, list, deque)):
         container: Any = copy.copy(value)
         for key in range(len(container)) if isinstance(container, (list, deque)) else list(container):
             container[key] = copied(container[key])
         return container
-    if isinstance(value, UserDict):
-        wrapper = copy.copy(value)
-        wrapper.data = copied(value.data)
-        return wrapper
     return copy.copy(value) if isinstance(value, set) else value
 
 
 def counters(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """What a loss can count with: numbers, strings, ``None``, and copies of tensors, containers and dataclasses."""
+    """Copy the attributes in which a loss may keep state: numbers, strings, ``None``, tensors, containers, dataclasses."""
     found: dict[str, Any] = {}
     for name, value in attributes.items():
-        if name in _READ:
+        if name in _READ_ONLY:
             continue
         if isinstance(value, Tensor):
-            if not value.requires_grad:  # a running mean, say, written in place; what is trained belongs to the model
+            if not value.requires_grad:  # a running mean that is updated in place, for example; parameters stay out
                 found[name] = value.clone()
-        elif isinstance(value, (dict, list, deque, set)):
+        elif value is None or isinstance(value, (int, float, str, dict, list, deque, set)):
             found[name] = copied(value)
-        elif value is None or isinstance(value, (bool, int, float, str)):
-            found[name] = value
         elif is_dataclass(value) and not isinstance(value, type) and hasattr(value, "__dict__"):  # BCO's running moments
             found[name] = copy.copy(value)
             vars(found[name]).update(counters(vars(value)))
@@ -59,7 +53,7 @@ def counters(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def untouched(trainer: Any) -> Iterator[None]:
-    """Let the block put other values, such as recorded :func:`counters`, on the trainer; afterwards its own are back."""
+    """Let the block change attributes and state of the trainer; restore them afterwards."""
     before = dict(vars(trainer))
     trainer.state = copy.copy(trainer.state)
     try:

@@ -1,8 +1,9 @@
-"""TRL's fused log-probabilities in operations that can be differentiated twice, for ``method="exact"``.
+"""Replaces TRL's fused log-probabilities by operations that can be differentiated twice, for ``method="exact"``.
+
+Cost: the whole ``[tokens, vocabulary]`` matrix of logits is in memory, which the fused kernels avoid.
 
 Relied upon (trl 1.16; earlier versions have no such kernel): ``trl.trainer.utils._ChunkedLogProbFunction``, its arguments
-and its outputs, and ``trl.trainer.utils.is_triton_available``, which decides for the fused kernel on logits. The whole
-``[tokens, vocabulary]`` matrix of logits is in memory here, which the kernel avoids.
+and outputs, and ``trl.trainer.utils.is_triton_available``, which selects the fused kernel on logits.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gradreg_optim.trainers.hooks import Hooks
+
 
 class LogProbabilities:
-    """Stands for ``ChunkedLogProbFunction``, an autograd function whose backward has no derivative."""
+    """Replaces ``ChunkedLogProbFunction``, an autograd function whose backward has no derivative."""
 
     @staticmethod
     def apply(
@@ -32,7 +35,7 @@ class LogProbabilities:
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = (),
     ) -> tuple[Tensor | None, ...]:
-        """Log p of ``targets`` [N] under ``hidden`` [N, H] @ ``weight``ᵀ [H, V], and the optional ``outputs`` [N]."""
+        """Return log p of ``targets`` [N] for ``hidden`` [N, H] @ ``weight``ᵀ [H, V], and the optional ``outputs`` [N]."""
         logits = F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
         logits = logits.float() * logit_scale
         if softcap is not None:
@@ -53,13 +56,8 @@ class LogProbabilities:
 def unfused() -> Iterator[None]:
     """Let TRL's losses compute log-probabilities without fused kernels inside the block."""
     utils: Any = sys.modules.get("trl.trainer.utils")
-    if not hasattr(utils, "_ChunkedLogProbFunction"):
+    with Hooks() as replaced:
+        if hasattr(utils, "_ChunkedLogProbFunction"):
+            replaced.set(utils, "_ChunkedLogProbFunction", LogProbabilities)
+            replaced.answer(utils, "is_triton_available", lambda _original: False)
         yield
-        return
-    replaced = {"_ChunkedLogProbFunction": LogProbabilities, "is_triton_available": lambda: False}
-    originals = {name: getattr(utils, name) for name in replaced}
-    vars(utils).update(replaced)
-    try:
-        yield
-    finally:
-        vars(utils).update(originals)
