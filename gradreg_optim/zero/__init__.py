@@ -1,15 +1,15 @@
-"""The regularized step under DeepSpeed's ZeRO: everything here needs DeepSpeed.
+"""Gradient regularization under DeepSpeed's ZeRO. Importing this package needs DeepSpeed.
 
-``optimizer`` has the phases, ``window`` the closure, ``refusals`` what is not supported, ``partitions`` what the phases ask
-of DeepSpeed's optimizers, and ``stage12``, ``stage3`` and ``bf16`` where each of those keeps it: they alone touch
-DeepSpeed's private attributes, each listed at the top of its file.
+``optimizer`` is the public class. ``window`` turns accumulation windows into passes. ``refusals`` rejects unsupported
+engines. ``storage`` implements the step's storage; ``stage12``, ``stage3`` and ``bf16`` adapt it to DeepSpeed's optimizers.
+Each of the three lists DeepSpeed's attributes that it relies on in ``PRIVATE``; a test names those that a version lacks.
 """
 
 from __future__ import annotations
 
 from gradreg_optim.versions import warn_outside_range
 
-warn_outside_range("accelerate", "deepspeed")  # first, lest a name that has moved away be the only word about it
+warn_outside_range("accelerate", "deepspeed")  # before the imports below, which may fail with another version
 
 from gradreg_optim.zero.optimizer import ZeroGradRegOptimizer  # noqa: E402
 

@@ -1,7 +1,8 @@
-"""ZeroGradRegOptimizer: the regularized step on the partitions of DeepSpeed's ZeRO optimizers.
+"""ZeroGradRegOptimizer: the regularized step on a DeepSpeed engine with ZeRO.
 
-The algorithm is the same. What differs is where gradients and weights are kept (:mod:`gradreg_optim.zero.storage`), what a
-pass is (:mod:`gradreg_optim.zero.window`), and the step that follows, which is the engine's.
+It differs from :class:`~gradreg_optim.GradRegOptimizer` in its storage, which is the engine's partitions
+(:mod:`gradreg_optim.zero.storage`), in the context of each pass (:mod:`gradreg_optim.zero.window`), and in the optimizer
+step, which is the engine's.
 """
 
 from __future__ import annotations
@@ -29,10 +30,9 @@ from gradreg_optim.zero.refusals import check_engine
 from gradreg_optim.zero.stage3 import Stage3Partitions
 from gradreg_optim.zero.stage12 import Stage12Partitions
 from gradreg_optim.zero.storage import Partitions
-from gradreg_optim.zero.window import AccumulationWindow, HeldStep
+from gradreg_optim.zero.window import HeldStep, accumulation_windows
 
-ONLY_PLAIN = ("model", "scaler", "rounding")
-"""Settings that the engine makes pointless: it has the model, the loss scale, and masters to round from."""
+PLAIN_ONLY = ("model", "scaler", "rounding")  # the engine has the model, the loss scale, and fp32 masters to round from
 
 
 def _partitions(engine: Any) -> Partitions:
@@ -43,30 +43,30 @@ def _partitions(engine: Any) -> Partitions:
 
 
 class ZeroGradRegOptimizer(GradRegOptimizer):
-    """Gradient regularization under DeepSpeed's ZeRO stages 1, 2 and 3, with everything sharded that DeepSpeed shards.
+    """Gradient regularization under DeepSpeed's ZeRO stages 1, 2 and 3. Whatever DeepSpeed shards stays sharded.
 
     Args:
-        engine: what ``deepspeed.initialize`` returned. Its client optimizer, stage, precision, clipping, loss scaling and
-            LR scheduler work as ever; ``gradient_clipping`` acts on the combined gradient.
+        engine: the engine that ``deepspeed.initialize`` returned. Its client optimizer, stage, precision, clipping, loss
+            scaling and LR scheduler work unchanged. ``gradient_clipping`` acts on the combined gradient.
         strength: as in :class:`~gradreg_optim.GradRegOptimizer`, as are ``eps``, ``radius``, ``warmup_steps``,
             ``schedule``, ``schedule_steps``, ``g1_clip``, ``g2_clip``, ``max_penalty_ratio``, ``method``
             (``"forward"`` or ``"central"``), ``check_every``, ``shrink``, ``every``, ``fraction``, ``exclude`` and
-            ``resample``. The parameter names are those of ``engine.module``.
+            ``resample``. ``exclude`` matches the parameter names of ``engine.module``.
 
     Raises:
         TypeError: ``engine`` is no DeepSpeed engine.
-        ValueError: the engine keeps its weights or gradients where a second gradient cannot be taken (no ZeRO stage,
-            pipeline, experts, NVMe, …), or a setting breaks its rule.
+        ValueError: the engine keeps weights or gradients where a second gradient cannot be taken (no ZeRO stage, pipeline,
+            experts, NVMe, …), or a setting breaks its rule.
 
-    Memory beyond plain DeepSpeed: the first gradient, one partition in the dtype in which gradients are accumulated, that
-    is 4/N bytes per fp32 and 2/N per bit16 parameter on N ranks.
+    Memory beyond plain DeepSpeed: g1, one partition in the dtype in which gradients are accumulated. On N ranks that is 4/N
+    bytes a parameter in fp32 and 2/N in bf16 or fp16.
 
-    Communication beyond two backward passes and one step: two all_reduces of a few fp32 scalars (norms, before and after
+    Communication beyond two backward passes and one step: two all_reduces of a few float32 numbers (norms, before and after
     the second pass), and that of :class:`~gradreg_optim.zero.gathered.GatheredPartitions` (stages 1 and 2),
     :class:`~gradreg_optim.zero.bf16.BF16Partitions` or :class:`~gradreg_optim.zero.stage3.Stage3Partitions`.
 
-    The perturbed weights are round(fp32 master + ε·d). The masters are not written before the engine's own step, whose
-    copy from them brings the weights back.
+    The perturbed weights are round(fp32 master + ε·d). Only the engine's step writes to the masters. It then copies them to
+    the model, which also moves the weights from θ' to the new θ.
 
     Example::
 
@@ -80,10 +80,10 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
                 engine.step()
             return loss
 
-        optimizer.step(closure)              # runs it twice, takes exactly one engine step
+        optimizer.step(closure)              # runs it twice and takes exactly one engine step
 
-    In a loop of your own, the body of ``for _ in optimizer.passes():`` is that inner loop; the engine's step is taken at the
-    end of the loop. With ``fraction``, ``step`` takes :class:`~gradreg_optim.MicroBatches`, whose ``backward(batch)`` is the
+    In your own loop, put that inner loop into the body of ``for _ in optimizer.passes():``. The end of the loop takes the
+    engine's step. With ``fraction``, pass ``step`` a :class:`~gradreg_optim.MicroBatches` whose ``backward(batch)`` is the
     body of the inner loop.
     """
 
@@ -112,13 +112,12 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
         check_engine(engine)
         if method == "exact":
             raise ValueError(
-                "method='exact': no second derivatives are taken of weights that DeepSpeed partitions and of gradients "
-                "that it reduces by hooks of its own. Use method='forward', or method='central' for more accuracy."
+                "method='exact': second derivatives cannot be taken of weights that DeepSpeed partitions and of gradients "
+                "that it reduces in hooks. Use method='forward', or method='central' for more accuracy."
             )
         zero = engine.optimizer
-        if isinstance(zero.optimizer, OptimizerWrapper):  # the phases are this object's now; the groups stay shared
+        if isinstance(zero.optimizer, OptimizerWrapper):  # this object replaces that wrapper and shares its groups
             zero.optimizer = engine.basic_optimizer = zero.optimizer.optimizer
-        self._engine = engine
         self._storage = _partitions(engine)
         self.held_step = HeldStep(engine)
         self._is_stepping = False
@@ -129,56 +128,53 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
     def taking_over(
         cls, engine: DeepSpeedEngine, wrapper: GradRegOptimizer | None, settings: dict[str, Any], excluded: Iterable[Tensor]
     ) -> ZeroGradRegOptimizer:
-        """The optimizer of an engine that a trainer drives, with everything that ``wrapper`` was told, or ``settings``.
+        """Create the optimizer of an engine that a trainer drives, and make it the engine's client optimizer.
 
-        It becomes the engine's client optimizer, so that whoever looks for the wrapper finds it. ``excluded`` are the
-        parameters that the wrapper leaves out: its groups do not hold the model's parameters any more.
+        It gets the settings and groups of ``wrapper``; without one, ``settings``. ``excluded`` are the model's parameters
+        to leave out. The groups of ``wrapper`` do not hold them any more, but flat partitions.
         """
-        told: list[dict[str, Any]] = []
+        groups: list[dict[str, Any]] = []
         if wrapper is not None:
             settings = {**wrapper._settings, "schedule": wrapper._schedule or wrapper._settings["schedule"]}
-            told = [{key: group[key] for key in KEYS} for group in wrapper.param_groups]
-        optimizer = cls(engine, **{name: value for name, value in settings.items() if name not in ONLY_PLAIN})
-        optimizer.exclude = optimizer.exclude if wrapper is None else wrapper.exclude
-        for group, values in zip(optimizer.param_groups, told, strict=False):
+            groups = [{key: group[key] for key in KEYS} for group in wrapper.param_groups]
+        optimizer = cls(engine, **{name: value for name, value in settings.items() if name not in PLAIN_ONLY})
+        if wrapper is not None:
+            optimizer.exclude, optimizer._excluded = wrapper.exclude, [[] for _ in optimizer.param_groups]
+        for group, values in zip(optimizer.param_groups, groups, strict=False):
             group.update(values)
-        optimizer._excluded = optimizer._excluded if wrapper is None else [[] for _ in optimizer.param_groups]
-        excluded = list(excluded)
-        if excluded:
-            optimizer.leave_out(excluded)
+        optimizer.leave_out(excluded)
         engine.optimizer.optimizer = engine.basic_optimizer = optimizer
         return optimizer
 
-    # What the engine does differently.
+    # Overridden phases of the step.
 
     def storage(self) -> Partitions:
         """The engine's partitions."""
         return self._storage
 
     def surroundings(self, storage: Storage, plan: Plan) -> Callable[[Point], AbstractContextManager[Any]]:
-        """An accumulation window around each pass; the engine clears gradients itself."""
-        same_start = SameStart(storage.devices, self._model, nullcontext())
-        return AccumulationWindow(self._storage, self.held_step, same_start)
+        """An accumulation window around each pass. The engine clears gradients itself."""
+        return accumulation_windows(self._storage, self.held_step, SameStart(storage.devices, self._model, nullcontext()))
 
     def _base_step(self) -> None:
-        """The engine's step, which was held back, on its combined gradient."""
+        """Take the engine's step that was held back, on the combined gradient."""
         self._is_stepping = True
         try:
             self.held_step.take()
         finally:
             self._is_stepping = False
-        if self._storage.is_moved and not self._engine.was_step_applied():  # an overflow: the masters were not copied
-            self._storage.restore()
+        if self._storage.is_moved and not self._storage.engine.was_step_applied():
+            self._storage.restore()  # after an overflow the engine copies no masters
         self._storage.is_moved = False
         self._advance()
 
     def _end_loop(self) -> None:
-        """Take the engine's step, which the body asked for; a ``step()`` after the loop, as elsewhere, does nothing."""
+        """Take the engine's step, which the body called. A ``step()`` after the loop then does nothing."""
         self._base_step()
-        self._pending = _nothing
+        self._pending = lambda: None
 
     def _step_on_gradients(self, was_under_way: bool) -> None:
-        if self._is_stepping:  # the engine's own step, which calls its client optimizer once per group
+        if self._is_stepping:  # the engine's step calls its client optimizer once a group
             self.optimizer.step()
         else:
             super()._step_on_gradients(was_under_way)
@@ -188,7 +184,3 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
         if self._attachment is not None:
             self._attachment.check_consulted()
         self._base_step()
-
-
-def _nothing() -> None:
-    """What is left to do for a step that was taken."""

@@ -1,10 +1,11 @@
-"""Gradients and weights in the partitions of DeepSpeed's ZeRO optimizers."""
+"""Storage of gradients and weights in the partitions of DeepSpeed's ZeRO optimizers."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gradreg_optim.core import multi_tensor
-from gradreg_optim.core.multi_tensor import chunks
+from gradreg_optim.core.multi_tensor import chunks, sampled, step_moments
 from gradreg_optim.core.step import FirstGradient, Gradients, GroupGradients, Scalar
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """The part of one parameter that this rank owns: elements ``start`` to ``start + size`` of partition ``index``.
+    """The elements of one parameter that this rank owns: ``start`` to ``start + size`` of the flat partition ``index``.
 
-    ``group`` is the optimizer's parameter group. The padding between and behind parameters belongs to no fragment.
+    ``group`` is the optimizer's parameter group. Padding between and behind parameters belongs to no fragment.
     """
 
     parameter: nn.Parameter
@@ -31,110 +31,135 @@ class Fragment:
     size: int
 
     def of(self, partition: Tensor) -> Tensor:
-        """This fragment's elements of a flat tensor that is laid out like the partition."""
+        """A view of this fragment's elements in a tensor that is laid out like the partition."""
         return partition.view(-1).narrow(0, self.start, self.size)
 
 
 class Partitions(ABC):
-    """This rank's gradients, fp32 masters and bit16 weights: a :class:`~gradreg_optim.core.storage.Storage`.
+    """The :class:`~gradreg_optim.core.storage.Storage` of a DeepSpeed engine: this rank's gradients, masters and weights.
 
-    The weights at θ' are round(master + ε·d), and nothing here writes into the masters. They stay at θ' until the engine's
-    step copies the masters, or until something raises: ``is_moved`` says so.
+    The weights at θ' are round(fp32 master + ε·d). No method writes to the masters. The weights stay at θ' after
+    :meth:`moved`; ``is_moved`` is true until the engine's step copies the masters into them, or :meth:`abandon` does.
 
-    Communication: each :meth:`sum_over_ranks` is an all_reduce of a few fp32 numbers; on the way to θ' and back, see the
-    kinds.
+    Memory: g1 of this rank's fragments. Communication: one all_reduce of a few float32 numbers for each
+    :meth:`sum_over_ranks`. The subclasses state the cost of writing and restoring the weights.
     """
 
-    offloaded: bool
+    # Names of DeepSpeed's attributes, which hold, for each partition:
+    MASTERS: str  # the flat fp32 masters
+    RECORDS: str  # its gradients, or which of them exist
+
+    offloaded = False  # whether gradients and masters are on the CPU
 
     def __init__(self, engine: Any, fragments: list[Fragment]) -> None:
         self.engine = engine
         self.zero = engine.optimizer
         self.fragments = fragments
-        self.first: list[Tensor] = []
+        self.first: list[Tensor] = []  # g1 of each fragment
         self.is_moved = False
         self.sums_announced = 0
-        self._groups: list[GroupGradients | None] = []  # of each fragment; ``None`` if it is not regularized
+        self._records: Any = None  # what RECORDS named when g1 was taken; ``None``: g1 is in its place
+        self._groups: list[GroupGradients | None] = []  # of each fragment; ``None``: it is not regularized
 
-    # Where DeepSpeed keeps things.
-
-    @property
-    @abstractmethod
-    def parameters(self) -> list[list[nn.Parameter]]:
-        """The model's trainable parameters, by the optimizer's groups."""
+    # Overridden for each ZeRO optimizer.
 
     @abstractmethod
-    def gradients(self) -> list[Tensor]:
-        """The gradient of each fragment, averaged over ranks and micro-batches, where the engine's step will read it."""
+    def named_groups(self) -> list[dict[str, Any]]:
+        """The model's trainable parameters, as parameter groups. The optimizer's own groups hold flat partitions."""
 
     @abstractmethod
-    def _take_first(self) -> list[Tensor]:
-        """The gradients again, out of the reach of the next backward; the engine is left as after ``zero_grad``."""
-
-    @abstractmethod
-    def _clear(self) -> None:
-        """Leave the engine as after ``zero_grad``."""
-
-    @abstractmethod
-    def _return_first(self) -> None:
-        """Make the gradients that were taken the engine's again."""
-
-    def _release(self) -> None:
-        """Let go of the gradients that were taken."""
-        self.first = []
+    def _gradients_on_device(self) -> list[Tensor]:
+        """What :meth:`gradients` returns without offload."""
 
     @abstractmethod
     def restore(self) -> None:
-        """Bring the model's weights back to the masters, as the engine's step would; every rank takes part."""
-
-    def rescue(self) -> None:
-        """Do the same after an exception, when other ranks may still be waiting in a collective of the second pass."""
-        self.restore()
+        """Copy the masters into the model's weights, as the engine's step does. All ranks must call it."""
 
     @abstractmethod
-    def _master(self, index: int) -> Tensor:
-        """The fp32 masters of partition ``index``."""
-
-    @abstractmethod
-    def _writable(self) -> Callable[[int], Tensor]:
-        """Prepare the model's weights for being written; the returned function gives those of partition ``index``."""
+    def _writable(self) -> list[Tensor]:
+        """Prepare this rank's slice of the model's weights for writing, and return it as one flat tensor a partition."""
 
     @abstractmethod
     def _spread(self) -> None:
-        """Let the model on every rank see what was written."""
+        """Make the written weights visible to the model on every rank."""
 
-    def named_groups(self) -> list[dict[str, Any]]:
-        """Groups of the model's parameters, whose names ``exclude`` is about; the optimizer's own hold flat partitions."""
-        return [{"params": parameters} for parameters in self.parameters]
+    def _rescue(self) -> None:
+        """:meth:`restore` after an exception, when other ranks may still wait in a collective of the second pass."""
+        self.restore()
 
-    # The storage of a step.
+    def _detach_first(self) -> list[Tensor]:
+        """g1, where the next backward cannot overwrite it: copies, because DeepSpeed uses its buffers again."""
+        return self.copy_sum()
+
+    def _clear(self) -> None:
+        """Leave the engine as after ``zero_grad``."""
+        self.zero.zero_grad()
+        if self.offloaded:
+            self.zero.norm_for_param_grads = {}
+
+    def _return_first(self) -> None:
+        """Give g1 back to the engine, in place of the gradients of later passes."""
+        self._clear()
+        records = getattr(self.zero, self.RECORDS)
+        for index in range(len(self._records)):  # in place: DeepSpeed refers to this list or dict from parameters too
+            records[index] = self._records[index]
+        for gradient, g1 in zip(self.gradients(), self.first, strict=True):
+            gradient.copy_(g1)
+        self._note_norms()
+
+    # Common to all ZeRO optimizers.
+
+    def gradients(self) -> list[Tensor]:
+        """Views of the averaged gradient of each fragment, in the buffers that the engine's step reads."""
+        if not self.offloaded:
+            return self._gradients_on_device()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()  # DeepSpeed does not wait for its copies from the device to the CPU
+        masters = getattr(self.zero, self.MASTERS)
+        return [fragment.of(masters[fragment.index].grad) for fragment in self.fragments]
+
+    def _masters(self) -> list[Tensor]:
+        return [master.detach() for master in getattr(self.zero, self.MASTERS)]
+
+    def _note_norms(self) -> None:
+        """Correct the norms and the overflow flag that DeepSpeed recorded while it copied gradients to the CPU."""
+        if self.offloaded:
+            pairs = zip(self.fragments, self.gradients(), strict=True)
+            norms = {self.zero.get_param_id(fragment.parameter): gradient.norm() for fragment, gradient in pairs}
+            self.zero.norm_for_param_grads = norms
+            if hasattr(self.zero, "local_overflow"):
+                self.zero.local_overflow = not all(bool(torch.isfinite(norm)) for norm in norms.values())
 
     @property
     def loss_scale(self) -> float:
-        """DeepSpeed's, dynamic or static."""
-        return float(self.zero.loss_scale)
+        """DeepSpeed's loss scale, dynamic or static. ``BF16_Optimizer`` has none."""
+        return float(getattr(self.zero, "loss_scale", 1.0))
 
     @property
     def overflow_skips_step(self) -> bool:
-        """In fp16."""
+        """Whether the engine trains in fp16."""
         return bool(self.engine.fp16_enabled())
 
     @property
     def devices(self) -> set[torch.device]:
-        """The engine's."""
+        """The engine's device."""
         return {torch.device(self.engine.device)}
 
     @property
     def has_low_precision(self) -> bool:
         """Whether the engine computes in half precision."""
+        parameters = (parameter for group in self.named_groups() for parameter in group["params"])
         is_low = self.engine.fp16_enabled() or self.engine.bfloat16_enabled()
-        return bool(is_low) or any(p.dtype.itemsize < torch.float32.itemsize for ps in self.parameters for p in ps)
+        return bool(is_low) or any(parameter.dtype.itemsize < torch.float32.itemsize for parameter in parameters)
 
     def take(self, strengths: Sequence[float], excluded: Sequence[frozenset[int]]) -> FirstGradient:
-        """Take this rank's fragments."""
+        """Take g1 of this rank's fragments."""
         first = FirstGradient([GroupGradients(strength) for strength in strengths])
-        left_out = {id(group[i]) for group, positions in zip(self.parameters, excluded, strict=True) for i in positions}
-        self.first = self._take_first()
+        pairs = zip(self.named_groups(), excluded, strict=True)
+        left_out = {id(group["params"][i]) for group, positions in pairs for i in positions}
+        self.first = self._detach_first()
+        self._records = copy(getattr(self.zero, self.RECORDS))
+        self._clear()
         self._groups = []
         for fragment, gradient in zip(self.fragments, self.first, strict=True):
             is_regularized = strengths[fragment.group] and id(fragment.parameter) not in left_out
@@ -144,32 +169,34 @@ class Partitions(ABC):
         return first
 
     def has_gradient(self, first: FirstGradient) -> bool:
-        """Yes: a rank that owns nothing has to take part all the same."""
+        """Always true: a rank that owns no element still takes part in the collectives."""
         return True
 
     @contextmanager
     def moved(self, first: FirstGradient, steps: list[Scalar], *, seed: int | None, measured: bool) -> Iterator[None]:
-        """Write θ' into the model's weights on every rank, and leave it there; rounding is to nearest, from the masters."""
+        """Write θ' into the model's weights on every rank and leave it there. Rounds to nearest, whatever ``seed`` is."""
         self.is_moved = True
-        weights = self._writable()
+        self._write(first, steps, measured)  # whose temporaries are gone during the pass
+        self._spread()
+        yield
+
+    def _write(self, first: FirstGradient, steps: list[Scalar], measured: bool) -> None:
+        weights, masters = self._writable(), self._masters()
         unscale = first.clip / self.loss_scale
         for fragment, group, direction in zip(self.fragments, self._groups, self.first, strict=True):
             if group is None:
                 continue
-            weight, master = fragment.of(weights(fragment.index)), fragment.of(self._master(fragment.index))
-            start = multi_tensor.sampled(master).to(weight.dtype)
+            weight, master = fragment.of(weights[fragment.index]), fragment.of(masters[fragment.index])
+            start = sampled(master).to(weight.dtype)
             for block, origin, along in chunks(weight, master, direction):
                 block.copy_(origin + along.to(origin.dtype) * steps[fragment.group])
             if measured:
-                end, along = multi_tensor.sampled(weight), multi_tensor.sampled(direction)
-                moved, squared = multi_tensor.step_moments([start], [end], [along])
+                moved, squared = step_moments([start], [sampled(weight)], [sampled(direction)])
                 group.moved_along = group.moved_along.to(moved.device) + moved * unscale
                 group.step_squared = group.step_squared.to(squared.device) + squared * unscale**2
-        self._spread()
-        yield
 
     def leaves(self, first: FirstGradient) -> tuple[list[Tensor], list[Tensor]]:
-        """Partitions cannot be differentiated; ``method="exact"`` is refused when the optimizer is made."""
+        """Not available: ``ZeroGradRegOptimizer`` refuses ``method="exact"``, which alone needs it."""
         raise NotImplementedError
 
     def last(self, first: FirstGradient) -> Gradients:
@@ -181,79 +208,63 @@ class Partitions(ABC):
         return self.laid_out(first, gradients)
 
     def laid_out(self, first: FirstGradient, gradients: list[Tensor]) -> Gradients:
-        """Sort fragments by group."""
-        pairs = list(zip(self._groups, gradients, strict=True))
-        return [[gradient for owner, gradient in pairs if owner is group] for group in first.groups]
+        """Sort the gradients of regularized fragments by group."""
+        return [[g for owner, g in zip(self._groups, gradients, strict=True) if owner is group] for group in first.groups]
 
     def sum_over_ranks(self, sums: Tensor) -> Tensor:
-        """One all_reduce over the data-parallel group."""
+        """Add up ``sums`` over the data-parallel group, in float32, with one all_reduce."""
         total = sums.to(self.engine.device, torch.float32)
         dist.all_reduce(total, group=self.zero.dp_process_group)
         return total.to("cpu" if self.offloaded else self.engine.device)
 
     def put_back(self, first: FirstGradient) -> None:
-        """g1 is what the engine's step will read; where weights are at θ', that step brings them back."""
-        if self.first:
+        """Give g1 back to the engine, whose step also restores weights that are at θ'."""
+        if self._records is not None:
             self._return_first()
             self._release()
 
     def abandon(self, first: FirstGradient) -> None:
-        """Bring the weights back on every rank, then g1."""
+        """Restore the weights on every rank, then give g1 back."""
         if self.is_moved:
             self.is_moved = False
-            self.rescue()
+            self._rescue()
         self.put_back(first)
 
     def keep(self, first: FirstGradient) -> None:
-        """What the engine noted about its gradients has to follow."""
-        self._note_written()
+        """Release g1; the combined gradient is in the engine's buffers."""
+        self._note_norms()
         self._release()
 
-    def _note_written(self) -> None:
-        if self.offloaded:  # norms and overflow were noted while the gradients went to the CPU
-            norms: dict[int, Tensor] = {}
-            for fragment, gradient in zip(self.fragments, self.gradients(), strict=True):
-                norms[self.zero.get_param_id(fragment.parameter)] = gradient.norm()
-            self.zero.norm_for_param_grads = norms
-            if hasattr(self.zero, "local_overflow"):
-                self.zero.local_overflow = not all(bool(torch.isfinite(norm)) for norm in norms.values())
+    def _release(self) -> None:
+        self.first, self._records, self._groups = [], None, []
 
-    # Micro-batches: the engine is told where gradients have to be complete.
+    # Micro-batches.
 
-    def clear(self) -> None:  # noqa: B027 - there is nothing to override: the engine clears them after its step
-        """The engine does: after its step, and when gradients are taken."""
-
-    def require_window(self, micro_batches: int) -> None:
-        """A window is as long as the engine says, which divides the loss by its length."""
+    def begin_window(self, micro_batches: int) -> None:
+        """Raise ``RuntimeError`` unless ``micro_batches`` is the engine's number of accumulation steps."""
         needed = self.engine.gradient_accumulation_steps()
         if micro_batches != needed:
             raise RuntimeError(
-                f"MicroBatches holds {micro_batches} micro-batches, and the engine accumulates {needed} "
-                "(gradient_accumulation_steps), by which it divides the loss. Give it as many."
+                f"MicroBatches holds {micro_batches} micro-batches, but the engine accumulates {needed} and divides the "
+                f"loss by that number (gradient_accumulation_steps). Pass {needed} micro-batches."
             )
 
     def announce(self, *, is_summed: bool) -> None:
-        """Set the engine's boundary."""
+        """Set the engine's accumulation boundary, at which it completes gradients over ranks."""
         self.sums_announced += is_summed
         self.engine.set_gradient_accumulation_boundary(is_summed)
 
     def take_sum(self) -> list[Tensor]:
-        """Copies of the gradients of each fragment; the engine is left as after ``zero_grad``."""
+        """Copy the gradient of each fragment and clear the engine's."""
         taken = self.copy_sum()
         self._clear()
         return taken
 
     def copy_sum(self) -> list[Tensor]:
-        """Copies of the gradients of each fragment."""
+        """Copy the gradient of each fragment."""
         return [gradient.clone() for gradient in self.gradients()]
 
     def add_sum(self, gradients: list[Tensor]) -> None:
-        """Add to the engine's gradients."""
+        """Add to the gradient of each fragment."""
         for gradient, addend in zip(self.gradients(), gradients, strict=True):
             gradient.add_(addend)
-
-
-def await_copies() -> None:
-    """Wait for the copies of gradients from an accelerator to the CPU, which DeepSpeed does not wait for itself."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()

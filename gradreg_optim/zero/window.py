@@ -1,4 +1,4 @@
-"""A pass under DeepSpeed: its inner loop over one accumulation window, which ends in an ``engine.step()``."""
+"""One accumulation window of a DeepSpeed engine as a pass: the engine's step is held back while windows are repeated."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gradreg_optim.zero.storage import Partitions
 
 
 class HeldStep:
-    """Holds an engine's step back while windows are run and repeated; ``take`` is the step that was held back last."""
+    """Holds back the engine's step; ``take()`` runs the one that was held back last."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
@@ -20,15 +20,15 @@ class HeldStep:
 
     @contextmanager
     def held_back(self, *, counting: bool = True) -> Iterator[list[Callable[[], Any]]]:
-        """Inside the block the engine's step at the end of a window does nothing but note itself in the yielded list.
+        """Inside the block ``engine.step`` at the end of a window only adds itself to the yielded list.
 
-        Other calls of ``engine.step`` are as ever, or, if not ``counting``, only advance to the next micro-batch.
+        Before the end of a window ``engine.step`` runs as usual, or only advances ``micro_steps`` if not ``counting``.
         """
         engine, step = self._engine, self._engine.step
         held: list[Callable[[], Any]] = []
 
         @functools.wraps(step)
-        def noted(*args: Any, **kwargs: Any) -> None:
+        def held_step(*args: Any, **kwargs: Any) -> None:
             if engine.is_gradient_accumulation_boundary():
                 held.append(functools.partial(step, *args, **kwargs))
             elif counting:
@@ -36,7 +36,7 @@ class HeldStep:
             else:
                 engine.micro_steps += 1
 
-        engine.step = noted
+        engine.step = held_step
         try:
             yield held
         finally:
@@ -46,7 +46,7 @@ class HeldStep:
 
     @contextmanager
     def repeated(self, first_micro_step: int | None = None) -> Iterator[None]:
-        """Run the micro-batches of a window again: the engine counts from ``first_micro_step``, and then as before."""
+        """Inside the block the engine counts from ``first_micro_step``; its counters and timer are restored afterwards."""
         engine, timer = self._engine, vars(self._engine.tput_timer)
         before, end = dict(timer), engine.micro_steps
         engine.micro_steps = end if first_micro_step is None else first_micro_step
@@ -56,51 +56,47 @@ class HeldStep:
         finally:
             engine.micro_steps = end
             timer.update(before)
-            if not engine.is_gradient_accumulation_boundary():  # set by hand, and the block did not get to the end
+            if not engine.is_gradient_accumulation_boundary():  # set by hand, in a block that raised before its end
                 engine.set_gradient_accumulation_boundary(True)
 
 
-class AccumulationWindow:
-    """Around each pass of one step: all start from the engine's counters as they were before the first."""
-
-    def __init__(
-        self, storage: Partitions, held_step: HeldStep, same_start: Callable[[Point], AbstractContextManager[None]]
-    ) -> None:
-        self._storage = storage
-        self._held_step = held_step
-        self._same_start = same_start
-        self._first_micro_step = storage.engine.micro_steps
+def accumulation_windows(
+    storage: Partitions, held_step: HeldStep, same_start: Callable[[Point], AbstractContextManager[None]]
+) -> Callable[[Point], AbstractContextManager[None]]:
+    """The context of each pass of one step: all passes start from the engine's counters as they are now."""
+    engine, first_micro_step = storage.engine, storage.engine.micro_steps
 
     @contextmanager
-    def __call__(self, point: Point) -> Iterator[None]:
-        """Run the block, which is the pass at ``point``."""
-        engine = self._storage.engine
+    def window(point: Point) -> Iterator[None]:
         boundary = engine._is_gradient_accumulation_boundary
-        self._storage.sums_announced = 0
+        storage.sums_announced = 0
         try:
-            with self._same_start(point):
+            with same_start(point):
                 if point is Point.THETA:
-                    with self._held_step.held_back() as held:
+                    with held_step.held_back() as held:
                         yield
-                    self._require_end(len(held))
+                    _require_end(engine, len(held), storage.sums_announced)
+                    engine.micro_steps += len(held) - 1  # for the steps that were held back and will not run
                 else:
-                    with self._held_step.repeated(self._first_micro_step):
+                    with held_step.repeated(first_micro_step):
                         yield
         finally:
-            if engine._is_gradient_accumulation_boundary is not boundary:  # set for micro-batches
+            if engine._is_gradient_accumulation_boundary is not boundary:  # ``announce`` has set it
                 engine.set_gradient_accumulation_boundary(boundary)
 
-    def _require_end(self, ended: int) -> None:
-        engine, announced = self._storage.engine, self._storage.sums_announced
-        if announced and ended != announced:
-            raise RuntimeError(
-                "MicroBatches under DeepSpeed: backward(batch) did not take the engine's step. "
-                "Let it run engine(...), engine.backward(loss) and engine.step(); at the end of a window it is held back."
-            )
-        if not announced and ended != 1:
-            raise RuntimeError(
-                f"The closure ran {ended} accumulation windows to their end, and one is regularized at a time. "
-                f"Let it run engine(...), engine.backward(loss) and engine.step() on "
-                f"{engine.gradient_accumulation_steps()} micro-batches (gradient_accumulation_steps)."
-            )
-        engine.micro_steps += ended - 1  # steps that were held back and will not be made up for
+    return window
+
+
+def _require_end(engine: Any, ended: int, announced: int) -> None:
+    """Raise unless a closure has run one window to its end, or ``MicroBatches`` each one that was announced."""
+    if announced and ended != announced:
+        raise RuntimeError(
+            "MicroBatches: backward(batch) did not call engine.step(). Under DeepSpeed it must run engine(...), "
+            "engine.backward(loss) and engine.step(); the wrapper holds the step back at the end of a window."
+        )
+    if not announced and ended != 1:
+        raise RuntimeError(
+            f"The closure ran {ended} accumulation windows to their end, but a step needs exactly one. "
+            f"Run engine(...), engine.backward(loss) and engine.step() on {engine.gradient_accumulation_steps()} "
+            "micro-batches (gradient_accumulation_steps)."
+        )
