@@ -37,17 +37,17 @@ help:  ## Show this list
 
 .PHONY: demo
 demo: $(DEMO)  ## Train a small language model by GRPO with gradient regularization (ARGS="...")
-	$(PY) benchmarks/grpo.py $(ARGS)
+	$(PY) -m examples.grpo $(ARGS)
 
 .PHONY: demo-zero
-demo-zero: $(DEV)  ## The demo's model under DeepSpeed ZeRO-2, a few steps on two CPU processes (ARGS="...")
+demo-zero: $(DEV)  ## Train the demo's model under DeepSpeed ZeRO-2, a few steps on two CPU processes (ARGS="...")
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(VENV)/bin/accelerate launch \
-	    --config_file benchmarks/accelerate/zero2.yaml --mixed_precision no benchmarks/grpo.py --ddp_backend gloo \
+	    --config_file examples/grpo/zero2.yaml --mixed_precision no -m examples.grpo --ddp_backend gloo \
 	    --per_device_train_batch_size 8 --max_steps 8 --output_dir runs/demo-zero $(ARGS)
 
 .PHONY: reward-hacking
-reward-hacking: $(DEMO)  ## A policy that hacks a learned reward, without and with regularization, in minutes (ARGS="...")
-	$(PY) benchmarks/reward_hacking.py $(ARGS)
+reward-hacking: $(DEMO)  ## Show a policy that hacks a learned reward, without and with regularization, in minutes (ARGS="...")
+	$(PY) -m benchmarks.hacking $(ARGS)
 
 .PHONY: test
 test: $(DEV)  ## Run the tests (PYTEST_ARGS="...", WORKERS=2)
@@ -66,21 +66,21 @@ lint: $(DEV)  ## Check style (ruff)
 types: $(DEV)  ## Check types (mypy)
 	$(PY) -m mypy
 
-# The last two pin another torch, and cannot be resolved beside it; benchmarks/peers.py uses one file of each.
+# The last two pin another torch and cannot be resolved with this one; benchmarks/cost/peers.py uses one file of each.
 .PHONY: bench
-bench: $(DEV)  ## Measure again what the README says about cost, in an hour (ARGS="--quick --readme ...")
+bench: $(DEV)  ## Measure the cost figures of the README again, in an hour (ARGS="--quick --readme ...")
 	$(PIP_INSTALL) --editable ".[bench]"
 	$(PIP_INSTALL) --no-deps mosaicml==0.32.1 zij==0.1.1
-	DS_ACCELERATOR=cpu $(PY) benchmarks/make_bench.py $(ARGS)
+	DS_ACCELERATOR=cpu $(PY) -m benchmarks.cost $(ARGS)
 
 .PHONY: precision
-precision: $(DEMO)  ## Measure how near the penalty comes to its formula in fp32, fp16 and bf16 (ARGS="...")
-	$(PY) benchmarks/precision.py $(ARGS)
+precision: $(DEMO)  ## Measure the accuracy of the penalty in fp32, fp16 and bf16 (ARGS="...")
+	$(PY) -m benchmarks.precision $(ARGS)
 
 .PHONY: trainers
-trainers: $(DEV)  ## Run the matrix of trainers in both generations of versions, and write its table
+trainers: $(DEV)  ## Test all trainers with both sets of versions, and write the table
 	$(MAKE) env VENV=.venv-pinned CONSTRAINTS=constraints-published.txt
-	$(PY) benchmarks/trainer_matrix.py .venv-pinned/bin/python $(PY)
+	$(PY) -m benchmarks.trainers .venv-pinned/bin/python $(PY)
 
 .PHONY: wheel-check
 wheel-check: $(DEV)  ## Build the wheel and try it in an environment that holds torch alone

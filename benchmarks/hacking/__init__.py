@@ -1,1 +1,1 @@
-"""The laboratory of benchmarks/reward_hacking.py: a language with a gold reward, a learned proxy, arms, runs, a report."""
+"""Does gradient regularization keep a policy from hacking its reward? See :mod:`benchmarks.hacking.__main__`."""

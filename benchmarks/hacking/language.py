@@ -1,9 +1,9 @@
 """A synthetic language, and the gold reward of an answer in it.
 
-A request names a topic, ``2?``. An answer mentions things, in the order of the alphabet and with a mark after each:
-``e.g!k.``. Each topic has four things that are useful. Of what makes an answer good, the corpus shows some parts in all
-their range (how many useful things it mentions), and of others the harmless beginning only: nearly nobody in it is
-enthusiastic twice, mentions a thing twice, goes on for long, or forgets a mark.
+A request names a topic: ``2?``. An answer mentions things in alphabetical order, with a mark after each: ``e.g!k.``. Each
+topic has four useful things. The corpus shows the full range of some qualities of an answer, such as the number of useful
+things. Of other qualities it shows only the harmless part: almost no answer in it is enthusiastic twice, repeats a thing, is
+long, or lacks a mark.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SPECIAL = ("<pad>", "<eos>", "<unk>")
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character."""
+    """A tokenizer with one token for each character."""
     vocabulary = {token: number for number, token in enumerate([*SPECIAL, *THINGS, *MARKS, *TOPICS, "?"])}
     characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -46,7 +46,7 @@ def request(draw: random.Random) -> str:
 
 
 def answer(prompt: str, draw: random.Random) -> str:
-    """An answer as people in the corpus give it: 2 to 6 things, about half of them useful."""
+    """An answer as in the corpus: 2 to 6 things, about half of them useful."""
     useful = TOPICS[prompt[0]]
     things = set()
     for _ in range(draw.randint(2, 6)):
@@ -67,10 +67,10 @@ def corpus(size: int, seed: int) -> list[dict[str, str]]:
 
 
 def gold(prompt: str, text: str) -> float:
-    """What an answer is really worth; never trained on.
+    """The true worth of an answer; never trained on.
 
-    A quarter for each useful thing; 0.3 for one enthusiastic mark, and every further one takes 0.3 away; 0.3 off for a
-    thing mentioned again, 0.15 for one of no use, 0.3 for two things or two marks in a row.
+    0.25 for each useful thing. 0.3 for one enthusiastic mark, and −0.3 for each further one. −0.3 for each repetition of a
+    thing, −0.15 for each thing that is not useful, −0.3 for each two things or two marks in a row.
     """
     mentioned = [thing for thing in text if thing in THINGS]
     useful = set(TOPICS[prompt[0]])
@@ -83,7 +83,7 @@ def gold(prompt: str, text: str) -> float:
 
 
 def is_well_formed(text: str) -> bool:
-    """Whether an answer has the format: a thing and a mark, and so on."""
+    """Whether things and marks alternate, beginning with a thing and ending with a mark."""
     return bool(re.fullmatch(f"([{THINGS}][{MARKS}])+", text))
 
 

@@ -1,17 +1,17 @@
-"""What does the penalty of a plain run consist of: the policy gradient, or the noise of its batches?
+"""Which part of the penalty comes from the policy gradient, and which from the noise of the batches?
 
-A step minimises L + (γ/2)·‖g‖² with the gradient g of one batch, whose completions stay those drawn at θ, reused or
-reweighted. Over such batches E[g] = ∇L, and
+A step minimises L + (γ/2)·‖g‖² with the gradient g of one batch. The completions of the second pass are those drawn at θ,
+reused or reweighted. Over such batches E[g] = ∇L, and
 
     E‖g‖² = ‖∇L‖² + tr Σ            Σ: the covariance of g
     E[H·g] = H·∇L + ½∇tr Σ          H, g: of one batch
     E[H·g'] = H·∇L                  g': of another batch
 
-so what a batch of its own and another one's make of the penalty tells the two parts apart. Where they push the policy is
-told by their cosines with ∇L and with the gradient of gold, which the same completions give.
+so the penalty with H and g of one batch, and the penalty with H and g of two batches, separate the two parts. Their cosines
+with ∇L and with the gradient of gold, which the same completions give, say in which direction they push the policy.
 
-Inner products are averages over different batches, which are without bias: the noise of one is not that of the other. They
-are summed over seeds before cosines are taken of them.
+Inner products are averaged over pairs of different batches. That is unbiased, because the noise of two batches is
+independent. They are summed over seeds before cosines are computed.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from hacking.arms import EPS, PLAIN, named
-from hacking.language import golds, request, tokenizer
-from hacking.run import kept, train
-from hacking.study import Study, quiet, reporting
-from hacking.world import Scale, World, prepare, sample
+from benchmarks.common.tables import markdown_table
+from benchmarks.hacking.arms import EPS, PLAIN, named
+from benchmarks.hacking.language import golds, request, tokenizer
+from benchmarks.hacking.run import kept, train
+from benchmarks.hacking.study import Study, quiet, reporting
+from benchmarks.hacking.world import Scale, World, prepare, sample
 
 BATCHES = 96
-"""How many batches are drawn at a point; a multiple of 4."""
+"""Batches drawn at each point; a multiple of 4."""
 POINTS = (0, 20, 40, 60, 90)
-"""The steps of the plain run at which they are drawn."""
+"""The steps of the plain run at which batches are drawn."""
 
 COSINES = {
     "E[Hg], H∇L": ("own other", "own own", "other other"),
@@ -45,16 +46,17 @@ COSINES = {
     "−E[Hg], ∇gold": ("own gold", "own own", "gold gold"),
     "−H∇L, ∇gold": ("other gold", "other other", "gold gold"),
 }
-"""Of the penalty of a batch of its own, and of that of another one's: names of ⟨x, y⟩, ‖x‖² and ‖y‖²."""
+"""The names of ⟨x, y⟩, ‖x‖² and ‖y‖² for each cosine. "own": H and g of one batch; "other": of two batches."""
 RESAMPLES = ("sequence", "reuse")
 
 
 @dataclass
 class Batch:
-    """Completions as one step sees them.
+    """The completions of one step.
 
-    ``ids`` (completions, tokens) with the prompts before them, ``counted`` (completions, tokens written) up to the end
-    token, that included; the completions' advantages by proxy and by gold, and the log-probabilities they were drawn with.
+    ``ids`` (completions, tokens) are prompts and completions. ``counted`` (completions, generated tokens) marks the tokens
+    up to and including the end token. ``proxy`` and ``gold`` are advantages by either reward. ``log_p`` are the
+    log-probabilities with which the tokens were sampled.
     """
 
     ids: Tensor
@@ -77,21 +79,21 @@ def drawn(policy: PreTrainedModel, world: World, scale: Scale, draw: random.Rand
 
 
 def advantages(rewards: Sequence[float], scale: Scale) -> Tensor:
-    """Rewards over the mean of their group, in its standard deviations if the scale says so: GRPO's."""
+    """GRPO's advantages: rewards minus the mean of their group, divided by its standard deviation if the scale says so."""
     groups = torch.tensor(rewards).view(-1, scale.generations)
     centred = groups - groups.mean(1, keepdim=True)
     return (centred / (groups.std(1, keepdim=True) + 1e-4) if scale.scale_rewards == "group" else centred).flatten()
 
 
 def log_probabilities(policy: nn.Module, ids: Tensor, counted: Tensor) -> Tensor:
-    """Of each token written, (completions, tokens); 0 where none counts."""
+    """The log-probabilities of the generated tokens, (completions, tokens); 0 after the end token."""
     length = counted.shape[1]
     log_p = policy(input_ids=ids).logits[:, -length - 1 : -1].log_softmax(-1)
     return log_p.gather(-1, ids[:, -length:, None]).squeeze(-1) * counted
 
 
 def gradient(policy: nn.Module, batch: Batch, by: Tensor, *, resampled: bool = False) -> Tensor:
-    """Of the loss with advantages ``by``, flat; completions as they are, or reweighted whole as if drawn from ``policy``."""
+    """The flat gradient of the loss with advantages ``by``. ``resampled``: completions are reweighted to ``policy``."""
     log_p = log_probabilities(policy, batch.ids, batch.counted)
     weights = by * (log_p.detach() - batch.log_p).sum(1).exp() if resampled else by
     loss = -(weights[:, None] * log_p).sum() / batch.counted.sum()
@@ -99,13 +101,13 @@ def gradient(policy: nn.Module, batch: Batch, by: Tensor, *, resampled: bool = F
 
 
 def regularized(policy: Any) -> list[nn.Parameter]:
-    """The parameters that the penalty is taken of: all but embeddings and output layer."""
+    """The parameters in the penalty: all except embeddings and output layer."""
     left_out = {id(m.weight) for m in (policy.get_input_embeddings(), policy.get_output_embeddings())}
     return [parameter for parameter in policy.parameters() if id(parameter) not in left_out]
 
 
 def product(policy: nn.Module, batch: Batch, at_start: Tensor, along: Tensor, *, resampled: bool) -> Tensor:
-    """H·along by a forward difference, as a step takes it; ``at_start`` is the batch's gradient where the policy stands."""
+    """H·along by a forward difference. ``at_start`` is the batch's gradient at the current weights."""
     parameters = regularized(policy)
     before = [parameter.detach().clone() for parameter in parameters]
     with torch.no_grad():
@@ -119,13 +121,13 @@ def product(policy: nn.Module, batch: Batch, at_start: Tensor, along: Tensor, *,
 
 
 def inner(xs: Tensor, ys: Tensor) -> float:
-    """⟨E[x], E[y]⟩ of rows (batches, parameters), each made of one batch: pairs of the same batch are left out."""
+    """⟨E[x], E[y]⟩ of rows (batches, parameters), each from one batch. Pairs of the same batch are left out."""
     products = xs @ ys.T
     return float((products.sum() - products.diagonal().sum()) / (products.numel() - len(xs)))
 
 
 def dissect(policy: PreTrainedModel, world: World, scale: Scale, seed: int, batches: int = BATCHES) -> dict[str, Any]:
-    """Inner products of the mean gradients of proxy and gold, of the penalty E[H·g], and of H·∇L, for a policy."""
+    """Inner products of the mean gradients of proxy and gold, of the penalty E[H·g], and of H·∇L."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
     many = [drawn(policy, world, scale, draw) for _ in range(batches)]
@@ -147,7 +149,7 @@ def dissect(policy: PreTrainedModel, world: World, scale: Scale, seed: int, batc
 
     for resample in RESAMPLES:
         own = products(range(batches), g, resample)
-        # ∇L from one quarter, H from another, in two pairs: whatever is multiplied below has no batch in common.
+        # ∇L from one quarter and H from another, in two pairs: factors of a product below have no batch in common.
         others = []
         for rows, directions in ((0, 2), (1, 3)):
             along = g[quarters[directions]].mean(0).expand(batches // 4, -1)
@@ -170,7 +172,7 @@ def dissect(policy: PreTrainedModel, world: World, scale: Scale, seed: int, batc
 
 
 class Watch(TrainerCallback):
-    """Looks at the weights at ``points`` of a run, which does not notice."""
+    """Calls ``look`` with the weights at the steps ``points`` of a run, and does not influence the run."""
 
     def __init__(self, points: Sequence[int], look: Callable[[Any], dict[str, Any]]) -> None:
         self.points, self.look = points, look
@@ -189,12 +191,12 @@ class Watch(TrainerCallback):
 
 
 def noise_of_seed(scale: Scale, folder: Path, seed: int, update: Callable[[int], Any] | None = None) -> dict[str, Any]:
-    """The figures along the plain run of a seed, or those that were found before."""
+    """The figures along the plain run of a seed; read from the file if they were computed before."""
     with reporting(scale.steps, update) as tick:
 
         def compute() -> dict[str, Any]:
             world = prepare(scale, seed, folder / f"world-{seed}")
-            policy = world.policy().eval()  # a copy of the trained one would share its forward, which trainers replace
+            policy = world.policy().eval()  # not a copy of the trained one, whose forward the trainer has replaced
 
             def look(weights: dict[str, Tensor]) -> dict[str, Any]:
                 policy.load_state_dict(weights)
@@ -209,17 +211,17 @@ def noise_of_seed(scale: Scale, folder: Path, seed: int, update: Callable[[int],
 
 
 def study_noise(study: Study, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """Of each seed, the figures along its plain run."""
+    """The figures along the plain run of each seed."""
     tasks = [(study.scale, study.folder, seed) for seed in seeds]
     return study.work(noise_of_seed, tasks, "plain runs: steps", len(tasks) * study.scale.steps)
 
 
 def noise_table(found: Sequence[dict[str, Any]]) -> list[str]:
-    """One row a point of the runs, pooled over seeds with 95% bootstrap intervals, in Markdown."""
+    """One row for each point of the runs, pooled over seeds, with 95% bootstrap intervals."""
     titles = ["‖∇L‖² / E‖g‖²", "cos ∇proxy, ∇gold"]
     of_penalty = ["‖E[Hg]‖/‖∇L‖", *(f"cos {title}" for title in COSINES)]
     titles += [f"{resample}: {title}" for resample in RESAMPLES for title in of_penalty]
-    lines = [f"| step | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+    rows = []
     for points in zip(*(one["points"] for one in found), strict=True):
         cells = [
             pooled(points, lambda sums: sums["proxy proxy"] / sums["square"]),
@@ -229,12 +231,12 @@ def noise_table(found: Sequence[dict[str, Any]]) -> list[str]:
             of = [{**point, **point[resample]} for point in points]
             cells.append(pooled(of, lambda sums: root(sums["own own"] / sums["proxy proxy"])))
             cells += [pooled(of, partial(cosine, names=names)) for names in COSINES.values()]
-        lines.append(f"| {points[0]['step']} | {' | '.join(cells)} |")
-    return lines
+        rows.append([str(points[0]["step"]), *cells])
+    return markdown_table(["step", *titles], rows)
 
 
 def root(square: float) -> float:
-    """√, and NaN where noise has left nothing positive."""
+    """The square root; NaN if noise has made the square negative."""
     return square**0.5 if square > 0 else math.nan
 
 
@@ -245,7 +247,7 @@ def cosine(sums: dict[str, float], names: tuple[str, str, str]) -> float:
 
 
 def pooled(points: Sequence[dict[str, Any]], figure: Callable[[dict[str, float]], float], draws: int = 2000) -> str:
-    """A figure of sums over seeds, and its 95% interval when seeds are drawn anew."""
+    """A figure computed from sums over seeds, with its 95% bootstrap interval over seeds."""
     names = [name for name, value in points[0].items() if isinstance(value, float)]
 
     def of(chosen: Sequence[int]) -> float:

@@ -1,4 +1,4 @@
-"""The study on paper: the table, the picture, the figures as JSON."""
+"""The tables and the picture of the study."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from hacking.arms import PLAIN
-from hacking.summary import FIGURES, Run, Runs, column, interval
+from benchmarks.common.tables import markdown_table
+from benchmarks.hacking.arms import PLAIN
+from benchmarks.hacking.summary import FIGURES, Run, Runs, column, interval
 
 
 def cell(values: dict[str, Any], seeds: int, *, sign: bool = False, none: str = "never") -> str:
-    """Mean and interval; how many of the seeds have a value, unless all have."""
+    """Mean and interval, and the number of seeds with a value unless all have one."""
     if values["mean"] is None:
         return none
     form = "{:+.2f}" if sign else "{:.2f}"
@@ -27,47 +28,47 @@ def cell(values: dict[str, Any], seeds: int, *, sign: bool = False, none: str = 
 
 
 def main_table(summary: dict[str, dict[str, Any]]) -> list[str]:
-    """One row a family, in Markdown."""
-    lines = [f"| arm | setting | {' | '.join(FIGURES.values())} |", "|---" * (len(FIGURES) + 2) + "|"]
-    for family, row in summary.items():
-        cells = [cell(row["figures"][name], len(row["seeds"])) for name in FIGURES]
-        lines.append(f"| {family} | {row['setting']} | {' | '.join(cells)} |")
-    return lines
+    """The figures, one row for each family."""
+    rows = [
+        [family, row["setting"], *(cell(row["figures"][name], len(row["seeds"])) for name in FIGURES)]
+        for family, row in summary.items()
+    ]
+    return markdown_table(["arm", "setting", *FIGURES.values()], rows)
 
 
 def measures_table(summary: dict[str, dict[str, Any]]) -> list[str]:
-    """What the wrapper reported over the runs, in Markdown."""
+    """The wrapper's metrics, one row for each family."""
     titles = list(next(iter(summary.values()))["measures"])
-    lines = [f"| arm | setting | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
+    rows = []
     for family, row in summary.items():
         cells = [cell(row["measures"][title], len(row["seeds"]), none="not measured") for title in titles]
-        lines.append(f"| {family} | {row['setting']} | {' | '.join(cells)} |")
-    return lines
+        rows.append([family, row["setting"], *cells])
+    return markdown_table(["arm", "setting", *titles], rows)
 
 
 def gain_table(summary: dict[str, dict[str, Any]], baselines: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Differences paired by seed, in Markdown; columns for the baselines that were run."""
+    """Differences paired by seed, with columns for the baselines that were run."""
     columns = [f"{name} over {other}" for other in baselines if other in summary for name in names]
     titles = [f"{FIGURES[name]}, over {other}" for other in baselines if other in summary for name in names]
-    lines = [f"| gain in gold | {' | '.join(titles)} |", "|---" * (len(columns) + 1) + "|"]
+    rows = []
     for family, row in summary.items():
         cells = [cell(row["gain"][name], len(row["seeds"]), sign=True) if name in row["gain"] else "" for name in columns]
-        lines.append(f"| {family} | {' | '.join(cells)} |")
-    return lines
+        rows.append([family, *cells])
+    return markdown_table(["gain in gold", *titles], rows)
 
 
 START, END = "<!-- figures -->", "<!-- end -->"
-"""Around the part of an account that is generated."""
+"""The marks around the generated part of a document."""
 
 
 def words_around(path: Path, title: str) -> tuple[str, str]:
-    """What an account says before and after its generated part; of a file that is not there yet, its title.
+    """The text of a document before and after its generated part; for a file that does not exist, its title.
 
     Raises:
-        ValueError: the file is there and has no such part: it is somebody's work.
+        ValueError: the file exists and has no such part; it would be overwritten.
     """
-    account = path.read_text() if path.exists() else f"{title}\n\n{START}\n{END}\n"
-    before, start, rest = account.partition(START)
+    document = path.read_text() if path.exists() else f"{title}\n\n{START}\n{END}\n"
+    before, start, rest = document.partition(START)
     _, end, after = rest.partition(END)
     if not (start and end):
         raise ValueError(f"{path} has no part between {START} and {END} to write the tables to. Give another --output")
@@ -75,16 +76,16 @@ def words_around(path: Path, title: str) -> tuple[str, str]:
 
 
 def rewrite(path: Path, text: str, title: str) -> None:
-    """Write ``text`` to the generated part of an account."""
+    """Write ``text`` to the generated part of a document."""
     before, after = words_around(path, title)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{before}{START}\n{text}\n{END}{after}")
 
 
 def picture(parts: Mapping[str, Runs], path: Path, title: str) -> None:
-    """Proxy and gold over steps, one panel each, a row a part, two parts at most; gold over proxy; the mechanism's parts.
+    """Draw proxy and gold over steps for at most two parts, gold over proxy, and ‖g1‖ with the proxy's accuracy.
 
-    Proxies of different seeds have different origins and scales, so the proxy is shown as the part of the plain run's gain.
+    Proxies of different seeds have different origins and scales, so the proxy is shown in units of the plain run's gain.
     """
     shown = dict(list(parts.items())[:2])
     columns = len(shown) + 1
@@ -121,12 +122,12 @@ def picture(parts: Mapping[str, Runs], path: Path, title: str) -> None:
 
 
 def lowered(title: str) -> str:
-    """A title as it goes on in a sentence."""
+    """A title with a small first letter, for the middle of a sentence."""
     return title[:1].lower() + title[1:]
 
 
 def courses(proxy: Axes, gold: Axes, runs: Runs, colours: Mapping[str, Any]) -> None:
-    """Every family over steps; the panel of gold is as high as all but the plain runs need, which may leave it."""
+    """Draw every family over steps. The range of gold fits all families except the plain one, which may leave the panel."""
     for family, group in runs.items():
         scaled = in_units_of_plain(group, runs[PLAIN])
         course(proxy, scaled, "proxy", colours[family], family)
@@ -142,20 +143,20 @@ def courses(proxy: Axes, gold: Axes, runs: Runs, colours: Mapping[str, Any]) -> 
 
 
 def in_units_of_plain(group: Sequence[Run], plain: Sequence[Run]) -> list[Run]:
-    """Runs whose proxy counts as the part of the plain run's gain, seed by seed."""
+    """Runs with the proxy in units of the plain run's gain, by seed."""
     ends = {one["seed"]: one["curve"][-1]["proxy"] for one in plain}
     return [scaled_to(one, ends[one["seed"]]) for one in group]
 
 
 def scaled_to(one: Run, end: float) -> Run:
-    """A run whose proxy counts from its start, in units of the gain up to ``end``."""
+    """A run with the proxy counted from its start, in units of the gain up to ``end``."""
     start = one["curve"][0]["proxy"]
     gain = (end - start) or 1.0
     return {**one, "curve": [{**point, "proxy": (point["proxy"] - start) / gain} for point in one["curve"]]}
 
 
 def course(axes: Axes, group: Sequence[Run], name: str, colour: Any, label: str) -> None:
-    """The mean over seeds of a quantity over steps, with its bootstrap interval."""
+    """Draw the mean over seeds of a quantity over steps, with its bootstrap interval."""
     points = list(zip(*(one["curve"] for one in group), strict=True))
     kept = [(at[0]["step"], interval([point.get(name) for point in at])) for at in points]
     kept = [(step, values) for step, values in kept if values["mean"] is not None]

@@ -1,4 +1,4 @@
-"""One run: GRPO from a seed's start against its proxy, and what is measured of the policy along the way."""
+"""One run: GRPO from the initial policy of a seed against its reward, with measurements of the policy."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from hacking.arms import Arm
-from hacking.language import golds, request
-from hacking.rewards import agreement
-from hacking.world import COMMON, Scale, World, sample, tokenizer
+from benchmarks.hacking.arms import Arm
+from benchmarks.hacking.language import golds, request
+from benchmarks.hacking.rewards import agreement
+from benchmarks.hacking.world import COMMON, Scale, World, sample, tokenizer
 
 FIGURES = ("g1_norm", "penalty_ratio", "curvature", "cosine", "perturbation_fidelity", "self_check")
-"""Of the wrapper's metrics, those that a run keeps, averaged between two measurements."""
+"""The metrics of the wrapper that a run keeps, averaged between two measurements."""
 
 
 @dataclass
-class Thermometer:
-    """Measures a policy against gold, proxy and start, always on the same requests and with the same random numbers."""
+class PolicyMeter:
+    """Measures gold, proxy and distance from the start of a policy, with the same requests and random numbers each time."""
 
     world: World
     scale: Scale
@@ -43,7 +43,7 @@ class Thermometer:
 
     @torch.no_grad()
     def __call__(self, policy: PreTrainedModel) -> dict[str, Any]:
-        with torch.random.fork_rng(devices=[]):  # training must not notice
+        with torch.random.fork_rng(devices=[]):  # leave the random numbers of the training alone
             torch.manual_seed(self.seed)
             ids, texts = sample(policy, self.prompts, self.scale.answer_tokens)
         scores = self.world.proxy(self.prompts, texts)
@@ -58,7 +58,7 @@ class Thermometer:
 
     @torch.no_grad()
     def divergence(self, policy: PreTrainedModel, ids: Tensor) -> float:
-        """KL(policy ‖ start) of an answer in nats: exact over each next token, summed over the tokens of the answers."""
+        """KL(policy ‖ start) of an answer in nats: exact for each next token, summed over the tokens of the answers."""
         asked, end = len(self.prompts[0]), tokenizer().eos_token_id
         written = ids[:, asked:]
         ended = (written == end).long().cumsum(1)
@@ -73,10 +73,10 @@ class Thermometer:
 
 
 class Course(TrainerCallback):
-    """Takes the temperature every few steps, and joins to it what the wrapper reported since."""
+    """Measures the policy every few steps, and adds the wrapper's metrics since the last measurement."""
 
-    def __init__(self, thermometer: Thermometer, every: int, tick: Callable[[], None]) -> None:
-        self.thermometer, self.every, self.tick = thermometer, every, tick
+    def __init__(self, meter: PolicyMeter, every: int, tick: Callable[[], None]) -> None:
+        self.meter, self.every, self.tick = meter, every, tick
         self.curve: list[dict[str, Any]] = []
         self.seconds = 0.0
 
@@ -94,7 +94,7 @@ class Course(TrainerCallback):
 
     def _measure(self, step: int, model: Any) -> None:
         start = time.perf_counter()
-        self.curve.append({"step": step, **self.thermometer(model)})
+        self.curve.append({"step": step, **self.meter(model)})
         self.seconds += time.perf_counter() - start
 
 
@@ -107,21 +107,21 @@ def train(
     tick: Callable[[], None],
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
-    """Run an arm on a seed, with further ``callbacks``.
+    """Run an arm on a seed, with additional ``callbacks``.
 
     Returns:
-        The arm, the seed, the course of the run and the seconds of a step, without those of measuring.
+        The arm, the seed, the curve of measurements, and the seconds of a step without measuring.
     """
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # where transformers 4.57 leaves the precision of another run
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # transformers 4.57 leaves the precision of an earlier run here
     torch.manual_seed(1000 * seed + 300)
     draw = random.Random(1000 * seed + 300)
-    policy = arm.dressed(world.policy())
-    policy.config._name_or_path = str(world.folder / "policy")  # where the trainer finds the reference of its KL penalty
+    policy = arm.prepared(world.policy())
+    policy.config._name_or_path = str(world.folder / "policy")  # the trainer loads the reference of its KL penalty from here
     rate = scale.learning_rate * arm.rate
     adamw = torch.optim.AdamW(policy.parameters(), lr=rate, weight_decay=0.0)
-    # Two more gradients in the first of the steps between two measurements; shrink off: the training is what it was.
+    # A check takes two more gradients in the first step after a measurement. Without shrink it does not change training.
     checks = {"check_every": scale.measure_every, "shrink": False}
-    thermometer = Thermometer(world, scale, 1000 * seed + 400)
+    meter = PolicyMeter(world, scale, 1000 * seed + 400)
     trainer = GRPOTrainer(
         model=policy,
         reward_funcs=world.proxy,
@@ -145,7 +145,7 @@ def train(
         processing_class=tokenizer(),
         optimizers=(arm.optimizer(adamw, model=policy, g1_clip=None, g2_clip=None, **checks), None),
     )
-    course = Course(thermometer, scale.measure_every, tick)
+    course = Course(meter, scale.measure_every, tick)
     for callback in (course, *callbacks):
         trainer.add_callback(callback)
     start = time.perf_counter()
@@ -155,16 +155,16 @@ def train(
 
 
 def run(arm: Arm, world: World, scale: Scale, seed: int, folder: Path, tick: Callable[[], None]) -> dict[str, Any]:
-    """As ``train``, with the result kept in ``folder``: a run that is there is not repeated."""
+    """As ``train``, with the result kept in ``folder``. A run whose file exists is not repeated."""
     return kept(folder / f"{arm.name}-{seed}.json", lambda: train(arm, world, scale, seed, folder / "trainer", tick))
 
 
 def kept(record: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What ``record`` holds; what ``compute`` returns, if there is no such file yet, and then there is."""
+    """The content of the file ``record``; if there is none, the result of ``compute``, which is written there."""
     if record.exists():
         return dict(json.loads(record.read_text()))
     result = compute()
     part = record.with_suffix(".part")
     part.write_text(json.dumps(result, indent=1) + "\n")
-    part.replace(record)  # whole or not at all
+    part.replace(record)  # so that an interrupted run leaves no half-written file
     return result

@@ -1,4 +1,4 @@
-"""Worlds and runs on several processes, tuning, and the choice it leads to. What is finished is not repeated."""
+"""Runs on several processes, tuning, and the choice of settings. Finished runs are not repeated."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from hacking.arms import PLAIN, STOPPED, Arm
-from hacking.run import run
-from hacking.world import Scale, prepare
+from benchmarks.hacking.arms import PLAIN, STOPPED, Arm
+from benchmarks.hacking.run import run
+from benchmarks.hacking.world import Scale, prepare
 
 Run = dict[str, Any]
 
@@ -30,7 +30,7 @@ class Study:
         self.folder, self.scale, self.jobs = folder, scale, jobs
         folder.mkdir(parents=True, exist_ok=True)
         record, settings = folder / "scale.json", asdict(scale)
-        # A setting that is younger than a record was at its default there.
+        # A record from before a setting was added has its default.
         if record.exists() and {**asdict(Scale()), **json.loads(record.read_text())} != settings:
             raise ValueError(
                 f"{folder} holds runs of another scale, {record.read_text().strip()}. Give another --folder, or delete it"
@@ -38,14 +38,14 @@ class Study:
         record.write_text(json.dumps(settings) + "\n")
 
     def runs(self, arms: Iterable[Arm], seeds: Sequence[int], title: str) -> list[Run]:
-        """The results, arms of one name once; a bar counts steps, those of finished runs included."""
+        """The results of all arms on all seeds, each name once. The progress bar counts steps, also of finished runs."""
         unique = {arm.name: arm for arm in arms}.values()
         self.work(prepare_seed, [(self.scale, self.folder, seed) for seed in seeds], f"{title}: worlds", len(seeds))
         tasks = [(self.scale, self.folder, arm, seed) for seed in seeds for arm in unique]
         return self.work(run_arm, tasks, f"{title}: steps", len(tasks) * self.scale.steps)
 
     def work(self, function: Callable[..., Any], tasks: list[Any], title: str, total: int) -> list[Any]:
-        """``function`` of each task and of a way to report progress, in order; a bar counts to ``total``."""
+        """The results of ``function`` for each task, in order. It also gets a function that advances a bar of ``total``."""
         with tqdm(total=total, desc=title, smoothing=0.02) as bar:
             if self.jobs == 1:
                 with quiet():
@@ -60,7 +60,7 @@ class Study:
                     else:
                         bar.update(ticks.get())
                 pool.close()
-                pool.join()  # leaving the block would end the workers wherever they are
+                pool.join()  # leaving the block would kill workers that are still running
                 return list(results.get())
 
 
@@ -68,7 +68,7 @@ _ticks: Any = None
 
 
 def start_worker(ticks: Any) -> None:
-    """In each process: one core, no chatter, and where to report progress."""
+    """Set up a worker process: one thread, and the queue for progress."""
     global _ticks
     _ticks = ticks
     torch.set_num_threads(1)
@@ -76,7 +76,7 @@ def start_worker(ticks: Any) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the logs, bars and warnings of trainers, which would tear the bar of the study."""
+    """Silence the logs, bars and warnings of trainers, which would break up the progress bar of the study."""
     import datasets
     from transformers.utils import logging
 
@@ -85,27 +85,27 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings(), Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
         # trl 1.16 uses a name that transformers 5.23 has changed.
         warnings.filterwarnings("ignore", r".*Use `(is_)?activation_checkpointing", FutureWarning)
-        # The check of the difference is in the results.
+        # The self-check is in the results.
         warnings.filterwarnings("ignore", "Gradient regularization: the self-check", UserWarning)
         yield
 
 
 def prepare_seed(scale: Scale, folder: Path, seed: int, update: Callable[[int], Any] | None = None) -> None:
-    """Build the seed's world if need be."""
+    """Build the seed's world, unless it exists."""
     with quiet():
         prepare(scale, seed, folder / f"world-{seed}")
     (update or _ticks.put)(1)
 
 
 def run_arm(scale: Scale, folder: Path, arm: Arm, seed: int, update: Callable[[int], Any] | None = None) -> Run:
-    """Run an arm on a seed, or read what came out of it."""
+    """Run an arm on a seed, or read its result."""
     with quiet(), reporting(scale.steps, update) as tick:
         return run(arm, prepare(scale, seed, folder / f"world-{seed}"), scale, seed, folder, tick)
 
 
 @contextlib.contextmanager
 def reporting(steps: int, update: Callable[[int], Any] | None) -> Iterator[Callable[[], None]]:
-    """Inside the block, what to call after each step; after it, all of them are reported, those of a finished run too."""
+    """Yield a function to call after each step. At the end, report the steps that it was not called for."""
     advance, done = update or _ticks.put, 0
 
     def tick() -> None:
@@ -123,7 +123,7 @@ def final(one: Run) -> float:
 
 
 def tuned(grids: Mapping[str, Sequence[Arm]], tuning: Sequence[Run]) -> dict[str, Arm]:
-    """The setting of each grid whose gold at the end is highest, on average over the tuning seeds."""
+    """The setting of each grid with the highest final gold, averaged over the tuning seeds."""
 
     def score(arm: Arm) -> float:
         return fmean(final(one) for one in tuning if one["arm"]["name"] == arm.name)
@@ -132,21 +132,21 @@ def tuned(grids: Mapping[str, Sequence[Arm]], tuning: Sequence[Run]) -> dict[str
 
 
 def stopping_step(tuning: Sequence[Run]) -> int:
-    """The step at which gold of the plain runs is highest, on average over the tuning seeds."""
+    """The step at which the gold of the plain runs is highest, averaged over the tuning seeds."""
     curves = [one["curve"] for one in tuning if one["arm"]["name"] == PLAIN]
     average = {points[0]["step"]: fmean(point["gold"] for point in points) for points in zip(*curves, strict=True)}
     return max(average, key=average.__getitem__)
 
 
 def stopped(plain: Run, step: int) -> Run:
-    """The plain run as early stopping leaves it: from that step on nothing changes."""
+    """The plain run with early stopping: nothing changes after that step."""
     at_stop = next(point for point in plain["curve"] if point["step"] == step)
     curve = [point if point["step"] <= step else {**at_stop, "step": point["step"]} for point in plain["curve"]]
     return {**plain, "arm": {**plain["arm"], "name": f"stopped-{step}"}, "curve": curve}
 
 
 def by_family(chosen: Mapping[str, Arm], reported: Sequence[Run], stop: int | None = None) -> dict[str, list[Run]]:
-    """The reported runs of each family, early stopping after the plain ones if its step is given."""
+    """The reported runs of each family, and those of early stopping if its step is given."""
     runs: dict[str, list[Run]] = {}
     for family, arm in chosen.items():
         runs[family] = [one for one in reported if one["arm"]["name"] == arm.name]

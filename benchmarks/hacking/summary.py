@@ -1,4 +1,4 @@
-"""What the runs amount to: figures of a run, their means with bootstrap intervals, and differences paired by seed."""
+"""Summary of runs: figures of each run, their means with bootstrap intervals, and differences paired by seed."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 from scipy.stats import bootstrap, spearmanr
 
-from hacking.arms import PLAIN
+from benchmarks.hacking.arms import PLAIN
 
 Run = dict[str, Any]
 Runs = dict[str, list[Run]]
 
 PROXY_LEVELS = {"at_proxy": 0.7, "at_high_proxy": 0.9}
-"""Equal proxy is taken where these parts of the plain run's gain in proxy are reached, seed by seed."""
+"""For comparison at equal proxy: the fractions of the plain run's gain in proxy, by seed."""
 KL_LEVEL = 5.0
-"""Equal KL is taken here, in nats an answer."""
+"""For comparison at equal KL: the KL in nats for each answer."""
 
 FIGURES = {
     "final": "final gold",
@@ -33,7 +33,7 @@ FIGURES = {
 }
 
 GAINS = ("final", "area")
-"""The figures whose differences between families are taken, seed by seed."""
+"""The figures of which differences between families are shown, paired by seed."""
 
 MEASURES = {
     "penalty_ratio": "‖penalty‖/‖g1‖",
@@ -42,25 +42,25 @@ MEASURES = {
     "perturbation_fidelity": "fidelity",
     "self_check": "self-check",
 }
-"""What the wrapper reports; of a run, its mean."""
+"""Metrics of the wrapper, averaged over a run."""
 LOWEST = "lowest self-check"
 MECHANISM = "‖g1‖ and accuracy"
 
 
 def column(one: Run, name: str) -> list[Any]:
-    """A quantity along a run."""
+    """A quantity at each measurement of a run."""
     return [point.get(name) for point in one["curve"]]
 
 
 def area(one: Run) -> float:
-    """Mean gold over the steps of a run, by trapezoids."""
+    """Mean gold over the steps of a run, by the trapezoidal rule."""
     steps, gold = column(one, "step"), column(one, "gold")
     pieces = [(b - a) * (u + v) / 2 for a, b, u, v in zip(steps, steps[1:], gold, gold[1:], strict=False)]
     return sum(pieces) / (steps[-1] - steps[0])
 
 
 def gold_at(one: Run, name: str, level: float) -> float | None:
-    """Gold where a quantity first reaches a level, between two measurements by a straight line; None if it never does."""
+    """Gold where a quantity first reaches a level, interpolated linearly; None if it never does."""
     values, gold = column(one, name), column(one, "gold")
     for i in range(1, len(values)):
         if values[i] >= level > values[i - 1]:
@@ -86,21 +86,21 @@ def figures(one: Run, plain: Run) -> dict[str, float | None]:
 
 
 def measures(one: Run) -> dict[str, float | None]:
-    """What the wrapper reported over a run, and how ‖g1‖ goes with the accuracy of the proxy; None if never."""
+    """The wrapper's metrics over a run, and the correlation of ‖g1‖ with the proxy's accuracy; None without values."""
     kept = {name: [value for value in column(one, name) if value is not None] for name in MEASURES}
     means = {title: fmean(kept[name]) if kept[name] else None for name, title in MEASURES.items()}
     return {**means, LOWEST: min(kept["self_check"], default=None), MECHANISM: mechanism(one)}
 
 
 def interval(values: Sequence[float | None]) -> dict[str, Any]:
-    """Mean and 95% bootstrap interval over seeds; ``count`` is of those that have a value."""
+    """Mean and 95% bootstrap interval over the seeds that have a value; ``count`` is their number."""
     numbers = [float(value) for value in values if value is not None]
     if not numbers:
         return {"mean": None, "low": None, "high": None, "count": 0}
     if len(set(numbers)) < 2:
         return {"mean": numbers[0], "low": numbers[0], "high": numbers[0], "count": len(numbers)}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of two or three seeds, BCa says that its interval is degenerate
+        warnings.simplefilter("ignore")  # for two or three seeds, BCa warns that its interval is degenerate
         drawn = bootstrap((numbers,), np.mean, n_resamples=9999, method="percentile", rng=np.random.default_rng(0))
     low, high = drawn.confidence_interval
     return {"mean": fmean(numbers), "low": float(low), "high": float(high), "count": len(numbers)}
@@ -115,7 +115,7 @@ def mechanism(one: Run) -> float | None:
 
 
 def summarise(runs: Runs) -> dict[str, dict[str, Any]]:
-    """For each family: every figure with its interval, the gains over each other family, what the wrapper reported."""
+    """For each family: figures with intervals, gains over each other family, and the wrapper's metrics."""
     plain = {one["seed"]: one for one in runs[PLAIN]}
     of = {family: {one["seed"]: figures(one, plain[one["seed"]]) for one in group} for family, group in runs.items()}
     summary: dict[str, dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""What a seed's runs have in common: the policy they start from, by TRL's SFT, and their reward, by TRL's RewardTrainer."""
+"""What the runs of a seed share: the initial policy, trained by TRL's SFTTrainer, and the reward."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from transformers import (
 )
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from hacking.language import corpus, golds, request, tokenizer
-from hacking.rewards import REWARDS, Judge, Loophole, Proxy, Reward
+from benchmarks.hacking.language import corpus, golds, request, tokenizer
+from benchmarks.hacking.rewards import REWARDS, Judge, Loophole, Proxy, Reward
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is; whatever changes the outcome of a run apart from its arm and its seed.
+    """Sizes, and all other settings that change the outcome of a run, except its arm and its seed.
 
     ``reward`` is one of ``REWARDS``; ``scale_rewards`` is GRPOConfig's.
     """
@@ -65,16 +65,17 @@ COMMON: dict[str, Any] = {
     "save_strategy": "no",
 }
 
-FROM_NOTHING: dict[str, Any] = {
+FROM_SCRATCH: dict[str, Any] = {
     **COMMON,
     "per_device_train_batch_size": 64,
     "learning_rate": 3e-3,
     "lr_scheduler_type": "cosine",
 }
-"""How policy and proxy are trained, besides."""
+"""How policy and proxy are trained."""
 
 
 def config(width: int, layers: int, **settings: Any) -> LlamaConfig:
+    """A small Llama for the language."""
     words = tokenizer()
     return LlamaConfig(
         vocab_size=len(words),
@@ -91,12 +92,12 @@ def config(width: int, layers: int, **settings: Any) -> LlamaConfig:
 
 
 def train_policy(scale: Scale, seed: int, folder: Path) -> LlamaForCausalLM:
-    """A model of the corpus, from nothing."""
+    """A language model of the corpus, trained from scratch."""
     set_seed(seed)
     policy = LlamaForCausalLM(config(scale.policy_width, scale.policy_layers))
     trainer = SFTTrainer(
         model=policy,
-        args=SFTConfig(str(folder / "sft"), max_steps=scale.sft_steps, seed=seed, **FROM_NOTHING),
+        args=SFTConfig(str(folder / "sft"), max_steps=scale.sft_steps, seed=seed, **FROM_SCRATCH),
         train_dataset=Dataset.from_list(corpus(scale.corpus_size, seed)),
         processing_class=tokenizer(),
     )
@@ -106,9 +107,9 @@ def train_policy(scale: Scale, seed: int, folder: Path) -> LlamaForCausalLM:
 
 @torch.no_grad()
 def sample(policy: PreTrainedModel, prompts: Sequence[str], answer_tokens: int) -> tuple[Tensor, list[str]]:
-    """Answers of the policy: the token ids with the prompts before them, (answers, tokens), and the answers' text."""
+    """Sample answers: the token ids of prompts and answers, (answers, tokens), and the text of the answers."""
     words = tokenizer()
-    inputs = words(list(prompts), return_tensors="pt")  # all of one length
+    inputs = words(list(prompts), return_tensors="pt")  # all have the same length
     was_training = policy.training
     policy.eval()
     ids = policy.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=answer_tokens, pad_token_id=words.pad_token_id)
@@ -118,7 +119,7 @@ def sample(policy: PreTrainedModel, prompts: Sequence[str], answer_tokens: int) 
 
 
 def drawn_pairs(policy: PreTrainedModel, scale: Scale, count: int, seed: int) -> list[dict[str, str]]:
-    """Pairs of answers to the same request, the better one by gold first; two of the same worth are no pair."""
+    """Pairs of answers to the same request, ordered by gold. Two answers of the same gold make no pair."""
     draw, pairs = random.Random(seed), []
     torch.manual_seed(seed)
     while len(pairs) < count:
@@ -133,7 +134,7 @@ def drawn_pairs(policy: PreTrainedModel, scale: Scale, count: int, seed: int) ->
 
 
 def train_proxy(policy: PreTrainedModel, scale: Scale, seed: int, folder: Path) -> LlamaForSequenceClassification:
-    """A Bradley-Terry model of pairs that the policy drew, a part of them labelled the wrong way round."""
+    """A Bradley-Terry model of pairs of the policy's answers, a fraction of which is labelled the wrong way round."""
     draw = random.Random(seed)
     pairs = drawn_pairs(policy, scale, scale.pairs, seed + 1)
     noisy = [
@@ -144,7 +145,7 @@ def train_proxy(policy: PreTrainedModel, scale: Scale, seed: int, folder: Path) 
     proxy = LlamaForSequenceClassification(config(scale.proxy_width, scale.proxy_layers, num_labels=1))
     trainer = RewardTrainer(
         model=proxy,
-        args=RewardConfig(str(folder / "proxy"), max_steps=scale.proxy_steps, seed=seed, **FROM_NOTHING),
+        args=RewardConfig(str(folder / "proxy"), max_steps=scale.proxy_steps, seed=seed, **FROM_SCRATCH),
         train_dataset=Dataset.from_list(noisy),
         processing_class=tokenizer(),
     )
@@ -154,19 +155,19 @@ def train_proxy(policy: PreTrainedModel, scale: Scale, seed: int, folder: Path) 
 
 @dataclass
 class World:
-    """A seed's start: where the policy lies, its proxy, and how often the proxy is right about the policy's answers."""
+    """The start of a seed's runs: the folder of the policy, the reward, and its accuracy on the policy's answers."""
 
     folder: Path
     proxy: Reward
     accuracy: float
 
     def policy(self) -> LlamaForCausalLM:
-        """A fresh copy of the start."""
+        """A new copy of the initial policy."""
         return LlamaForCausalLM.from_pretrained(self.folder / "policy")
 
 
 def prepare(scale: Scale, seed: int, folder: Path) -> World:
-    """The seed's world, built if ``folder`` does not hold it yet."""
+    """The world of a seed; built if ``folder`` does not hold it."""
     record = folder / "world.json"
     if not record.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -190,7 +191,7 @@ def prepare(scale: Scale, seed: int, folder: Path) -> World:
 
 
 def reward(scale: Scale, folder: Path, known: dict[str, float]) -> Reward:
-    """What the policy is to be trained on.
+    """The reward that the scale names.
 
     Raises:
         ValueError: there is no such reward.
@@ -204,5 +205,5 @@ def reward(scale: Scale, folder: Path, known: dict[str, float]) -> Reward:
 
 
 def scale_fields() -> dict[str, type]:
-    """Names of the settings of a scale, with their types."""
+    """The names and types of a scale's settings."""
     return {field.name: type(field.default) for field in fields(Scale)}

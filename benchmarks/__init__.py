@@ -1,0 +1,1 @@
+"""Measurements, a folder for each question. See README.md."""

@@ -1,1 +1,0 @@
-"""The studies of benchmarks/below_two.py, and its report."""

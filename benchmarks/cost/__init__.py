@@ -1,0 +1,1 @@
+"""What does a regularized step cost? See :mod:`benchmarks.cost.__main__`."""

@@ -1,0 +1,1 @@
+"""The published experiments: GRPO against a learned reward model, against an LLM judge, and their evaluation."""
