@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 import gradreg_optim
+from benchmarks.common.results import link_from_root, newest
 from gradreg_optim import GradRegConfig, GradRegOptimizer
 
-ROOT = Path(__file__).parent.parent
-BENCHMARKS = ROOT / "benchmarks"
+ROOT = Path(gradreg_optim.__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 ROWS = re.findall(r"^\| `(\w+)` \| (?:`--(\w+)` )?\| (\S+) \|", README, re.MULTILINE)
@@ -32,12 +32,12 @@ def test_loop_examples_run():
     exec(block, {})
 
 
-def test_trainers_are_those_that_were_tested(monkeypatch):
+def test_trainers_are_those_that_were_tested():
     """The table of trainers is what the last run of the matrix wrote."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    matrix = importlib.import_module("trainer_matrix")
-    runs = json.loads((BENCHMARKS / "results" / "trainers.json").read_text())["runs"]
-    assert matrix.in_readme(README, matrix.summary(runs)) == README
+    matrix = importlib.import_module("benchmarks.trainers.__main__")
+    file = newest("trainers")
+    runs = json.loads(file.read_text())["runs"]
+    assert matrix.in_readme(README, matrix.summary(runs, link_from_root(file))) == README
 
 
 def test_trainer_examples_run(tmp_path):
@@ -73,12 +73,11 @@ def test_trainer_examples_run(tmp_path):
         assert "grad_reg/penalty_ratio" in names["trainer"].state.log_history[0]
 
 
-def test_costs_are_the_measured_ones(monkeypatch):
+def test_costs_are_the_measured_ones():
     """What the README says about cost is what ``make bench`` makes of the newest results."""
     pytest.importorskip("tqdm", reason="the benchmarks come with the extra [demo]")
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    bench = importlib.import_module("make_bench")
-    files = {script: bench.newest(script, bench.RESULTS, quick=False) for script in bench.SCRIPTS}
+    bench = importlib.import_module("benchmarks.cost.__main__")
+    files = bench.newest_files(bench.RESULTS)
     assert bench.between_marks(README, "cost", bench.section(files)) == README
 
 

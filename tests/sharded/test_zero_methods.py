@@ -114,7 +114,7 @@ def test_exact_is_refused(pair):
 @pytest.mark.parametrize("more", [{}, OFFLOADED, {"precision": "bf16"}, {"precision": "fp16"}, BF16_OPTIMIZER])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_loop_over_passes(pair, stage, more):
-    """The body of ``for _ in optimizer.passes()`` is the closure: the path of the formula, with or without a step() after it."""
+    """The body of ``for _ in optimizer.passes()`` is the closure: the path of the formula, with and without step()."""
     if more is BF16_OPTIMIZER and stage > 1:
         pytest.skip("DeepSpeed takes that engine at stage 1")
     if OLD and stage == 2 and more is OFFLOADED:

@@ -1,33 +1,29 @@
-"""The measurements of cost: they run, they count what they say, and the README gets what they found."""
+"""The cost benchmarks: they run, their counts are right, and the README gets their results."""
 
 from __future__ import annotations
 
+import doctest
 import importlib
 import json
 import math
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+pytest.importorskip("tqdm", reason="the benchmarks come with the extra [demo]")
+
+from benchmarks.common import results as common_results
+from benchmarks.cost import measuring, peers, step_cost, step_tables, transformer, variants, zero_bytes, zero_cost
+
+bench = importlib.import_module("benchmarks.cost.__main__")
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")  # as the scripts set them, by starting anew: here they run in this process
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
-    return importlib.import_module
-
-
-@pytest.fixture
-def toy(script) -> dict[str, Any]:
-    """One cell at the size of a toy, measured."""
-    variants, step_cost = script("variants"), script("step_cost")
+def toy() -> dict[str, Any]:
+    """One cell with a tiny model, measured."""
     cell = variants.Cell(2, 64, 64, 32, 16, "float32", 4)
     return step_cost.measure(cell, wanted=["GradReg"], seconds=0.0, device=torch.device("cpu"))
 
@@ -48,9 +44,8 @@ def test_gradients_are_counted(toy: dict[str, Any]) -> None:
 
 @pytest.mark.filterwarnings("ignore:Gradient regularization. the self-check")  # in bf16, on random tokens, it is right
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_shared_state_is_used_as_it_was(script, dtype: str) -> None:
+def test_shared_state_is_used_as_it_was(dtype: str) -> None:
     """Every variant moves the shared weights, leaves them finite, and steps AdamW once."""
-    variants = script("variants")
     cell = variants.Cell(1, 64, 64, 32, 16, dtype, 2)
     subject = variants.Subject(cell, torch.device("cpu"))
     steps = variants.variants(subject, cell)
@@ -64,9 +59,8 @@ def test_shared_state_is_used_as_it_was(script, dtype: str) -> None:
         assert state[subject.parameters[0]]["step"].item() - count == (0 if "HeavyBall" in name else 1), name
 
 
-def test_a_peer_has_a_row_or_a_reason(script, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_has_a_row_or_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """By whether its package is installed."""
-    peers = script("peers")
 
     def version(package: str) -> str:
         if package == "pytorch_optimizer":
@@ -80,9 +74,8 @@ def test_a_peer_has_a_row_or_a_reason(script, monkeypatch: pytest.MonkeyPatch) -
     assert peers.described("Composer SAM") == "Composer SAM (mosaicml 1.2)"
 
 
-def test_peak_is_the_highest_point(script) -> None:
+def test_peak_is_the_highest_point() -> None:
     """Peaks are counted from the start of the first step, with what earlier steps have kept."""
-    measuring = script("measuring")
     kept: list[torch.Tensor] = []
 
     def step() -> None:
@@ -93,16 +86,14 @@ def test_peak_is_the_highest_point(script) -> None:
     assert measuring.peak_bytes([step, step]) == [16000, 20000]
 
 
-def test_kinds_of_steps_count_by_their_share(script) -> None:
+def test_kinds_of_steps_count_by_their_share() -> None:
     """One slow step in four: the mean of both medians, weighted; not the median, which would be the fast one's."""
-    step_cost = script("step_cost")
     assert step_cost.over_kinds([2.0, 1.0, 1.0, 1.2], [2, 1, 1, 1])[1] == pytest.approx(1.25)
     assert step_cost.over_kinds([3.0, 1.0], [2, 2]) == pytest.approx((1.5, 2.0, 2.5))
 
 
-def test_a_cell_that_is_measured_is_not_measured_again(script, toy: dict[str, Any]) -> None:
+def test_a_cell_that_is_measured_is_not_measured_again(toy: dict[str, Any]) -> None:
     """Unless its settings or the commit are others."""
-    variants, step_cost = script("variants"), script("step_cost")
     cell = variants.Cell(2, 64, 64, 32, 16, "float32", 4)
     assert step_cost.is_measured(cell, toy)
     assert not step_cost.is_measured(variants.Cell(2, 64, 64, 64, 16, "float32", 4), toy)
@@ -120,23 +111,23 @@ def results(folder: Path, toy: dict[str, Any]) -> dict[str, Path]:
         "zero_cost": {"rows": [{"to_floor": 1.051}, {"to_floor": 1.204}]},
         "scale_cost": {},
     }
-    files = {name: folder / f"2026-01-02-{name.replace('_', '-')}.json" for name in found}
+    files = {name: folder / f"2026-01-02-{name.replace('_', '-')}" / "result.json" for name in found}
     for name, file in files.items():
+        file.parent.mkdir()
         file.write_text(json.dumps(found[name]))
     return files
 
 
-def test_readme_gets_the_newest_figures(script, toy: dict[str, Any], tmp_path: Path, monkeypatch) -> None:
+def test_readme_gets_the_newest_figures(toy: dict[str, Any], tmp_path: Path, monkeypatch) -> None:
     """Between its marks, and nowhere else; a second time changes nothing."""
-    make_bench = script("make_bench")
     results(tmp_path, toy)
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- cost -->\nold\n<!-- end -->\nafter\n")
-    monkeypatch.setattr(make_bench, "RESULTS", tmp_path)
-    monkeypatch.setattr("sys.argv", ["make_bench.py", "--only-readme", "--readme", str(readme)])
-    make_bench.main()
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["benchmarks.cost", "--only-readme", "--readme", str(readme)])
+    bench.main()
     text = readme.read_text()
-    make_bench.main()
+    bench.main()
     assert readme.read_text() == text
     assert text.startswith("before\n<!-- cost -->\n")
     assert text.endswith("<!-- end -->\nafter\n")
@@ -144,21 +135,19 @@ def test_readme_gets_the_newest_figures(script, toy: dict[str, Any], tmp_path: P
     ratio = toy["rows"]["GradRegOptimizer, fraction=1/4"]["to_floor"]
     assert f"| `fraction=0.25` | {ratio:.3f} | – |" in text
     assert "1.05 to 1.20 ×" in text
-    assert "results/2026-01-02-zero-cost.md" in text
+    assert "results/2026-01-02-zero-cost/result.md" in text
 
 
-def test_readme_without_marks_is_refused(script) -> None:
+def test_readme_without_marks_is_refused() -> None:
     """Rather than written over."""
-    measuring = script("measuring")
     for text in ("no marks\n", "<!-- cost -->\nno end\n"):
         with pytest.raises(ValueError, match="must have a line '<!-- cost -->'"):
-            measuring.between_marks(text, "cost", "new")
+            common_results.between_marks(text, "cost", "new")
 
 
-def test_document_names_what_is_left_out(script, toy: dict[str, Any]) -> None:
+def test_document_names_what_is_left_out(toy: dict[str, Any]) -> None:
     """Every peer without a row has its line."""
-    tables, peers = script("step_tables"), script("peers")
-    text = tables.document({"toy": {**toy, "missing": {"WSAM": "it is not installed here"}}})
+    text = step_tables.document({"toy": {**toy, "missing": {"WSAM": "it is not installed here"}}})
     assert "- WSAM: it is not installed here." in text
     for name in peers.CANNOT_RUN:
         assert f"- {name}: " in text
@@ -166,13 +155,10 @@ def test_document_names_what_is_left_out(script, toy: dict[str, Any]) -> None:
 
 def test_paper_model_of_70_b() -> None:
     """By hand: P = 69.0e9 of bf16 on 64 ranks."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        paper = importlib.import_module("zero_bytes")
-    total = sum(paper.LLAMA_70B)
+    total = sum(zero_bytes.LLAMA_70B)
     assert total == 68_976_648_192
-    stage2 = paper.Sharding(paper.LLAMA_70B, 64, 2)
-    stage3 = paper.Sharding(paper.LLAMA_70B, 64, 3)
+    stage2 = zero_bytes.Sharding(zero_bytes.LLAMA_70B, 64, 2)
+    stage3 = zero_bytes.Sharding(zero_bytes.LLAMA_70B, 64, 3)
     assert stage2.sent == pytest.approx(2 * total * 63 / 64, rel=1e-6)
     assert stage2.sent / stage2.sent_plain == pytest.approx(1 / 3, rel=1e-6)
     assert stage3.sent == 63 / 64 * 80
@@ -183,26 +169,35 @@ def test_paper_model_of_70_b() -> None:
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is an extra")
-def test_paper_model_against_real_ranks(script) -> None:
+def test_paper_model_against_real_ranks() -> None:
     """Bytes kept and gathered on two ranks are those of the formulas, in all stages and both dtypes."""
-    zero_cost: ModuleType = script("zero_cost")
-    paper, measuring = script("zero_bytes"), script("measuring")
     args = zero_cost.parse_arguments(["--quick", "--rounds", "1", "--warmup", "3"])
     found = zero_cost.run(args)
     assert found.keys() == {f"{dtype} stage {stage}" for dtype in ("float32", "bfloat16") for stage in (1, 2, 3)}
     with torch.device("meta"):
-        model = measuring.Transformer(layers=args.layers, width=args.width, length=2)
+        model = transformer.Transformer(layers=args.layers, width=args.width, length=2)
     sizes = [parameter.numel() for parameter in model.parameters()]
     generators = torch.get_rng_state().nbytes  # their state is kept as well, whatever the model
     for case, ranks in found.items():
         bytes_each = 4 if "float32" in case else 2
         persistent = ranks[0]["persistent_parameters"]
-        sharding = paper.Sharding(sizes, args.ranks, int(case[-1]), bytes_each, bytes_each, persistent)
+        sharding = zero_bytes.Sharding(sizes, args.ranks, int(case[-1]), bytes_each, bytes_each, persistent)
         for rank, figures in enumerate(ranks):
             extra = figures["extra_collectives"]
             beside = figures["kept_bytes"] - generators - sharding.kept(rank)
             assert abs(beside) < 64, case  # scalars: metrics of this step come, those of the last one go
             assert extra["all_gather bytes"] == pytest.approx(sharding.gathered, abs=0 if case[-1] != "3" else 64), case
-            assert extra["all_reduce bytes"] <= 2 * paper.SCALARS, case
+            assert extra["all_reduce bytes"] <= 2 * zero_bytes.SCALARS, case
             assert extra.keys() == {"all_gather bytes", "all_gather calls", "all_reduce bytes", "all_reduce calls"}, case
-        assert math.isclose(sharding.sent, (sharding.gathered + 4 * paper.SCALARS) / 2)
+        assert math.isclose(sharding.sent, (sharding.gathered + 4 * zero_bytes.SCALARS) / 2)
+
+
+MODULES_WITH_EXAMPLES = ["benchmarks.common.results", "benchmarks.common.tables", "benchmarks.cost.step_cost"]
+
+
+@pytest.mark.parametrize("name", MODULES_WITH_EXAMPLES)
+def test_examples_in_docstrings_hold(name: str) -> None:
+    """Each prints what its docstring says."""
+    found = doctest.testmod(importlib.import_module(name))
+    assert found.failed == 0
+    assert found.attempted > 0

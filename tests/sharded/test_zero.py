@@ -387,7 +387,12 @@ def test_refuses_what_is_no_engine():
 
 @pytest.mark.parametrize(
     ("kind", "words"),
-    [("half a window", "ran 0 accumulation"), ("two windows", "ran 3 acc"), ("no closure", "without a closure"), ("step twice", "without a closure")],
+    [
+        ("half a window", "ran 0 accumulation"),
+        ("two windows", "ran 3 acc"),
+        ("no closure", "without a closure"),
+        ("step twice", "without a closure"),
+    ],
 )
 def test_refuses_other_closures(pair, kind, words):
     """A closure is exactly one accumulation window."""

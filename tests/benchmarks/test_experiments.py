@@ -1,11 +1,9 @@
-"""The published experiments, at the size of a toy and without a network: every part is real, and two steps are taken."""
+"""The published experiments, ``examples/published``, with tiny models and without a network: two steps of each."""
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -16,7 +14,8 @@ import trl
 from trainers import llama, sentence, tokenizer
 from transformers import LlamaForSequenceClassification
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+from examples.published import evaluate, judge, llm_judge, rlhf
+
 SMALL = ["--max_steps", "2", "--use_cpu", "--bf16", "False", "--num_generations", "2", "--per_device_train_batch_size", "2"]
 SHORT = [
     "--gradient_accumulation_steps",
@@ -28,12 +27,6 @@ SHORT = [
     "--disable_tqdm",
     "True",
 ]
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +51,10 @@ def history(folder: Path) -> list[dict[str, float]]:
     return [row for row in record["log_history"] if "reward" in row]
 
 
-def test_rlhf_and_its_evaluation(script, files: dict[str, str], tmp_path: Path) -> None:
+def test_rlhf_and_its_evaluation(files: dict[str, str], tmp_path: Path) -> None:
     """The reward model's scores are the rewards, the penalty is taken, and the checkpoint can be measured."""
     flags = ["--model_name_or_path", files["policy"], "--reward_model", files["scorer"], "--dataset_name", files["prompts"]]
-    script("rlhf").main([*flags, *SMALL, *SHORT, "--output_dir", str(tmp_path)])
+    rlhf.main([*flags, *SMALL, *SHORT, "--output_dir", str(tmp_path)])
     steps = history(tmp_path)
     assert len(steps) == 2
     assert all(row["grad_reg/penalty_ratio"] > 0 and row["grad_reg/strength"] == 1e-2 for row in steps)
@@ -77,16 +70,16 @@ def test_rlhf_and_its_evaluation(script, files: dict[str, str], tmp_path: Path) 
         "--dataset_split",
         "train",
     ]
-    script("evaluate").main([*flags, "--reward_models", files["scorer"], "--max_completion_length", "4", "--limit", "6"])
+    evaluate.main([*flags, "--reward_models", files["scorer"], "--max_completion_length", "4", "--limit", "6"])
     means = json.loads((tmp_path / "evaluation.json").read_text())["means"]
     assert means["scorer"]["count"] == 6
     assert means["scorer"]["standard_error"] > 0
 
 
-def test_llm_judge_and_its_evaluation(script, files: dict[str, str], tmp_path: Path) -> None:
+def test_llm_judge_and_its_evaluation(files: dict[str, str], tmp_path: Path) -> None:
     """Format and the judge's grade are rewarded; whether the answer is right is logged, and nothing else."""
     flags = ["--model_name_or_path", files["policy"], "--judge", files["policy"], "--dataset_name", files["problems"]]
-    script("llm_judge").main([*flags, *SMALL, *SHORT, "--output_dir", str(tmp_path), "--unparsable_reward", "-0.5"])
+    llm_judge.main([*flags, *SMALL, *SHORT, "--output_dir", str(tmp_path), "--unparsable_reward", "-0.5"])
     steps = history(tmp_path)
     assert len(steps) == 2
     for row in steps:
@@ -97,14 +90,13 @@ def test_llm_judge_and_its_evaluation(script, files: dict[str, str], tmp_path: P
         assert row["grad_reg/strength"] == 1e-3
 
     flags = ["--model", str(tmp_path), "--judge", files["policy"], "--dataset_name", files["problems"], "--limit", "4"]
-    script("evaluate").main([*flags, "--dataset_split", "train", "--max_completion_length", "4", "--temperature", "0"])
+    evaluate.main([*flags, "--dataset_split", "train", "--max_completion_length", "4", "--temperature", "0"])
     means = json.loads((tmp_path / "evaluation.json").read_text())["means"]
     assert set(means) == {"length", "format", "correct", "judge"}
 
 
-def test_rewards_of_a_solution(script) -> None:
+def test_rewards_of_a_solution() -> None:
     """The format is all of it, the answer is its number, and the truth stands behind the hashes."""
-    judge: ModuleType = script("judge")
     right = "<reasoning>2 and 2</reasoning>\n<answer> 1,234 </answer>"
     chat = [{"role": "assistant", "content": right}]
     completions = [right, "it is 1234", "<answer>4</answer>", chat]
@@ -117,10 +109,9 @@ def test_rewards_of_a_solution(script) -> None:
 @pytest.mark.parametrize(
     ("reply", "reward"), [("5", 1.0), ("Grade: 1.", 0.0), ("I give it a 3", 0.5), ("15", -1.0), ("", -1.0)]
 )
-def test_grades(script, reply: str, reward: float) -> None:
+def test_grades(reply: str, reward: float) -> None:
     """1 to 5 become 0 to 1; anything else is punished."""
-    judge = script("judge").Judge(llama(), tokenizer())
-    assert judge.reward(reply) == reward
+    assert judge.Judge(llama(), tokenizer()).reward(reply) == reward
 
 
 @pytest.mark.parametrize(
@@ -132,10 +123,10 @@ def test_grades(script, reply: str, reward: float) -> None:
         (["--no_such_flag", "1"], "must be flags of this script"),
     ],
 )
-def test_one_line_says_what_is_wrong(script, files: dict[str, str], flags: list[str], words: str, tmp_path: Path) -> None:
+def test_one_line_says_what_is_wrong(files: dict[str, str], flags: list[str], words: str, tmp_path: Path) -> None:
     """The value, the rule and the remedy, and no traceback."""
     given = ["--model_name_or_path", files["policy"], "--reward_model", files["scorer"], "--dataset_name", files["prompts"]]
     with pytest.raises(SystemExit) as stopped:
-        script("rlhf").main([*given, *SMALL, "--output_dir", str(tmp_path), *flags])
+        rlhf.main([*given, *SMALL, "--output_dir", str(tmp_path), *flags])
     assert words in str(stopped.value)
     assert "\n" not in str(stopped.value)

@@ -20,11 +20,11 @@ from gradreg_optim.core.multi_tensor import (
     restore_,
     save_and_shift_,
     scale_,
+    shift_,
     step_moments,
     subtract_,
 )
 from gradreg_optim.core.multi_tensor.blocks import BLOCK, combine_and_measure_, fit, recombine_
-from gradreg_optim.core.multi_tensor import shift_
 
 SHAPES = st.lists(st.lists(st.integers(0, 4), max_size=3).map(tuple), min_size=1, max_size=4)
 SEEDS = st.integers(0, 1000)

@@ -1,10 +1,9 @@
-"""The laboratory, ``benchmarks/reward_hacking.py``: gold and figures by hand, and the whole study at toy size."""
+"""``benchmarks/hacking``: gold and figures by hand, and the whole study with tiny models."""
 
 from __future__ import annotations
 
 import importlib
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +14,6 @@ import torch
 for package in ("trl", "scipy", "matplotlib"):
     pytest.importorskip(package, reason=f"{package} belongs to the demo extra")
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 TOY = {
     "corpus-size": 64,
     "sft-steps": 2,
@@ -36,16 +34,14 @@ TOY = {
 
 
 def module(name: str) -> ModuleType:
-    if str(BENCHMARKS) not in sys.path:
-        sys.path.insert(0, str(BENCHMARKS))
-    return importlib.import_module(name)
+    return importlib.import_module(f"benchmarks.{name}")
 
 
 def study(folder: Path, *flags: str, **scale: Any) -> None:
     """The small study on one seed, in this process."""
     sizes = [f"--{name}={value}" for name, value in {**TOY, **scale}.items()]
     common = ["--jobs", "1", "--seeds", "1", "--folder", str(folder / "runs"), "--output", str(folder / "results")]
-    module("reward_hacking").main([*sizes, *common, *flags])
+    module("hacking.__main__").main([*sizes, *common, *flags])
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +207,7 @@ def test_divergence_is_that_of_the_samples(toy: Path) -> None:
     run, world = module("hacking.run"), module("hacking.world")
     scale = world.Scale(answer_tokens=4, measured_prompts=400, measured_answers=25, policy_width=16, policy_layers=1)
     start = world.prepare(scale, 10, toy / "runs" / "world-10")
-    meter = run.Thermometer(start, scale, 0)
+    meter = run.PolicyMeter(start, scale, 0)
     policy = start.policy()
     with torch.no_grad():  # another policy, which ends after every third token or so
         states = policy.model(**world.tokenizer()(meter.prompts, return_tensors="pt")).last_hidden_state[:, -1].mean(0)

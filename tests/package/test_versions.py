@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 
 import gradreg_optim.versions
 
-EXTRAS = Path(__file__).parent.parent / "pyproject.toml"
+EXTRAS = Path(__file__).parents[2] / "pyproject.toml"
 CHECKED = ("accelerate", "deepspeed", "transformers", "trl")
 real_requires, real_version = importlib.metadata.requires, importlib.metadata.version
 

@@ -1,10 +1,9 @@
-"""``benchmarks/below_two.py``: its figures against what the optimizer does, and everything but the trainers at toy size."""
+"""``benchmarks/below_two``: its figures against the optimizer's, and everything except the trainers with tiny models."""
 
 from __future__ import annotations
 
 import importlib
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,15 +19,12 @@ from gradreg_optim.drivers.micro_batches import chosen_part
 for package in ("transformers", "matplotlib"):
     pytest.importorskip(package, reason=f"{package} belongs to the demo extra")
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 COUNT = 8
 SETTINGS: dict[str, Any] = {"strength": 0.3, "eps": 1e-3, "g1_clip": None, "g2_clip": None}
 
 
 def module(name: str) -> ModuleType:
-    if str(BENCHMARKS) not in sys.path:
-        sys.path.insert(0, str(BENCHMARKS))
-    return importlib.import_module(name)
+    return importlib.import_module(f"benchmarks.below_two.{name}")
 
 
 def gradient(model: nn.Module) -> torch.Tensor:
@@ -44,7 +40,7 @@ def losses() -> tuple[nn.Module, Any]:
 
 def test_figures_of_a_part_are_those_of_the_step_with_that_part() -> None:
     """From one window: the cosine and the length of what ``fraction=0.25`` hands to the wrapped optimizer."""
-    windows = module("below.windows")
+    windows = module("windows")
     model, loss = losses()
     recorder = windows.Recorder(torch.optim.SGD(model.parameters(), lr=0.0), **SETTINGS)
 
@@ -62,7 +58,7 @@ def test_figures_of_a_part_are_those_of_the_step_with_that_part() -> None:
     optimizer.step(MicroBatches(lambda position: loss(position).backward(), range(COUNT)))
     found, part = gradient(model), chosen_part(COUNT, 0.25, 0)
     start = next(position for position in part if (position - 1) % COUNT not in part)
-    parts = module("below.parts").part_figures(window, 0.3)["parts"]
+    parts = module("parts").part_figures(window, 0.3)["parts"]
     at = parts["fraction"].index(0.25) + start
     cosine, length = float(found @ whole / (found.norm() * whole.norm())), float(found.norm() / whole.norm())
     assert [parts["g, strength"][at], parts["g, strength, length"][at]] == pytest.approx([cosine, length], rel=1e-9)
@@ -72,7 +68,7 @@ def test_figures_of_a_part_are_those_of_the_step_with_that_part() -> None:
 def test_a_sketch_keeps_inner_products() -> None:
     """To a thousandth of the lengths, of vectors longer than it is, nearly all of which is in a few elements."""
     draw = torch.Generator().manual_seed(0)
-    sketch = module("below.windows").Sketch()
+    sketch = module("windows").Sketch()
     a, b = (torch.randn(3 * 2**20 // 2, generator=draw) for _ in range(2))
     b[:100] = 300 * a[:100]
     a[:100] *= 100
@@ -84,7 +80,7 @@ def test_a_sketch_keeps_inner_products() -> None:
 
 def test_the_known_answer_is_one() -> None:
     """The penalised objective is stationary there and not at the minimum of the loss; training with it goes there."""
-    training = module("below.known")
+    training = module("known")
     known = training.Known(0, ratio=0.5)
     slope = torch.func.grad(known.objective)
     assert slope(known.answer).norm() < 1e-12
@@ -100,8 +96,8 @@ def test_the_known_answer_is_one() -> None:
 def test_what_is_written(tmp_path: Path) -> None:
     """A table for each study that was run, all figures, a picture; and later studies join earlier ones."""
     given = ["--toy", "--folder", str(tmp_path), "--output", str(tmp_path / "out")]
-    module("below_two").main([*given, "--studies", "convergence"])
-    module("below_two").main([*given, "--studies", "fraction"])
+    module("__main__").main([*given, "--studies", "convergence"])
+    module("__main__").main([*given, "--studies", "fraction"])
     text, figures = (tmp_path / "out.md").read_text(), json.loads((tmp_path / "out.json").read_text())
     assert list(figures) == ["fraction", "convergence"]
     assert "| 0.25 | 0.50 |" in text

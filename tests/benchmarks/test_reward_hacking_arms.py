@@ -1,4 +1,4 @@
-"""The arms of ``benchmarks/reward_hacking.py``: names, budgets, and what the ablations do to a step."""
+"""The arms of ``benchmarks/hacking``: names, budgets, and what the ablations do to a step."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_rounded_weights_are_on_the_grid_of_bfloat16_after_every_step() -> None:
         return torch.equal(weight, weight.to(torch.bfloat16).float())
 
     assert not is_on_grid(policy.weight)
-    assert arm.dressed(policy).weight.dtype == torch.float32
+    assert arm.prepared(policy).weight.dtype == torch.float32
     assert is_on_grid(policy.weight)
     for kept, expected in ((arm, True), (arms.Arm("x"), False)):
         visited, _ = bowl(kept, steps=3)
@@ -90,7 +90,7 @@ def test_rounded_weights_are_on_the_grid_of_bfloat16_after_every_step() -> None:
 def test_bf16_weights_have_no_masters() -> None:
     """The policy itself is bfloat16, and so is what AdamW keeps of it."""
     arm = module("hacking.arms").named("none-bf16")
-    policy = arm.dressed(torch.nn.Linear(4, 4))
+    policy = arm.prepared(torch.nn.Linear(4, 4))
     optimizer = arm.optimizer(torch.optim.AdamW(policy.parameters()))
 
     def closure() -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The rewards of ``benchmarks/reward_hacking.py`` that can be hacked, and the study of the penalty's noise."""
+"""The rewards of ``benchmarks/hacking``, and the study of the penalty's noise."""
 
 from __future__ import annotations
 

@@ -13,8 +13,9 @@ from distributed import remove_shared_memory
 pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
 pytest.importorskip("trl", reason="trainers come with the extra [trl]")
 
-HERE = Path(__file__).parent
-CONFIGS = HERE.parent / "benchmarks" / "accelerate"
+ROOT = Path(__file__).parents[2]
+SUPPORT = ROOT / "tests" / "support"
+CONFIGS = ROOT / "examples" / "grpo"
 CASES = ["sft:optimizers:1", "sft:optimizers:4", "sft:attach:4", "grpo:optimizers:1", "grpo:attach:4"]
 PLAIN = "sft:none:4"
 LAUNCH_TIMEOUT = 200
@@ -30,16 +31,23 @@ BF16 = {
 
 
 def launch(module, *options, script_arguments):
-    """Run tests/zero_script.py in two processes; a launch that does not end in time is killed with all of them."""
+    """Run tests/support/zero_script.py in two processes; a launch that does not end in time is killed with all of them."""
     environment = os.environ | {
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(SUPPORT), os.environ.get("PYTHONPATH", "")]),
         "PYTHONWARNINGS": "ignore",
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),  # ninja, which DeepSpeed calls
     }
-    command = [sys.executable, "-m", module, *map(str, options), str(HERE / "zero_script.py"), *map(str, script_arguments)]
+    command = [
+        sys.executable,
+        "-m",
+        module,
+        *map(str, options),
+        str(SUPPORT / "zero_script.py"),
+        *map(str, script_arguments),
+    ]
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as process:

