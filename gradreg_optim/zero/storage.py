@@ -191,7 +191,8 @@ class Partitions(ABC):
             for block, origin, along in chunks(weight, master, direction):
                 block.copy_(origin + along.to(origin.dtype) * steps[fragment.group])
             if measured:
-                moved, squared = step_moments([start], [sampled(weight)], [sampled(direction)])
+                end = sampled(weight).to(start.device)  # with offload, weights alone are on the accelerator
+                moved, squared = step_moments([start], [end], [sampled(direction)])
                 group.moved_along = group.moved_along.to(moved.device) + moved * unscale
                 group.step_squared = group.step_squared.to(squared.device) + squared * unscale**2
 
