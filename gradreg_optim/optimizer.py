@@ -159,11 +159,11 @@ class GradRegOptimizer(OptimizerWrapper):
         if closure is None:
             return self._step_on_gradients(was_under_way)
         plan, storage = self.plan(), self.storage()
+        self._check_driver(plan, "" if isinstance(closure, MicroBatches) else "this closure runs them all")
         with closing(self._passes(plan, storage)) as passes:
             if isinstance(closure, MicroBatches):
                 loss = closure.drive(passes, storage, plan)
             else:
-                self._require_whole_passes(plan, "this closure runs them all")
                 call = torch.enable_grad()(closure)
                 loss, *_ = [call() for _ in passes]
         self._base_step()
@@ -188,7 +188,7 @@ class GradRegOptimizer(OptimizerWrapper):
             RuntimeError: ``fraction`` or ``resample`` are set, which a loop body cannot serve; see also :meth:`step`.
         """
         plan = self.plan()
-        self._require_whole_passes(plan, "the body of this loop runs them all")
+        self._check_driver(plan, "the body of this loop runs them all")
         self._abandon_passes()
         passes = self._passes_of_loop(plan)
         self._running = weakref.ref(passes)
@@ -231,11 +231,11 @@ class GradRegOptimizer(OptimizerWrapper):
                 self._has_advised = True
                 warnings.warn(outcome.check.advice, stacklevel=2)
 
-    def _require_whole_passes(self, plan: Plan, what: str) -> None:
-        """Refuse settings that a step on whole passes cannot honour."""
-        if plan.fraction < 1:
+    def _check_driver(self, plan: Plan, whole: str) -> None:
+        """Refuse settings that a driver cannot serve; ``whole`` says of one that it runs all micro-batches at once."""
+        if whole and plan.fraction < 1:
             raise RuntimeError(
-                f"fraction={plan.fraction!r} takes the difference on some micro-batches of a step; {what}. "
+                f"fraction={plan.fraction!r} takes the difference on some micro-batches of a step; {whole}. "
                 "Pass optimizer.step(gradreg_optim.MicroBatches(backward, batches)), or leave fraction at 1."
             )
         if self.resample != "reuse":

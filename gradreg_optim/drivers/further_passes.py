@@ -23,10 +23,10 @@ def further_passes(storage: Storage, plan: Plan, run: Callable[[], Any], part: P
     """
     with closing(regularized(storage, plan)) as points:
         next(points)
-        try:
-            points.send(part)
-            while True:
-                run()
-                next(points)
-        except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
+        while True:
+            try:
+                points.send(part)
+            except StopIteration as end:
+                return end.value  # type: ignore[no-any-return]
+            part = None
+            run()

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -87,15 +87,17 @@ class MicroBatches:
                 starts[position] = RandomState(storage.devices)
             losses.append(self._run(storage, position, is_summed=split.ends_after(position)))
             split.close(position)
-        part = split.joined()
-        with suppress(StopIteration):
-            points.send(part)
-            while True:  # ``.grad`` is empty: the storage has taken all gradients
-                for position in sorted(split.part):
-                    if position in starts:
-                        starts[position].restore()
-                    self._run(storage, position, is_summed=position == max(split.part))
-                next(points)
+        answer = split.joined()
+        while True:
+            try:
+                points.send(answer)
+            except StopIteration:
+                break
+            answer = None  # ``.grad`` is empty now: the storage has taken all gradients
+            for position in sorted(split.part):
+                if position in starts:
+                    starts[position].restore()
+                self._run(storage, position, is_summed=position == max(split.part))
         losses = [loss.detach() if isinstance(loss, Tensor) else loss for loss in losses]
         return None if any(loss is None for loss in losses) else sum(losses[1:], losses[0])
 

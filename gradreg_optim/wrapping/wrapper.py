@@ -235,7 +235,7 @@ class OptimizerWrapper(Optimizer):
         self.optimizer.load_state_dict(state_dict)
         for group in self.param_groups:
             drop_keys(group, DELETED)
-        missing = sorted({key for group in self.param_groups for key in missing_keys(group)} - {"gradreg_excluded"})
+        missing = sorted({key for group in self.param_groups for key in missing_keys(group)})
         if missing:
             warnings.warn(
                 f"The loaded optimizer state has no {', '.join(missing)}: it was saved without GradRegOptimizer. "

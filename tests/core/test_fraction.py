@@ -216,3 +216,21 @@ def test_a_closure_that_runs_everything_is_refused():
         optimizer.step(closure_of(optimizer, loss))
     with pytest.raises(ValueError, match="batches"):
         MicroBatches(loss, [])
+
+
+@pytest.mark.parametrize("fraction", [0.5, 1.0])
+def test_a_stop_iteration_in_a_further_pass_goes_on(fraction):
+    """It is the micro-batch's own, and does not end the step: nothing trains without the penalty unnoticed."""
+    model, loss = problem()
+    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.05), **SETTINGS, fraction=fraction)
+    backward, start = Backward(loss), weights(model)
+
+    def exhausted(position):
+        if len(backward.called) == COUNT:
+            raise StopIteration
+        return backward(position)
+
+    with pytest.raises(StopIteration):
+        optimizer.step(MicroBatches(exhausted, range(COUNT)))
+    assert_same(weights(model), start)
+    assert optimizer.step_count == 0

@@ -311,6 +311,13 @@ CASES = {
         "this step got a closure, which decides itself",
         "leave resample out",
     ),
+    "resample on micro-batches": Case(
+        lambda: GradRegOptimizer(sgd(), resample="sequence").step(MicroBatches(print, [1])),
+        RuntimeError,
+        "resample='sequence'",
+        "which decides itself",
+        "leave resample out",
+    ),
     "resample in a loop": Case(
         lambda: GradRegOptimizer(sgd(), resample="importance").passes(),
         RuntimeError,
