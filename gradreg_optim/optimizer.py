@@ -158,7 +158,7 @@ class GradRegOptimizer(OptimizerWrapper):
         was_under_way = self._abandon_passes()
         if closure is None:
             return self._step_on_gradients(was_under_way)
-        plan, storage = self.plan(), self.storage()
+        plan = self.plan(storage := self.storage())
         self._check_driver(plan, "" if isinstance(closure, MicroBatches) else "this closure runs them all")
         with closing(self._passes(plan, storage)) as passes:
             if isinstance(closure, MicroBatches):
@@ -187,15 +187,15 @@ class GradRegOptimizer(OptimizerWrapper):
         Raises:
             RuntimeError: ``fraction`` or ``resample`` are set, which a loop body cannot serve; see also :meth:`step`.
         """
-        plan = self.plan()
+        plan = self.plan(storage := self.storage())
         self._check_driver(plan, "the body of this loop runs them all")
         self._abandon_passes()
-        passes = self._passes_of_loop(plan)
+        passes = self._passes_of_loop(plan, storage)
         self._running = weakref.ref(passes)
         return passes
 
-    def _passes_of_loop(self, plan: Plan) -> Passes:
-        yield from self._passes(plan, self.storage())
+    def _passes_of_loop(self, plan: Plan, storage: Storage) -> Passes:
+        yield from self._passes(plan, storage)
         self._end_loop()
 
     def _passes(self, plan: Plan, storage: Storage) -> Passes:

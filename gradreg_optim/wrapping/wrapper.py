@@ -167,8 +167,8 @@ class OptimizerWrapper(Optimizer):
         for group in self.param_groups:
             group["gradreg_step"] = step
 
-    def plan(self) -> Plan:
-        """The settings of the step to come; validated when a user or a scheduler has changed one."""
+    def plan(self, storage: Storage | None = None) -> Plan:
+        """The settings of the step to come, on ``storage`` if it is at hand; validated when one has been changed."""
         groups = self.param_groups
         if self._settled is None or self._settled[0] != _read(groups):
             self._settled = self._settle()
@@ -184,7 +184,7 @@ class OptimizerWrapper(Optimizer):
         since_warmup = step - group["gradreg_warmup_steps"]
         if not any(plan.strengths) or since_warmup % group["gradreg_every"]:
             return replace(plan, step=step, points=())
-        points = plan.scheme.checked_points if self._check_is_due(group) else plan.scheme.points
+        points = plan.scheme.checked_points if self._check_is_due(group, storage) else plan.scheme.points
         return replace(plan, step=step, points=points, floor=group["gradreg_floor"])
 
     def _settle(self) -> tuple[list[Any], Plan]:
@@ -198,17 +198,17 @@ class OptimizerWrapper(Optimizer):
         """Whether the step to come takes a second gradient."""
         return self.plan().regularizes
 
-    def _check_is_due(self, group: dict[str, Any]) -> bool:
+    def _check_is_due(self, group: dict[str, Any], storage: Storage | None) -> bool:
         every = group["gradreg_check_every"]
         if every is None:
-            every = DEFAULT_CHECK_EVERY if self._precision_is_low() else 0
+            every = DEFAULT_CHECK_EVERY if self._precision_is_low(storage) else 0
         # Of ``gradreg_every`` steps in a row one is regularized: it is checked if the round number is among them.
         return bool(every) and (group["gradreg_floor"] is None or self.step_count % every < group["gradreg_every"])
 
-    def _precision_is_low(self) -> bool:
+    def _precision_is_low(self, storage: Storage | None) -> bool:
         """Whether weights, or what a trainer computes with, have fewer bits than float32."""
         is_low_in_trainer = self._attachment is not None and self._attachment.computes_in_low_precision
-        return is_low_in_trainer or self.storage().has_low_precision
+        return is_low_in_trainer or (storage or self.storage()).has_low_precision
 
     @abstractmethod
     def storage(self) -> Storage:
