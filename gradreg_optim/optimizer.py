@@ -21,7 +21,7 @@ from gradreg_optim.core.local import LocalStorage
 from gradreg_optim.core.plan import Plan
 from gradreg_optim.core.regularize import regularized
 from gradreg_optim.core.repeatable import Clearing, SameStart
-from gradreg_optim.core.step import Outcome, PartOfPass, Point, Scalar
+from gradreg_optim.core.step import Figure, Outcome, PartOfPass, Point, Scalar, computed
 from gradreg_optim.core.storage import Storage
 from gradreg_optim.drivers.micro_batches import MicroBatches
 from gradreg_optim.wrapping.schedule import Schedule
@@ -124,7 +124,7 @@ class GradRegOptimizer(OptimizerWrapper):
         self._scaler = scaler
         self.resample = settings["resample"]
         self._skipped: Scalar = 0
-        self._metrics: dict[str, Scalar] = {}
+        self._figures: dict[str, Figure] = {}
         self._has_advised = False
         self._clearing = Clearing()
         self._running: weakref.ref[Passes] | None = None  # of the loop over passes() that began last
@@ -140,7 +140,11 @@ class GradRegOptimizer(OptimizerWrapper):
         was left out because a gradient was not finite. With checks (:mod:`gradreg_optim.core.self_check`) ``noise_floor``,
         ``signal`` and ``self_check``. A step without penalty has ``strength`` and ``skipped`` alone.
         """
-        return {**self._metrics, "skipped": self._skipped}
+        return {name: computed(figure) for name, figure in self.figures().items()}
+
+    def figures(self) -> dict[str, Figure]:
+        """:attr:`metrics` that are yet to be computed, for loggers that do not log each step."""
+        return {**self._figures, "skipped": self._skipped}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | MicroBatches | None = None) -> Any:
@@ -222,7 +226,7 @@ class GradRegOptimizer(OptimizerWrapper):
 
     def note(self, outcome: Outcome) -> None:
         """Take in what a step did: its metrics, and what a check found."""
-        self._metrics = outcome.figures
+        self._figures = outcome.figures
         self._skipped = self._skipped + outcome.skipped
         if outcome.check is not None:
             for group in self.param_groups:

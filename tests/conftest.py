@@ -1,5 +1,6 @@
 """Every test starts from the same random numbers, whoever ran before it."""
 
+import contextlib
 import random
 
 import hypothesis
@@ -17,6 +18,11 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("suite")
+
+# Triton decides on its first import whether its interpreter is going to run kernels: torch.compile must not be first.
+with pytest.MonkeyPatch.context() as patch, contextlib.suppress(ImportError):
+    patch.setenv("TRITON_INTERPRET", "1")
+    import triton.language  # noqa: F401
 
 
 @pytest.fixture(autouse=True)

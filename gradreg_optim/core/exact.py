@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradreg_optim.core.finite_difference import clip_first_, item_on_cpu, moments_of_delta, summed
+from gradreg_optim.core.finite_difference import clip_first_, is_finite, item_on_cpu, moments_of_delta, summed
 from gradreg_optim.core.plan import Plan, Scheme
 from gradreg_optim.core.step import Difference, FirstGradient, GroupGradients, Point, Scalar
 from gradreg_optim.core.storage import Storage
@@ -50,7 +50,7 @@ def product(storage: Storage, first: FirstGradient, _plan: Plan) -> Difference:
     clip_first_(first)
     delta = first.further.pop(Point.TWICE)
     inner, squares, _ = summed(storage, first, moments_of_delta(first, delta))
-    return Difference(inner, squares, delta, is_delta=True, is_finite=item_on_cpu(torch.isfinite(squares.sum())))
+    return Difference(inner, squares, delta, is_delta=True, is_finite=item_on_cpu(is_finite(squares.sum())))
 
 
 def weight_of(group: GroupGradients) -> Scalar:

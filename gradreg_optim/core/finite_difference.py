@@ -9,21 +9,22 @@ tensors on the device of the data, so that nothing here waits for it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from gradreg_optim.core import multi_tensor
 from gradreg_optim.core.plan import Plan, Scheme
-from gradreg_optim.core.step import Difference, FirstGradient, Gradients, GroupGradients, Point, Scalar
+from gradreg_optim.core.step import Difference, Figure, FirstGradient, Gradients, GroupGradients, Point, Scalar
 from gradreg_optim.core.storage import Storage
 
 
 def stand_at(storage: Storage, first: FirstGradient, point: Point, plan: Plan) -> AbstractContextManager[None]:
     """Stand at ``point`` inside the block; at θ' itself, note how much of the step the weights' dtype let through."""
-    steps = [group.eps * first.clip * (point.value / storage.loss_scale) for group in first.groups]
+    steps = [group.eps * (point.value / storage.loss_scale) * first.clip for group in first.groups]
     # A step to a point nearby would be rounded to nothing: only stochastic rounding lets some of it through.
     seed = None if plan.rounds_to_nearest and point is not Point.NEARBY else plan.step
     return storage.moved(first, steps, seed=seed, measured=point is Point.AHEAD)
@@ -41,27 +42,31 @@ def forward_difference(storage: Storage, first: FirstGradient, plan: Plan) -> Di
 
     On a CPU, g1 + weight·(g2 − g1) is written in the same pass over memory; it is right if nothing clips, shrinks or bounds.
     """
-    clip_first_(first)
     second = first.further.pop(Point.AHEAD)
     first.further.clear()
     found = []
     for group, g2 in zip(first.groups, second, strict=True):
-        likely = weight_of(group) if group.counts is None else None
-        found.append(multi_tensor.moments(counted(group, group.g1), counted(group, g2), likely_weight=likely))
+        if group.counts is None or all(group.counts):
+            found.append(multi_tensor.moments_(group.g1, g2, scale=first.clip, likely_weight=weight_of(group)))
+        else:
+            multi_tensor.scale_(group.g1, first.clip)
+            found.append(multi_tensor.moments_(group.counted(group.g1), group.counted(g2)))
     inner, squares, fidelity = summed(storage, first, [(inner, square) for inner, square, _ in found])
     g1_squared = stack_scalars([group.g1_squared for group in first.groups])
     g2_norm = length_of_sum(g1_squared, inner, squares)
     clip = clip_coefficient(g2_norm, plan.g2_clip)
-    inner, squares = clipped_moments(inner, squares, g1_squared, coefficient=clip)
+    figures = _figures(g1_squared, inner, g2_norm, g2_norm, clip, fidelity)
+    if plan.g2_clip is not None:
+        inner, squares = clipped_moments(inner, squares, g1_squared, coefficient=clip)
     return Difference(
         inner,
         squares,
         second,
         is_delta=False,
-        is_finite=item_on_cpu(torch.isfinite(g2_norm)),
+        is_finite=item_on_cpu(is_finite(g2_norm)),
         clip=item_on_cpu(clip),
         combined_with=[combined_with for _, _, combined_with in found],
-        figures=_figures(g1_squared, inner, g2_norm, clip * g2_norm, clip < 1, fidelity),
+        figures=figures,
     )
 
 
@@ -85,8 +90,8 @@ def central_difference(storage: Storage, first: FirstGradient, plan: Plan) -> Di
         squares,
         plus,
         is_delta=True,
-        is_finite=item_on_cpu(torch.isfinite(squares.sum())),
-        figures=_figures(g1_squared, inner, norms[0], at_plus, torch.minimum(*clips) < 1, fidelity),
+        is_finite=item_on_cpu(is_finite(squares.sum())),
+        figures=_figures(g1_squared, inner, norms[0], at_plus, torch.minimum(*clips), fidelity),
     )
 
 
@@ -118,38 +123,37 @@ CENTRAL = Scheme(
 # Sums over groups and ranks.
 
 
-def counted(group: GroupGradients, tensors: list[Tensor]) -> list[Tensor]:
-    """Those of ``tensors``, laid out like g1, that this rank adds to sums over ranks."""
-    if group.counts is None:
-        return tensors
-    return [tensor for tensor, counts in zip(tensors, group.counts, strict=True) if counts]
-
-
 def clip_first_(first: FirstGradient) -> None:
     """From now on g1 is d, the clipped gradient; until all gradients are taken it stays as it came."""
     for group in first.groups:
         multi_tensor.scale_(group.g1, first.clip)
 
 
-def moments_of_delta(first: FirstGradient, delta: Gradients) -> list[tuple[Tensor, Tensor]]:
+def moments_of_delta(first: FirstGradient, delta: Gradients) -> list[tuple[Scalar, Scalar]]:
     """⟨Δ, g1⟩ and ‖Δ‖² of each group, over this rank's tensors, of a Δ that is written somewhere."""
     return [
-        multi_tensor.moments_along(counted(group, written), counted(group, group.g1))
+        multi_tensor.moments_along(group.counted(written), group.counted(group.g1))
         for group, written in zip(first.groups, delta, strict=True)
     ]
 
 
-def summed(storage: Storage, first: FirstGradient, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Two moments of gradients for each group, over all ranks and without the loss scale, and the step's fidelity.
-
-    The fidelity is ⟨θ'_real − θ, ε·d⟩/‖ε·d‖²: the share of the step that the weights' dtype let through.
-    """
+def summed(
+    storage: Storage, first: FirstGradient, pairs: list[tuple[Scalar, Scalar]]
+) -> tuple[Tensor, Tensor, Callable[[], Tensor]]:
+    """Two moments of gradients for each group, over all ranks and without the loss scale, and the step's fidelity."""
     groups, scale = first.groups, storage.loss_scale
     columns = [*zip(*pairs, strict=True), [g.moved_along for g in groups], [g.step_squared for g in groups]]
-    sums = storage.sum_over_ranks(torch.stack([stack_scalars(list(column)) for column in columns]))
-    steps = stack_scalars([group.eps for group in groups], sums)
-    fidelity = ratio((steps * sums[2]).sum(), (steps.square() * sums[3]).sum())
-    return sums[0] / scale**2, sums[1] / scale**2, fidelity
+    flat = stack_scalars([value for column in columns for value in column])
+    sums = storage.sum_over_ranks(flat).view(len(columns), -1)
+    fidelity = partial(_fidelity, sums[2], sums[3], [group.eps for group in groups], first.clip, scale)
+    inner, squares = (sums[0], sums[1]) if scale == 1 else (sums[0] / scale**2, sums[1] / scale**2)
+    return inner, squares, fidelity
+
+
+def _fidelity(along: Tensor, squares: Tensor, eps: list[Scalar], clip: Scalar, scale: float) -> Tensor:
+    """⟨θ'_real − θ, ε·d⟩/‖ε·d‖² of d = clip·g1/scale: the share of the step that the weights' dtype let through."""
+    steps = stack_scalars(eps, along)
+    return ratio((steps * along).sum(), (steps.square() * squares).sum() * clip / scale)
 
 
 def _norms(storage: Storage, first: FirstGradient, *sides: Gradients) -> Tensor:
@@ -157,20 +161,24 @@ def _norms(storage: Storage, first: FirstGradient, *sides: Gradients) -> Tensor:
     squares = []
     for side in sides:
         pairs = zip(first.groups, side, strict=True)
-        squares.append(stack_scalars([multi_tensor.norm_squared(counted(group, written)) for group, written in pairs]).sum())
+        squares.append(stack_scalars([multi_tensor.norm_squared(group.counted(written)) for group, written in pairs]).sum())
     return storage.sum_over_ranks(stack_scalars(squares)).sqrt() / storage.loss_scale
 
 
 def _figures(
-    g1_squared: Tensor, inner: Tensor, g2_norm: Tensor, used: Tensor, clipped: Tensor, fidelity: Tensor
-) -> dict[str, Scalar]:
-    """What only a difference has; ``used`` is ‖g2‖ as it enters the difference."""
+    g1_squared: Tensor, inner: Tensor, g2_norm: Tensor, used: Tensor, clip: Tensor, fidelity: Callable[[], Tensor]
+) -> dict[str, Figure]:
+    """What only a difference has; ``used`` is ‖g2‖ as it enters ``inner``."""
     return {
         "g2_norm": g2_norm,
-        "g2_clipped": clipped,
-        "cosine": ratio(g1_squared.sum() + inner.sum(), g1_squared.sum().sqrt() * used),
+        "g2_clipped": partial(torch.lt, clip, 1),
+        "cosine": partial(_cosine, g1_squared, inner, used),
         "perturbation_fidelity": fidelity,
     }
+
+
+def _cosine(g1_squared: Tensor, inner: Tensor, g2_norm: Tensor) -> Tensor:
+    return ratio(g1_squared.sum() + inner.sum(), g1_squared.sum().sqrt() * g2_norm)
 
 
 # Scalars.
@@ -179,20 +187,24 @@ def _figures(
 def stack_scalars(values: Sequence[Scalar], like: Tensor | None = None) -> Tensor:
     """Python numbers and 0-d tensors as one vector, on the device and in the widest dtype of its tensors or of ``like``."""
     tensors = [value for value in values if isinstance(value, Tensor)] if like is None else [like]
-    dtype = max((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.itemsize)
-    # A group without gradients has its 0 on the CPU: the device is that of anything elsewhere.
-    device = next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), torch.device("cpu"))
-    return torch.stack(
-        [
-            value.to(device, dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=device)
-            for value in values
-        ]
-    )
+    dtype = max((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.itemsize, default=torch.float32)
+    device = tensors[0].device if tensors else torch.device("cpu")
+    scalars = [
+        # Copying a number to the device instead of filling in would wait for it.
+        value.to(device, dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=device)
+        for value in values
+    ]
+    return torch.stack(scalars) if len(scalars) > 1 else scalars[0].reshape(1)
 
 
 def ratio(numerator: Scalar, denominator: Tensor) -> Tensor:
     """``numerator / denominator``, and 0 where the denominator is 0 (a vanishing gradient has no direction)."""
-    return torch.where(denominator == 0, torch.zeros_like(denominator), numerator / denominator)
+    return numerator / torch.where(denominator == 0, torch.inf, denominator)
+
+
+def is_finite(norm: Tensor) -> Tensor:
+    """Whether a norm, or a square, is neither infinite nor NaN."""
+    return norm < torch.inf
 
 
 def clip_coefficient(norm: Tensor, max_norm: float | None) -> Tensor:
@@ -207,9 +219,10 @@ def clipped_moments(inner: Tensor, squares: Tensor, g1_squared: Tensor, *, coeff
 
     With δ = g2 − g1: c·g2 − g1 = c·δ − (1 − c)·g1. The square may cancel to less than 0 by rounding, and is clamped.
     """
-    c = coefficient
-    squares = (c**2 * squares - 2 * c * (1 - c) * inner + (1 - c) ** 2 * g1_squared).clamp(min=0)
-    return c * inner - (1 - c) * g1_squared, squares
+    c, rest = coefficient, 1 - coefficient
+    lost = rest * g1_squared
+    squares = torch.addcmul(c * torch.sub(c * squares, rest * inner, alpha=2), rest, lost).clamp(min=0)
+    return c * inner - lost, squares
 
 
 def length_of_sum(squares_of_first: Tensor, inner: Tensor, squares: Tensor) -> Tensor:
@@ -220,7 +233,7 @@ def length_of_sum(squares_of_first: Tensor, inner: Tensor, squares: Tensor) -> T
     >>> length_of_sum(torch.tensor([9.0]), torch.tensor([0.0]), torch.tensor([16.0]))
     tensor(5.)
     """
-    return (squares_of_first + 2 * inner + squares).sum().clamp(min=0).sqrt()
+    return torch.add(squares_of_first + squares, inner, alpha=2).sum().clamp(min=0).sqrt()
 
 
 def item_on_cpu(value: Scalar) -> Scalar:

@@ -118,10 +118,11 @@ class LocalStorage:
         saved: list[list[Tensor]] = []
         try:
             for number, (group, step) in enumerate(zip(first.groups, steps, strict=True)):
-                seed_of_group = None if seed is None else (seed << 16) + number
-                saved.append(multi_tensor.save_and_shift_(group.weights, group.g1, eps=step, seed=seed_of_group))
-            if measured:
-                self._measure(first, saved)
+                seed_of_group = None if seed is None else (seed << 40) + (number << 24)
+                theta, arrived = multi_tensor.save_and_shift_(group.weights, group.g1, eps=step, seed=seed_of_group)
+                saved.append(theta)
+                if measured:
+                    self._measure(group, theta, arrived)
             torch.clear_autocast_cache()  # inside an autocast block around all passes, bf16 copies of θ would be used again
             yield
         finally:
@@ -129,13 +130,11 @@ class LocalStorage:
                 multi_tensor.restore_(group.weights, theta)
             torch.clear_autocast_cache()
 
-    def _measure(self, first: FirstGradient, saved: list[list[Tensor]]) -> None:
-        unscale = first.clip / self.loss_scale
-        for group, theta in zip(first.groups, saved, strict=True):
-            counts = group.counts or [True] * len(group.g1)
-            tensors = ([x for x, c in zip(xs, counts, strict=True) if c] for xs in (theta, group.weights, group.g1))
-            moved, squared = multi_tensor.step_moments(*tensors)
-            group.moved_along, group.step_squared = moved * unscale, squared * unscale**2
+    def _measure(self, group: GroupGradients, theta: list[Tensor], arrived: tuple[Scalar, Scalar] | None) -> None:
+        tensors = [group.counted(xs) for xs in (theta, group.weights, group.g1)]
+        if arrived is None or len(tensors[0]) < len(theta):
+            arrived = multi_tensor.step_moments(*tensors)
+        group.moved_along, group.step_squared = arrived
 
     def leaves(self, first: FirstGradient) -> tuple[list[Tensor], list[Tensor]]:
         """The parameters and g1.

@@ -18,15 +18,16 @@ Symbols in the code: ``strength`` is γ, ``eps`` is ε, ``radius`` is ρ = ‖θ
 from __future__ import annotations
 
 from collections.abc import Generator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from gradreg_optim.core import multi_tensor
-from gradreg_optim.core.finite_difference import clip_coefficient, counted, item_on_cpu, ratio, stack_scalars
+from gradreg_optim.core.finite_difference import clip_coefficient, is_finite, item_on_cpu, ratio, stack_scalars
 from gradreg_optim.core.plan import Plan
 from gradreg_optim.core.self_check import evaluated, signal_fraction
-from gradreg_optim.core.step import Check, Difference, FirstGradient, Gradients, Outcome, PartOfPass, Point, Scalar
+from gradreg_optim.core.step import Check, Difference, Figure, FirstGradient, Gradients, Outcome, PartOfPass, Point, Scalar
 from gradreg_optim.core.storage import Storage
 
 
@@ -65,14 +66,17 @@ def choose_step(storage: Storage, first: FirstGradient, plan: Plan) -> bool:
     if not storage.has_gradient(first):
         return False
     scale = storage.loss_scale
-    local = stack_scalars([multi_tensor.norm_squared(counted(group, group.g1)) for group in first.groups])
-    squares = storage.sum_over_ranks(local) / scale**2
+    local = stack_scalars([multi_tensor.norm_squared(group.counted(group.g1)) for group in first.groups])
+    squares = storage.sum_over_ranks(local)
+    if scale != 1:
+        squares = squares / scale**2
     norm = squares.sum().sqrt()
-    is_finite = torch.isfinite(norm)
+    is_known_finite = item_on_cpu(is_finite(norm))
     coefficient = clip_coefficient(norm, plan.g1_clip)
-    coefficient = torch.where(is_finite, coefficient, torch.ones_like(coefficient))
-    first.figures |= {"g1_norm": norm, "g1_clipped": coefficient < 1}
-    if item_on_cpu(is_finite) is False:
+    if isinstance(is_known_finite, Tensor):
+        coefficient = torch.where(is_known_finite, coefficient, 1.0)
+    first.figures |= {"g1_norm": norm, "g1_clipped": partial(torch.lt, coefficient, 1)}
+    if is_known_finite is False:
         first.skipped = 1
         return False
     first.norm, first.clip = norm, item_on_cpu(coefficient)
@@ -130,54 +134,67 @@ def _inner_of_differences(first: FirstGradient, left: Gradients, right: Gradient
     """⟨left − g1, right − g1⟩ over this rank's tensors, g1 as it is before it is clipped."""
     products = []
     for group, a, b in zip(first.groups, left, right, strict=True):
-        g1 = counted(group, group.g1)
-        products.append(multi_tensor.inner_of_differences(g1, counted(group, a), counted(group, b)))
+        g1 = group.counted(group.g1)
+        products.append(multi_tensor.inner_of_differences(g1, group.counted(a), group.counted(b)))
     return stack_scalars(products).sum()
 
 
 def penalty(
     first: FirstGradient, delta: Difference, plan: Plan, check: Check | None
-) -> tuple[list[Scalar], dict[str, Scalar]]:
+) -> tuple[list[Scalar], dict[str, Figure]]:
     """The weight of Δ in each group, shrunk by its share of signal and bounded, and what is to be logged about it."""
-    figures: dict[str, Scalar] = {}
+    figures: dict[str, Figure] = {}
     g1_squared = stack_scalars([group.g1_squared for group in first.groups])
-    g1_norm = g1_squared.sum().sqrt()
     weights = [plan.scheme.weight(group) for group in first.groups]
-    length = (stack_scalars(weights, delta.inner).square() * delta.squares).sum().sqrt()
     floor = plan.floor if check is None else check.floor
     if floor is not None and plan.scheme.noise is not None:
         signal = signal_fraction(delta.squares.sum() / g1_squared.sum(), floor * plan.scheme.noise)
         figures |= {"noise_floor": floor, "signal": signal}
         if plan.shrinks:
-            weights, length = [item_on_cpu(weight * signal) for weight in weights], length * signal
+            weights = [item_on_cpu(weight * signal) for weight in weights]
     if plan.max_penalty_ratio is not None:
-        limit = plan.max_penalty_ratio * g1_norm
-        bound = torch.where(length > limit, limit / length, torch.ones_like(length))
-        weights, length = [item_on_cpu(weight * bound) for weight in weights], length * bound
-    steps = stack_scalars([1.0 if Point.TWICE in plan.points else group.eps for group in first.groups], delta.inner)
+        limit, length = plan.max_penalty_ratio * g1_squared.sum().sqrt(), _length(weights, delta.squares)
+        bound = torch.where(length > limit, limit / length, 1.0)
+        weights = [item_on_cpu(weight * bound) for weight in weights]
+    steps = [1.0 if Point.TWICE in plan.points else group.eps for group in first.groups]
     figures |= {
-        "penalty_ratio": ratio(length, g1_norm),
-        "curvature": ratio(ratio(delta.inner, steps).sum(), g1_squared.sum()),
+        "penalty_ratio": partial(_penalty_ratio, weights, delta.squares, g1_squared),
+        "curvature": partial(_curvature, steps, delta.inner, g1_squared),
     }
     if check is not None:
         figures["self_check"] = check.self_check
     return weights, figures
 
 
+def _length(weights: list[Scalar], squares: Tensor) -> Tensor:
+    """‖penalty‖ over all groups."""
+    return (stack_scalars(weights, squares).square() * squares).sum().sqrt()
+
+
+def _penalty_ratio(weights: list[Scalar], squares: Tensor, g1_squared: Tensor) -> Tensor:
+    return ratio(_length(weights, squares), g1_squared.sum().sqrt())
+
+
+def _curvature(steps: list[Scalar], inner: Tensor, g1_squared: Tensor) -> Tensor:
+    return ratio(ratio(inner, stack_scalars(steps, inner)).sum(), g1_squared.sum())
+
+
 def combine_(storage: Storage, first: FirstGradient, delta: Difference, weights: list[Scalar]) -> None:
     """Write d + weight·Δ where the wrapped optimizer reads gradients; d alone if Δ is not finite."""
-    is_finite = delta.is_finite
-    if is_finite is not True:
-        first.skipped = 1 if is_finite is False else (~torch.as_tensor(is_finite)).long()
-    if is_finite is False and not storage.overflow_skips_step:
+    if delta.is_finite is not True:
+        first.skipped = 1 if delta.is_finite is False else ~torch.as_tensor(delta.is_finite)
+    if delta.is_finite is False and not storage.overflow_skips_step:
         storage.put_back(first)
         return
+    condition = True if storage.overflow_skips_step else delta.is_finite  # if nobody has read it, the choice is the device's
     for number, (group, written, weight) in enumerate(zip(first.groups, delta.written, weights, strict=True)):
-        if delta.is_delta:
-            multi_tensor.add_penalty_(group.g1, written, weight=weight)
-        else:
+        if not delta.is_delta:
             combined_with = delta.combined_with[number] if delta.combined_with else None
-            multi_tensor.combine_(group.g1, written, weight=weight, clip=delta.clip, combined_with=combined_with)
-        if isinstance(is_finite, Tensor) and not storage.overflow_skips_step:  # nobody has read it: choose on the device
-            multi_tensor.choose_(is_finite, written, group.g1)
+            multi_tensor.combine_(
+                group.g1, written, weight=weight, clip=delta.clip, is_finite=condition, combined_with=combined_with
+            )
+            continue
+        multi_tensor.add_penalty_(group.g1, written, weight=weight)
+        if isinstance(condition, Tensor):
+            multi_tensor.choose_(condition, written, group.g1)
     storage.keep(first)

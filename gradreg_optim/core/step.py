@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -13,11 +14,19 @@ from torch import Tensor
 Scalar = float | Tensor
 """A Python number, or a 0-d tensor that nobody has read yet."""
 
+Figure = Scalar | Callable[[], Tensor]
+"""A scalar, or how to compute it, if anybody asks: on a GPU each operation on scalars is a kernel launch."""
+
 Gradients = list[list[Tensor]]
 """One list of tensors a parameter group, laid out like :attr:`GroupGradients.g1`."""
 
 
 _zero = partial(torch.zeros, ())
+
+
+def computed(figure: Figure) -> Scalar:
+    """The figure itself."""
+    return figure() if callable(figure) else figure
 
 
 class Point(Enum):
@@ -37,7 +46,7 @@ class GroupGradients:
 
     ``g1`` and ``weights`` are what the arithmetic runs on: flat or shaped, real, local to this process. ``counts`` says
     which of them this rank adds to sums over ranks; ``None``: all. ``eps`` is ε in this step, ``g1_squared`` is ‖g1‖² after
-    clipping. ``moved_along`` and ``step_squared`` are ⟨θ'_real − θ, d⟩ and ‖d‖² of the clipped gradient d, on a sample.
+    clipping. ``moved_along`` and ``step_squared`` are ⟨θ'_real − θ, g1⟩ and ‖g1‖² of g1 as it came, perhaps on a sample.
     """
 
     strength: float
@@ -46,8 +55,14 @@ class GroupGradients:
     weights: list[Tensor] = field(default_factory=list)
     counts: list[bool] | None = None
     g1_squared: Tensor = field(default_factory=_zero)
-    moved_along: Tensor = field(default_factory=_zero)
-    step_squared: Tensor = field(default_factory=_zero)
+    moved_along: Scalar = 0.0
+    step_squared: Scalar = 0.0
+
+    def counted(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Those of ``tensors``, laid out like g1, that this rank adds to sums over ranks."""
+        if self.counts is None:
+            return tensors
+        return [tensor for tensor, counts in zip(tensors, self.counts, strict=True) if counts]
 
 
 @dataclass
@@ -73,13 +88,13 @@ class FirstGradient:
     """
 
     groups: list[GroupGradients]
-    figures: dict[str, Scalar] = field(default_factory=dict)
+    figures: dict[str, Figure] = field(default_factory=dict)
     skipped: Scalar = 0
     norm: Tensor = field(default_factory=_zero)
     clip: Scalar = 1.0
     taken: dict[Point, Any] = field(default_factory=dict)
     further: dict[Point, Gradients] = field(default_factory=dict)
-    noise: Tensor | None = None
+    noise: Scalar | None = None
 
 
 @dataclass
@@ -98,7 +113,7 @@ class Difference:
     is_finite: Scalar
     clip: Scalar = 1.0
     combined_with: list[float | None] = field(default_factory=list)
-    figures: dict[str, Scalar] = field(default_factory=dict)
+    figures: dict[str, Figure] = field(default_factory=dict)
 
 
 @dataclass
@@ -114,6 +129,6 @@ class Check:
 class Outcome:
     """What a step did: its figures for ``metrics``, whether the penalty was left out, and what a check found."""
 
-    figures: dict[str, Scalar]
+    figures: dict[str, Figure]
     skipped: Scalar = 0
     check: Check | None = None

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from gradreg_optim.core.step import Outcome
+from gradreg_optim.core.step import Outcome, computed
 from gradreg_optim.drivers.further_passes import further_passes
 from gradreg_optim.optimizer import GradRegOptimizer
 from gradreg_optim.trainers.adoption import Adoption, find_wrapper
@@ -190,7 +190,7 @@ class Attachment(TrainerCallback):
         if not plan.regularizes:
             self.optimizer.note(Outcome({"strength": 0.0}))
         self._was_regularized = False
-        for name, value in self.optimizer.metrics.items():
+        for name, value in self.optimizer.figures().items():
             self._note(name, value)
 
     # The log.
@@ -211,7 +211,8 @@ class Attachment(TrainerCallback):
         if "loss" in logs:  # the figures of training; evaluation and the summary at the end have other keys
             for name, values in self._logged.items():
                 counts_up = name == "grad_reg/skipped"
-                logs[name] = float(values[-1]) if counts_up else sum(map(float, values)) / len(values)
+                figures = [float(computed(value)) for value in (values[-1:] if counts_up else values)]
+                logs[name] = sum(figures) / len(figures)
             self._logged.clear()
         log(logs, *args, **kwargs)
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gradreg_optim.core.multi_tensor import chunks, sampled, step_moments
+from gradreg_optim.core.multi_tensor import shift_, step_moments
 from gradreg_optim.core.step import FirstGradient, Gradients, GroupGradients, Scalar
 
 
@@ -182,19 +182,12 @@ class Partitions(ABC):
 
     def _write(self, first: FirstGradient, steps: list[Scalar], measured: bool) -> None:
         weights, masters = self._writable(), self._masters()
-        unscale = first.clip / self.loss_scale
-        for fragment, group, direction in zip(self.fragments, self._groups, self.first, strict=True):
-            if group is None:
-                continue
-            weight, master = fragment.of(weights[fragment.index]), fragment.of(masters[fragment.index])
-            start = sampled(master).to(weight.dtype)
-            for block, origin, along in chunks(weight, master, direction):
-                block.copy_(origin + along.to(origin.dtype) * steps[fragment.group])
-            if measured:
-                end = sampled(weight).to(start.device)  # with offload, weights alone are on the accelerator
-                moved, squared = step_moments([start], [end], [sampled(direction)])
-                group.moved_along = group.moved_along.to(moved.device) + moved * unscale
-                group.step_squared = group.step_squared.to(squared.device) + squared * unscale**2
+        for group, step in zip(first.groups, steps, strict=True):
+            own = [f for f, owner in zip(self.fragments, self._groups, strict=True) if owner is group]
+            written, start = ([f.of(flat[f.index]) for f in own] for flat in (weights, masters))
+            arrived = shift_(written, group.g1, eps=step, start=start)
+            if measured and own:
+                group.moved_along, group.step_squared = arrived or step_moments(start, written, group.g1)
 
     def leaves(self, first: FirstGradient) -> tuple[list[Tensor], list[Tensor]]:
         """Not available: ``ZeroGradRegOptimizer`` refuses ``method="exact"``, which alone needs it."""

@@ -14,7 +14,7 @@ from gradreg_optim.core.multi_tensor import (
     choose_,
     combine_,
     inner_of_differences,
-    moments,
+    moments_,
     moments_along,
     norm_squared,
     restore_,
@@ -52,17 +52,17 @@ def test_half_precision_is_summed_in_float32(dtype):
 
 
 def test_norm_of_mixed_precisions_is_taken_in_the_widest():
-    """One float64 tensor makes the sum float64."""
+    """One float64 tensor makes the sum float64; each tensor's own part is as precise as the tensor."""
     total = norm_squared([torch.full((2,), 3.0), torch.full((1,), 4.0, dtype=torch.float64)])
-    torch.testing.assert_close(total, torch.tensor(34.0, dtype=torch.float64), rtol=1e-15, atol=0)  # a root, squared again
+    torch.testing.assert_close(total, torch.tensor(34.0, dtype=torch.float64), rtol=1e-7, atol=0)  # a root, squared again
 
 
 def test_empty_lists_sum_to_zero():
     """A parameter group without gradients is an ordinary input."""
-    assert norm_squared([]).item() == 0.0
-    for pair in (moments([], [])[:2], moments_along([], []), step_moments([], [], [])):
-        assert [moment.item() for moment in pair] == [0.0, 0.0]
-    assert inner_of_differences([], [], []).item() == 0.0
+    assert norm_squared([]) == 0.0
+    for pair in (moments_([], [])[:2], moments_along([], []), step_moments([], [], [])):
+        assert list(pair) == [0.0, 0.0]
+    assert inner_of_differences([], [], []) == 0.0
 
 
 @given(SHAPES, SEEDS)
@@ -72,7 +72,7 @@ def test_moments_are_those_of_the_difference(shapes, seed):
     flat_a, flat_b, flat_x = (torch.cat([t.flatten() for t in tensors]) for tensors in (a, b, x))
     delta = flat_b - flat_a
     close = {"rtol": 1e-12, "atol": 1e-13}  # order of summation
-    torch.testing.assert_close(moments(a, b), (delta @ flat_a, delta @ delta, None), **close)
+    torch.testing.assert_close(moments_(a, b), (delta @ flat_a, delta @ delta, None), **close)
     written = [t - s for s, t in zip(a, b, strict=True)]
     torch.testing.assert_close(moments_along(written, x), (delta @ flat_x, delta @ delta), **close)
     torch.testing.assert_close(step_moments(a, b, x), (delta @ flat_x, flat_x @ flat_x), **close)
@@ -83,14 +83,14 @@ def test_moments_do_not_cancel():
     g1 = torch.full((100,), 1.0)
     g2 = torch.nextafter(g1, torch.tensor(2.0))
     ulp = 2.0**-23
-    assert_same(moments([g1], [g2])[:2], (torch.tensor(100 * ulp), torch.tensor(100 * ulp**2)))
+    assert_same(moments_([g1], [g2])[:2], (torch.tensor(100 * ulp), torch.tensor(100 * ulp**2)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_moments_of_half_precision_are_taken_in_float32(dtype):
     """The difference of two half precision tensors is not rounded to half precision again."""
     a, b = torch.full((3,), 1.0, dtype=dtype), torch.full((3,), 257.0, dtype=torch.float32).to(dtype)
-    inner, squares, _ = moments([a], [b])
+    inner, squares, _ = moments_([a], [b])
     delta = b.float() - 1.0
     assert_same((inner, squares), (delta.sum(), delta.square().sum()))
     assert_same(b, torch.full((3,), 257.0).to(dtype))  # and the input is left as it was
@@ -172,9 +172,9 @@ def test_empty_lists_are_left_alone(scalar):
     """A group without gradients passes through every operation, whether or not its scalars have been read."""
     scale_([], scalar)
     shift_([], [], eps=scalar)
-    assert save_and_shift_([], [], eps=scalar) == save_and_shift_([], [], eps=scalar, seed=1) == []
+    assert save_and_shift_([], [], eps=scalar)[0] == save_and_shift_([], [], eps=scalar, seed=1)[0] == []
     restore_([], [])
-    moments([], [], likely_weight=scalar)
+    moments_([], [], likely_weight=scalar)
     combine_([], [], weight=scalar, clip=scalar)
     add_penalty_([], [], weight=scalar)
     add_([], [])
@@ -246,13 +246,13 @@ def test_one_pass_is_the_two_that_it_joins(weight):
     g1, g2 = large(0), large(1)
     written, expected = [g.clone() for g in g2], [g.clone() for g in g2]
     assert fit(weight, g1, written)
-    *found, combined_with = moments(g1, written, likely_weight=weight)
+    *found, combined_with = moments_(g1, written, likely_weight=weight)
     assert combined_with == weight
     combine_(g1, expected, weight=weight)
     torch.testing.assert_close(written, expected, rtol=0, atol=0)
     combine_(g1, written, weight=weight, combined_with=combined_with)  # done already
     torch.testing.assert_close(written, expected, rtol=0, atol=0)
-    torch.testing.assert_close(tuple(found), moments(g1, g2)[:2], rtol=1e-5, atol=0)
+    torch.testing.assert_close(tuple(found), moments_(g1, g2)[:2], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(("weight", "coefficient"), [(10.0, 0.5), (3.0, 1.0), (1e-3, 0.1), (0.0, 1.0)])
@@ -283,7 +283,7 @@ def test_weights_are_saved_before_they_move():
     weights, direction = large(0), large(1)
     start, expected = [w.clone() for w in weights], [w.clone() for w in weights]
     assert fit(0.1, weights, direction)
-    saved = save_and_shift_(weights, direction, eps=0.1)
+    saved, _ = save_and_shift_(weights, direction, eps=0.1)
     shift_(expected, direction, eps=0.1)
     torch.testing.assert_close((saved, weights), (start, expected), rtol=0, atol=0)
     restore_(weights, saved)

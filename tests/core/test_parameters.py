@@ -140,7 +140,7 @@ def test_mixed_precisions_in_one_group():
     optimizer.step(closure)
     assert_same([parameter.grad for parameter in parameters], closure.gradients[1])
     expected = math.sqrt(sum(g.double().square().sum().item() for g in closure.gradients[0]))
-    assert float(optimizer.metrics["g1_norm"]) == pytest.approx(expected, rel=1e-12)  # summed in float64, all of it
+    assert float(optimizer.metrics["g1_norm"]) == pytest.approx(expected, rel=1e-7)  # float32 sums the narrower ones
 
 
 def embedding(sparse):

@@ -10,16 +10,15 @@ from problems import assert_same, closure_of, regression, weights
 from torch import nn
 
 from gradreg_optim import GradRegOptimizer
-from gradreg_optim.core.multi_tensor import inner_of_differences, shift_, stochastically_rounded_
+from gradreg_optim.core.multi_tensor import inner_of_differences, save_and_shift_
+from gradreg_optim.core.multi_tensor.eager import StochasticRounding
 from gradreg_optim.core.self_check import advice, signal_fraction
 
 
 def test_stochastic_rounding_is_right_on_average():
     """Each value becomes one of its two neighbours in bfloat16, and their mean is the value."""
     values = torch.tensor([1.0009765625, -3.3e-5, 0.02001, -1.0, 0.0])
-    draws = torch.stack(
-        [stochastically_rounded_(values.clone(), torch.Generator().manual_seed(seed)).bfloat16() for seed in range(2000)]
-    )
+    draws = torch.stack([StochasticRounding(seed).round_(values.clone()).bfloat16() for seed in range(2000)])
     assert draws.dtype == torch.bfloat16
     nearest, spacing = values.bfloat16(), values.abs() * 2**-7
     assert bool(((draws.float() - values).abs() <= spacing).all())
@@ -32,14 +31,14 @@ def test_stochastic_rounding_is_right_on_average():
 def test_stochastic_rounding_keeps_what_is_not_finite():
     """Infinities and NaN stay what they are."""
     values = torch.tensor([math.inf, -math.inf, math.nan])
-    assert_same(stochastically_rounded_(values.clone(), torch.Generator()).bfloat16(), values.bfloat16())
+    assert_same(StochasticRounding(0).round_(values.clone()).bfloat16(), values.bfloat16())
 
 
 def test_only_bfloat16_is_rounded_stochastically():
     """Other dtypes in the same list take the step as ever."""
     single, half, brain = (torch.full((1000,), 1.0, dtype=dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16))
     along = [torch.full((1000,), 1e-4, dtype=tensor.dtype) for tensor in (single, half, brain)]
-    shift_([single, half, brain], along, eps=1.0, seed=0)
+    save_and_shift_([single, half, brain], along, eps=1.0, seed=0)
     assert_same(single, torch.full((1000,), 1.0001))
     assert_same(half, torch.ones(1000, dtype=torch.float16))
     assert 0 < int((brain > 1).sum()) < 50  # 1e-4 of a spacing of 2^-7

@@ -228,6 +228,21 @@ def test_adamw_and_metrics(pair, stage):
     assert largest_error(found["masters"][-1], model.state_dict()) < 1e-6  # fp32
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offloaded_masters_are_on_another_device_than_weights(pair, stage, precision):
+    """Everything that is compared or combined lies on one device, and the path is the same bit for bit."""
+    config = worker.make_config(stage, precision=precision, **OFFLOADED)
+    expected = pair.run(worker.train, config, SETTINGS, steps=2)
+    found = pair.run(worker.train_with_weights_elsewhere, config, SETTINGS, steps=2)
+    for rank, other in zip(found, expected, strict=True):
+        assert rank.pop("written") == 2
+        assert all(torch.equal(rank["masters"][-1][name], value) for name, value in other["masters"][-1].items())
+        fidelity = [metrics.pop("perturbation_fidelity") for metrics in (rank["metrics"][-1], other["metrics"][-1])]
+        assert fidelity[0] == pytest.approx(fidelity[1], rel=1e-4)
+        assert rank["metrics"][-1] == other["metrics"][-1]
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_cpu_adam(pair, stage):
     """DeepSpeed's own CPU Adam, on which it insists when it offloads, walks the path of AdamW."""

@@ -322,6 +322,30 @@ def train(
     return seen
 
 
+def train_with_weights_elsewhere(config: dict[str, Any], settings: dict[str, Any], *, steps: int) -> dict[str, Any]:
+    """:func:`train`, in which θ' is written to weights that are on another device than the masters, as with offload."""
+    from elsewhere import Elsewhere
+
+    from gradreg_optim.zero.storage import Partitions
+
+    write, written = Partitions._write, []
+
+    def written_elsewhere(self: Any, *args: Any) -> None:
+        writable = self._writable
+        self._writable = lambda: [Elsewhere(flat) for flat in writable()]
+        try:
+            write(self, *args)
+        finally:
+            del self._writable
+        written.append(self)
+
+    Partitions._write = written_elsewhere  # type: ignore[method-assign]
+    try:
+        return train(config, settings, steps=steps) | {"written": len(written)}
+    finally:
+        Partitions._write = write  # type: ignore[method-assign]
+
+
 def progress(engine: Any) -> dict[str, Any]:
     """Everything about an engine that counts steps."""
     timer = engine.tput_timer
