@@ -94,9 +94,14 @@ def _version(package: str) -> str | None:
 def check(report: Report, device: torch.device) -> None:
     """Run all checks."""
     with tqdm(desc="checks", unit="", leave=False) as bar:
-        for outcome in run_checks(device, lambda outcome: (bar.set_postfix_str(outcome.name), bar.update())):
+
+        def note(outcome: Outcome) -> None:
+            bar.set_postfix_str(outcome.name)
+            bar.update()
             report.add(outcome)
-    report.write()
+            report.write()
+
+        run_checks(device, note)
 
 
 def cost(report: Report, device: torch.device, shape: gpu_cost.Shape, deadline: float) -> None:
@@ -122,6 +127,8 @@ def parse_arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", choices=["checks", "costs"], help="leave out the other half")
     parser.add_argument("--output", type=Path, help="path without suffix; default: results/<date>-gpu-cost/result")
     args = parser.parse_args(given)
+    if args.device == "cuda":
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # with several, a trainer takes them all
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here. To see that everything runs: --quick --device cpu")
     if args.device == "cpu" and not args.quick:
@@ -132,9 +139,7 @@ def parse_arguments(given: list[str] | None) -> argparse.Namespace:
 
 def main(given: list[str] | None = None) -> int:
     """Check, measure and write; returns the exit status."""
-    start = time.monotonic()
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # with several, a trainer takes them all
-    args = parse_arguments(given)
+    start, args = time.monotonic(), parse_arguments(given)
     device, report = torch.device(args.device), Report(args)
     if args.only != "costs":
         check(report, device)

@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -35,8 +36,8 @@ GROUPS = {
     "trainers, bf16": "benchmarks.cost.gpu_trainers",
 }
 """The modules that hold the checks, by the name of their group."""
-TIMEOUT = 240.0
-"""Seconds after which a check counts as hung: the first one waits for imports, and maybe for a compiler."""
+TIMEOUTS = {"cuda": 90.0, "cpu": 240.0}
+"""Seconds after which a check counts as hung: the first one waits for imports; on a CPU, DeepSpeed may have to compile."""
 
 
 class Skip(Exception):
@@ -69,9 +70,15 @@ def needed(package: str) -> Any:
 
 
 def run_checks(device: torch.device, tick: Callable[[Outcome], Any]) -> list[Outcome]:
-    """The outcomes of all checks; ``tick`` gets each one as it comes."""
+    """The outcomes of all checks; ``tick`` gets each one as it comes, one at a time."""
+    lock = Lock()
+
+    def tick_alone(outcome: Outcome) -> None:
+        with lock:
+            tick(outcome)
+
     with ThreadPoolExecutor(len(GROUPS)) as pool:
-        groups = pool.map(lambda group: run_group(group, GROUPS[group], device, tick), GROUPS)
+        groups = pool.map(lambda group: run_group(group, GROUPS[group], device, tick_alone), GROUPS)
         return [outcome for outcomes in groups for outcome in outcomes]
 
 
@@ -88,7 +95,7 @@ def run_group(group: str, module: str, device: torch.device, tick: Callable[[Out
 
 def _in_a_process(group: str, module: str, names: list[str], device: torch.device) -> Iterator[Outcome]:
     """The outcomes of ``names`` in order, up to the first failure at least."""
-    context = multiprocessing.get_context("spawn")
+    context, timeout = multiprocessing.get_context("spawn"), TIMEOUTS[device.type]
     here, there = context.Pipe(duplex=False)
     with tempfile.NamedTemporaryFile(suffix=".log") as log:
         process = context.Process(target=_serve, args=(there, group, module, names, device, log.name))
@@ -98,8 +105,8 @@ def _in_a_process(group: str, module: str, names: list[str], device: torch.devic
         try:
             for name in names:
                 try:
-                    if not here.poll(TIMEOUT):
-                        yield Outcome(group, name, "failed", f"no answer within {TIMEOUT:.0f} s", details=_end_of(log.name))
+                    if not here.poll(timeout):
+                        yield Outcome(group, name, "failed", f"no answer within {timeout:.0f} s", details=_end_of(log.name))
                         return
                     outcome = here.recv()
                 except EOFError:
@@ -108,7 +115,7 @@ def _in_a_process(group: str, module: str, names: list[str], device: torch.devic
                     outcome = Outcome(group, name, "failed", "its process ended", details=_end_of(log.name))
                 has_failed |= outcome.status == "failed"
                 yield outcome
-            process.join(TIMEOUT / 10)
+            process.join(10)
         finally:
             here.close()
             process.kill()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.cost.gpu_checks import needed
 from benchmarks.cost.gpu_trainers import grpo_seconds
 from benchmarks.cost.measuring import peak_bytes, timed
 from benchmarks.cost.peers import PEERS, present
@@ -89,6 +90,7 @@ CELLS = [Cell(arithmetic, *sizes) for arithmetic, sizes in itertools.product(("b
 
 def make_model(shape: Shape, device: torch.device, dtype: torch.dtype, vocabulary: int | None = None) -> Any:
     """The model with random weights."""
+    needed("transformers")
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     torch.manual_seed(0)

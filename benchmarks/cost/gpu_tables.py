@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.common.tables import markdown_table
+from benchmarks.cost.gpu_checks import GROUPS
 from benchmarks.cost.gpu_cost import NEAREST, ON_GPU
 from benchmarks.cost.peers import described
 
@@ -76,9 +77,10 @@ def goal_table(found: Found) -> str:
 
 def check_table(found: Found) -> str:
     marks = {"passed": "✓", "skipped": "skipped", "failed": "**failed**"}
+    order = [*GROUPS, "costs"]  # groups run beside each other
     rows = [
         [check["group"], check["name"], marks[check["status"]], check["words"], f"{check['seconds']:.1f}"]
-        for check in found["checks"]
+        for check in sorted(found["checks"], key=lambda check: order.index(check["group"]))
     ]
     return "\n".join(markdown_table(["group", "check", "", "found", "seconds"], rows))
 

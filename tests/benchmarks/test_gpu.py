@@ -96,6 +96,7 @@ def test_the_model_has_the_shape_of_qwen2() -> None:
 def test_a_wrong_device_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """With the remedy, before anything runs."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     for arguments, remedy in (([], "--quick --device cpu"), (["--device", "cpu"], "Add --quick")):
         with pytest.raises(SystemExit, match="2"):
             gpu.main(arguments)
