@@ -48,16 +48,18 @@ def link_from_root(file: Path) -> str:
 
 def stamp() -> dict[str, str]:
     """Date, hardware, versions, commit and command of a measurement."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT, check=False
-    )
+    try:
+        describe = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(describe, capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
+    except FileNotFoundError:  # a machine without git
+        commit = ""
     processor = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, CPU"
     return {
         "date": date.today().isoformat(),
         "hardware": f"{processor}, {torch.get_num_threads()} threads",
         "load": f"{os.getloadavg()[0]:.1f} processes at the end",
         "versions": f"torch {torch.__version__}, Python {platform.python_version()}",
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit or "unknown",
         "command": _command(),
     }
 

@@ -90,13 +90,7 @@ def measure(cell: Cell, *, wanted: list[str] | None, seconds: float, device: tor
     one_round = round_seconds(list(steps), timed(subject.closure, device), timed(optimizer.step, device))
     rounds = affordable(one_round, seconds)
     tqdm.write(f"{cell.name}: {rounds} rounds, about {rounds * one_round:.0f} s")
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    gradients: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in tqdm(range(rounds), desc=cell.name, leave=False):
-        for name, step in steps.items():
-            before = subject.gradients
-            times[name].append(timed(step, device))
-            gradients[name].append(round(subject.gradients - before, 6))
+    times, gradients = in_turn(steps, subject, rounds, device, cell.name)
     weights = cell.parameters * getattr(torch, cell.dtype).itemsize
     return {
         "stamp": stamp(),
@@ -109,6 +103,20 @@ def measure(cell: Cell, *, wanted: list[str] | None, seconds: float, device: tor
         "peaks": peaks,
         "missing": missing(),
     }
+
+
+def in_turn(
+    steps: dict[str, Step], subject: Subject, rounds: int, device: torch.device, title: str
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds and gradients of each variant's steps, one step of each in every round."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    gradients: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in tqdm(range(rounds), desc=title, leave=False):
+        for name, step in steps.items():
+            before = subject.gradients
+            times[name].append(timed(step, device))
+            gradients[name].append(round(subject.gradients - before, 6))
+    return times, gradients
 
 
 def summarise(

@@ -201,3 +201,9 @@ def test_examples_in_docstrings_hold(name: str) -> None:
     found = doctest.testmod(importlib.import_module(name))
     assert found.failed == 0
     assert found.attempted > 0
+
+
+def test_a_machine_without_git_has_a_stamp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of the files, on a machine that is lent for a measurement."""
+    monkeypatch.setenv("PATH", "")
+    assert common_results.stamp()["commit"] == "unknown"
