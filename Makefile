@@ -30,6 +30,7 @@ DEV := $(VENV)/.stamp-$(EXTRAS)
 DEMO := $(VENV)/.stamp-demo
 PIP_INSTALL := $(PY) -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
 CHECK := build/wheel-check
+UV := build/uv/bin/uv
 
 .PHONY: help
 help:  ## Show this list
@@ -96,6 +97,21 @@ ci:  ## Everything that has to pass: lint, types, test, wheel-check
 
 .PHONY: env
 env: $(DEV)  ## Build the development environment and nothing else
+
+# uv finds in seconds what pip searches for in vain. pip itself stays as it came with Python, and what belongs to a CUDA build
+# of torch is left open: torch requires exact versions of most, and the CPU build has none.
+.PHONY: lock
+lock: $(UV)  ## Resolve constraints*.in to the versions of all packages, constraints*.txt (ARGS=--upgrade for the newest)
+	for name in constraints constraints-published; do \
+	    cp $$name.txt build/uv/$$name.txt; \
+	    $(UV) pip compile -q $(ARGS) --universal --python-version 3.10 --all-extras -c $$name.in pyproject.toml \
+	        --no-emit-package pip --annotation-style line --custom-compile-command "make lock" -o build/uv/$$name.txt; \
+	    grep -Ev '^(nvidia|cuda)-' build/uv/$$name.txt >$$name.txt; \
+	done
+
+$(UV):
+	$(PYTHON) -m venv build/uv
+	build/uv/bin/python -m pip install -qq --disable-pip-version-check uv==0.13.9
 
 .PHONY: clean
 clean:  ## Remove build products and caches; the environments stay
