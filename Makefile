@@ -22,8 +22,11 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 ARGS ?=
 
-# Where DeepSpeed compiles: shared between environments, one version's build would be taken for another's.
-export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
+# Where DeepSpeed compiles: shared between environments, one version's build would be taken for another's. It is compiled
+# with the environment: in a test, a slow machine would run into a timeout, and a compiler that is killed leaves a lock.
+export TORCH_EXTENSIONS_DIR = $(abspath $(VENV))/torch_extensions
+COMPILE := from deepspeed.ops.op_builder import cpu; \
+    [builder().load(verbose=False) for builder in (cpu.CPUAdamBuilder, cpu.ShareMemCommBuilder)]
 
 PY := $(VENV)/bin/python
 DEV := $(VENV)/.stamp-$(EXTRAS)
@@ -129,4 +132,5 @@ $(VENV)/.stamp-torch: $(CONSTRAINTS)
 # The stem is the list of extras. The dev extra contains the demo extra, so it serves both.
 $(VENV)/.stamp-%: $(VENV)/.stamp-torch pyproject.toml $(CONSTRAINTS)
 	$(PIP_INSTALL) --editable ".[$*]"
+	$(if $(findstring deepspeed,$*),DS_ACCELERATOR=cpu PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -c "$(COMPILE)")
 	@touch $@ $(if $(filter dev%,$*),$(DEMO))
