@@ -22,14 +22,18 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 ARGS ?=
 
-# Where DeepSpeed compiles: shared between environments, one version's build would be taken for another's.
-export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
+# Where DeepSpeed compiles: shared between environments, one version's build would be taken for another's. It is compiled
+# with the environment: in a test, a slow machine would run into a timeout, and a compiler that is killed leaves a lock.
+export TORCH_EXTENSIONS_DIR = $(abspath $(VENV))/torch_extensions
+COMPILE := from deepspeed.ops.op_builder import cpu; \
+    [builder().load(verbose=False) for builder in (cpu.CPUAdamBuilder, cpu.ShareMemCommBuilder)]
 
 PY := $(VENV)/bin/python
 DEV := $(VENV)/.stamp-$(EXTRAS)
 DEMO := $(VENV)/.stamp-demo
 PIP_INSTALL := $(PY) -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
 CHECK := build/wheel-check
+UV := build/uv/bin/uv
 
 .PHONY: help
 help:  ## Show this list
@@ -102,6 +106,21 @@ ci:  ## Everything that has to pass: lint, types, test, wheel-check
 .PHONY: env
 env: $(DEV)  ## Build the development environment and nothing else
 
+# uv finds in seconds what pip searches for in vain. pip itself stays as it came with Python, and what belongs to a CUDA build
+# of torch is left open: torch requires exact versions of most, and the CPU build has none.
+.PHONY: lock
+lock: $(UV)  ## Resolve constraints*.in to the versions of all packages, constraints*.txt (ARGS=--upgrade for the newest)
+	for name in constraints constraints-published; do \
+	    cp $$name.txt build/uv/$$name.txt; \
+	    $(UV) pip compile -q $(ARGS) --universal --python-version 3.10 --all-extras -c $$name.in pyproject.toml \
+	        --no-emit-package pip --annotation-style line --custom-compile-command "make lock" -o build/uv/$$name.txt; \
+	    grep -Ev '^(nvidia|cuda)-' build/uv/$$name.txt >$$name.txt; \
+	done
+
+$(UV):
+	$(PYTHON) -m venv build/uv
+	build/uv/bin/python -m pip install -qq --disable-pip-version-check uv==0.13.9
+
 .PHONY: clean
 clean:  ## Remove build products and caches; the environments stay
 	rm -rf build dist *.egg-info .coverage .coverage.* coverage.xml htmlcov
@@ -118,4 +137,5 @@ $(VENV)/.stamp-torch: $(CONSTRAINTS)
 # The stem is the list of extras. The dev extra contains the demo extra, so it serves both.
 $(VENV)/.stamp-%: $(VENV)/.stamp-torch pyproject.toml $(CONSTRAINTS)
 	$(PIP_INSTALL) --editable ".[$*]"
+	$(if $(findstring deepspeed,$*),DS_ACCELERATOR=cpu PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -c "$(COMPILE)")
 	@touch $@ $(if $(filter dev%,$*),$(DEMO))

@@ -1,7 +1,6 @@
 """The group of processes that other tests run on: what is wrong on one rank is told, and the next case starts afresh."""
 
 import os
-import time
 
 import pytest
 import torch
@@ -29,12 +28,11 @@ def test_one_rank_fails(how):
     world = World(2)
     try:
         assert world.run(total) == [3.0, 3.0]
-        start = time.monotonic()
         with pytest.raises(
             AssertionError, match=r"rank 1 (died|gave no answer)" if how == "dies" else "(?s)rank 1 raised.*KeyError"
-        ):
+        ) as failure:
             world.run(wrong_on_one_rank, how)
-        assert time.monotonic() - start < 60
+        assert "it hangs" not in str(failure.value)
         assert world.run(total) == [3.0, 3.0]
     finally:
         world.close()

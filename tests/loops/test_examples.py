@@ -29,7 +29,6 @@ def output_of(*command: str, **environment: str) -> str:
         env={**os.environ, **settings, **environment},
         capture_output=True,
         text=True,
-        timeout=250,
         check=False,
     )
     assert finished.returncode == 0, finished.stderr[-5000:]

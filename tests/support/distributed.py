@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-CASE_TIMEOUT = 270.0
-"""Seconds after which a case counts as hung, and its processes are killed: the first ones wait for a compiler."""
-COLLECTIVE_TIMEOUT = 150.0
-"""Seconds that a rank waits for the others in a collective: a machine shared with others may stall one for a minute."""
+CASE_TIMEOUT = 840.0
+"""Seconds after which a case counts as hung, and its processes are killed: before pytest's own timeout in setup.cfg."""
+COLLECTIVE_TIMEOUT = 600.0
+"""Seconds that a rank waits for the others in a collective: the first ones may wait for a compiler."""
 
 
 class World:
@@ -30,9 +30,8 @@ class World:
     The processes then end, for their connections may be broken; the next case starts new ones.
     """
 
-    def __init__(self, size: int, collective_timeout: float = COLLECTIVE_TIMEOUT) -> None:
+    def __init__(self, size: int) -> None:
         self.size = size
-        self._collective_timeout = collective_timeout
         self._ranks: list[tuple[Any, Any]] = []
 
     def _start(self) -> None:
@@ -40,20 +39,18 @@ class World:
         context = mp.get_context("spawn")
         for rank in range(self.size):
             here, there = context.Pipe()
-            process: Any = context.Process(
-                daemon=True, target=_serve, args=(there, rank, self.size, port, self._collective_timeout)
-            )
+            process: Any = context.Process(daemon=True, target=_serve, args=(there, rank, self.size, port))
             process.start()
             there.close()
             self._ranks.append((process, here))
 
-    def run(self, case: Callable[..., Any], *args: Any, timeout: float = CASE_TIMEOUT, **kwargs: Any) -> list[Any]:
+    def run(self, case: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """``case(*args, **kwargs)`` on every rank; ``case`` is a function at the top level of a module."""
         if not self._ranks:
             self._start()
         for _, connection in self._ranks:
             connection.send((case, args, kwargs))
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + CASE_TIMEOUT
         answers = [self._answer(rank, deadline) for rank in range(self.size)]
         failures = [f"rank {rank} {how}:\n{what}" for rank, (how, what) in enumerate(answers) if how != "returned"]
         if failures:
@@ -98,7 +95,7 @@ def remove_shared_memory(port: int) -> None:
         left.unlink(missing_ok=True)
 
 
-def _serve(connection: Any, rank: int, size: int, port: int, collective_timeout: float) -> None:
+def _serve(connection: Any, rank: int, size: int, port: int) -> None:
     """One rank: run what arrives until the other end closes."""
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
@@ -111,8 +108,9 @@ def _serve(connection: Any, rank: int, size: int, port: int, collective_timeout:
         "OMP_NUM_THREADS": "1",
     }
     torch.set_num_threads(1)
-    dist.distributed_c10d.default_pg_timeout = timedelta(seconds=collective_timeout)  # of groups that DeepSpeed makes
-    dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=collective_timeout))
+    timeout = timedelta(seconds=COLLECTIVE_TIMEOUT)
+    dist.distributed_c10d.default_pg_timeout = timeout  # of groups that DeepSpeed makes
+    dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timeout)
     while True:
         try:
             case, args, kwargs = connection.recv()
