@@ -108,7 +108,7 @@ def hessian_products(
                     if gradient is not None:
                         unreached.discard(id(parameter))
                     if gradient is not None and gradient.requires_grad:
-                        product = product + (_flat(gradient) * (_flat(along) * scale)).sum()
+                        product = product + (_flat(gradient) * (_flat(along.detach()) * scale)).sum()
                 # Whoever needs the graph again, or a gradient with a graph, gets it.
                 backward(product, retain_graph=retain_graph, create_graph=create_graph, inputs=inputs)
             except RuntimeError as error:

@@ -96,7 +96,7 @@ def test_a_loss_that_is_another_one_at_each_call_is_refused(kind, method, driver
     loss = kind()
     before = weights(loss.model)
     optimizer = GradRegOptimizer(torch.optim.SGD(loss.model.parameters(), lr=0.1), strength=1e-2, method=method)
-    with pytest.raises(RuntimeError, match="not a function of the weights: it was 0.* and .* when that was repeated"):
+    with pytest.raises(RuntimeError, match="not a function of the weights: it was .* and .* when that was repeated"):
         driver(optimizer, loss)
     assert_same(weights(loss.model), before)
     assert optimizer.step_count == 0
@@ -171,7 +171,7 @@ def test_a_suspicion_that_is_not_confirmed_changes_nothing():
     optimizer.step(closure)
     assert closure.calls == 3
     assert_same(closure.gradients[2], closure.gradients[1])
-    torch.testing.assert_close(w.detach(), -0.2 * torch.tensor([1.0, 2.0]).double() - torch.tensor([1.0, 2.0]))
+    torch.testing.assert_close(w.detach(), -1.4 * torch.tensor([1.0, 2.0]).double())  # w − (2w + 0.1·2·2w)
     optimizer.step(closure)
     assert closure.calls == 5
 
