@@ -18,12 +18,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gradreg_optim.core.local import LocalStorage
+from gradreg_optim.core.losses import Clearing, Losses
 from gradreg_optim.core.plan import Plan
 from gradreg_optim.core.regularize import regularized
-from gradreg_optim.core.repeatable import Clearing, SameStart
+from gradreg_optim.core.repeatable import Buffers, SameStart
 from gradreg_optim.core.step import Figure, Outcome, PartOfPass, Point, Scalar, computed
 from gradreg_optim.core.storage import Storage
 from gradreg_optim.drivers.micro_batches import MicroBatches
+from gradreg_optim.drivers.refusals import check_driver, no_gradient
 from gradreg_optim.wrapping.schedule import Schedule
 from gradreg_optim.wrapping.settings import DEFAULT_EPS, settings_among
 from gradreg_optim.wrapping.wrapper import OptimizerWrapper
@@ -68,8 +70,8 @@ class GradRegOptimizer(OptimizerWrapper):
         resample: in trainers of GRPO and RLOO, the completions of the second pass. ``"reuse"``: as they are, as published.
             ``"importance"``, ``"sequence"``: reweighted by the loss's own ratio, or by that of whole completions
             (:mod:`gradreg_optim.trainers.old_policy`).
-        model: the module, for the names in ``exclude`` and for BatchNorm layers. Not needed if the optimizer was built on
-            ``named_parameters()``, unless you compile more than the model: otherwise module hooks find the layers.
+        model: the module, for the names in ``exclude`` and for its buffers. Not needed if the optimizer was built on
+            ``named_parameters()``, unless you compile more than the model: otherwise module hooks find all buffers.
         scaler: the :class:`torch.amp.GradScaler` that scales the closure's loss. It steps the wrapped optimizer and skips
             the step if either pass overflowed. Call ``scaler.update()`` yourself.
 
@@ -125,8 +127,11 @@ class GradRegOptimizer(OptimizerWrapper):
         self.resample = settings["resample"]
         self._skipped: Scalar = 0
         self._figures: dict[str, Figure] = {}
-        self._has_advised = False
+        self._warned: set[bool] = set()  # kinds of advice that have been given
         self._clearing = Clearing()
+        self._buffers = Buffers()
+        self._losses = Losses()
+        self._noting: Losses | None = None  # the same, in steps in which it has something to do
         self._running: weakref.ref[Passes] | None = None  # of the loop over passes() that began last
         self._pending: Callable[[], None] | None = None  # what a step() after that loop does
 
@@ -153,23 +158,25 @@ class GradRegOptimizer(OptimizerWrapper):
         Args:
             closure: clears the gradients, runs forward and backward over the whole batch and returns the loss. It is called
                 with gradients enabled: twice; once in a step without penalty; three times for ``method="central"``; four
-                times in the step of a check. Or :class:`~gradreg_optim.MicroBatches`. ``None`` after :meth:`passes`.
+                times in the step of a check; once more in the first step if its loss seems not to be repeatable. Or
+                :class:`~gradreg_optim.MicroBatches`. ``None`` after :meth:`passes`.
 
         Raises:
-            RuntimeError: there is no closure, no completed :meth:`passes` and no attached trainer; or ``fraction`` is less
-                than 1 and the closure runs whole steps only.
+            RuntimeError: there is no closure, no completed :meth:`passes` and no attached trainer; ``fraction`` is less than
+                1 and the closure runs whole steps only; or the loss is another one each time that it is computed.
         """
         was_under_way = self._abandon_passes()
         if closure is None:
             return self._step_on_gradients(was_under_way)
         plan = self.plan(storage := self.storage())
-        self._check_driver(plan, "" if isinstance(closure, MicroBatches) else "this closure runs them all")
+        if plan.fraction < 1 or self.resample != "reuse":
+            check_driver(plan, self.resample, "" if isinstance(closure, MicroBatches) else "this closure runs them all")
         with closing(self._passes(plan, storage)) as passes:
             if isinstance(closure, MicroBatches):
-                loss = closure.drive(passes, storage, plan)
+                loss = closure.drive(passes, storage, plan, self._buffers)
             else:
                 call = torch.enable_grad()(closure)
-                loss, *_ = [call() for _ in passes]
+                loss, *_ = [call() if self._noting is None else self._noting.returned(call()) for _ in passes]
         self._base_step()
         return loss
 
@@ -184,15 +191,16 @@ class GradRegOptimizer(OptimizerWrapper):
             clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()                 # on the combined gradient
 
-        Every pass starts from the same random numbers and BatchNorm statistics. After the loop the weights are at θ and
-        ``.grad`` holds the combined gradient. If the body raises, or leaves the loop by ``break``, the weights are at θ, bit
+        Every pass starts from the same random numbers and buffers. After the loop the weights are at θ and ``.grad`` holds
+        the combined gradient. If the body raises, or leaves the loop by ``break``, the weights are at θ, bit
         for bit, and ``.grad`` holds g1; the step then has to be begun again.
 
         Raises:
             RuntimeError: ``fraction`` or ``resample`` are set, which a loop body cannot serve; see also :meth:`step`.
         """
         plan = self.plan(storage := self.storage())
-        self._check_driver(plan, "the body of this loop runs them all")
+        if plan.fraction < 1 or self.resample != "reuse":
+            check_driver(plan, self.resample, "the body of this loop runs them all")
         self._abandon_passes()
         passes = self._passes_of_loop(plan, storage)
         self._running = weakref.ref(passes)
@@ -205,8 +213,10 @@ class GradRegOptimizer(OptimizerWrapper):
     def _passes(self, plan: Plan, storage: Storage) -> Passes:
         """Yield each point with everything prepared for the pass there; afterwards note what came out."""
         self._pending = None
+        is_checked = self._losses.is_due or len(plan.points) > len(plan.scheme.points)
+        self._noting = self._losses.begun(self._buffers.modules) if is_checked else None
         surroundings, part = self.surroundings(storage, plan), None
-        with closing(regularized(storage, plan)) as points:
+        with closing(regularized(storage, plan, self._noting)) as points:
             while True:
                 try:
                     point = points.send(part)
@@ -231,23 +241,12 @@ class GradRegOptimizer(OptimizerWrapper):
         if outcome.check is not None:
             for group in self.param_groups:
                 group["gradreg_floor"] = outcome.check.floor
-            if outcome.check.advice is not None and not self._has_advised:
-                self._has_advised = True
-                warnings.warn(outcome.check.advice, stacklevel=2)
-
-    def _check_driver(self, plan: Plan, whole: str) -> None:
-        """Refuse settings that a driver cannot serve; ``whole`` says of one that it runs all micro-batches at once."""
-        if whole and plan.fraction < 1:
-            raise RuntimeError(
-                f"fraction={plan.fraction!r} takes the difference on some micro-batches of a step; {whole}. "
-                "Pass optimizer.step(gradreg_optim.MicroBatches(backward, batches)), or leave fraction at 1."
-            )
-        if self.resample != "reuse":
-            raise RuntimeError(
-                f"resample={self.resample!r}: completions are reweighted in the losses of trainers, and this step got a "
-                "closure, which decides itself what its second call makes of them. Keep the log-probabilities of its first "
-                "call there, and leave resample out."
-            )
+        advice = None if outcome.check is None else outcome.check.advice
+        if outcome.is_empty:
+            advice = no_gradient(self.param_groups, self.exclude)
+        if advice is not None and outcome.is_empty not in self._warned:
+            self._warned.add(outcome.is_empty)
+            warnings.warn(advice, stacklevel=2)
 
     # What another engine does differently.
 
@@ -262,7 +261,8 @@ class GradRegOptimizer(OptimizerWrapper):
         if not plan.points:
             return lambda _point: nullcontext()
         parameters = (parameter for group in self.param_groups for parameter in group["params"])
-        return SameStart(storage.devices, self._model, self._clearing.required(parameters))
+        first = nullcontext() if self._clearing.is_seen else self._clearing.required(parameters)
+        return SameStart(storage.devices, self._model, self._buffers, self._noting, first)
 
     def _base_step(self) -> None:
         """The wrapped optimizer's step on the combined gradient; under a scaler, unless a pass overflowed."""

@@ -62,7 +62,7 @@ def weight_of(group: GroupGradients) -> Scalar:
 def hessian_products(
     parameters: Sequence[Tensor], direction: Sequence[Tensor], *, scale: Scalar = 1.0, model: nn.Module | None = None
 ) -> Iterator[None]:
-    """Inside the block, ``loss.backward()`` adds H·(scale·d) to ``.grad`` of what the loss depends on.
+    """Inside the block, ``backward`` adds H·(scale·d) to ``.grad`` of its ``inputs``, or of all that the loss depends on.
 
     PyTorch's own fused attention is replaced by its mathematical form, which can be differentiated twice.
 
@@ -73,12 +73,29 @@ def hessian_products(
         model: for error messages, which name its attention implementation.
 
     Raises:
-        RuntimeError: something in the model cannot be differentiated twice.
+        RuntimeError: something in the model cannot be differentiated twice, or a loss may depend on gradients in ``.grad``.
     """
     backward = torch.autograd.backward
     unreached = {id(parameter) for parameter in parameters}
+    with_graph: list[bool] = []  # of each backward so far
 
-    def twice(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
+    def twice(
+        tensors: Any,
+        grad_tensors: Any = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        grad_variables: Any = None,
+        inputs: Any = None,
+    ) -> None:
+        if any(with_graph):
+            raise RuntimeError(
+                "method='exact': the closure calls backward() after a backward(create_graph=True), so its loss may depend "
+                "on gradients in .grad, which hold H·d in this pass. Compute a loss of gradients from "
+                "torch.autograd.grad(loss, parameters, create_graph=True), or use method='central' or 'forward'."
+            )
+        with_graph.append(create_graph)
+        if grad_tensors is None:
+            grad_tensors = grad_variables  # its old name
         torch.autograd.backward = backward  # reentrant checkpoints call it while they are differentiated themselves
         with torch.enable_grad():
             try:
@@ -91,8 +108,9 @@ def hessian_products(
                     if gradient is not None:
                         unreached.discard(id(parameter))
                     if gradient is not None and gradient.requires_grad:
-                        product = product + (_flat(gradient) * (_flat(along) * scale)).sum()
-                backward(product)
+                        product = product + (_flat(gradient) * (_flat(along.detach()) * scale)).sum()
+                # Whoever needs the graph again, or a gradient with a graph, gets it.
+                backward(product, retain_graph=retain_graph, create_graph=create_graph, inputs=inputs)
             except RuntimeError as error:
                 raise _explained(error, model) from error.__cause__
             finally:

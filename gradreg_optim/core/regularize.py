@@ -25,6 +25,7 @@ from torch import Tensor
 
 from gradreg_optim.core import multi_tensor
 from gradreg_optim.core.finite_difference import clip_coefficient, is_finite, item_on_cpu, ratio, stack_scalars
+from gradreg_optim.core.losses import Losses
 from gradreg_optim.core.plan import Plan
 from gradreg_optim.core.self_check import evaluated, signal_fraction
 from gradreg_optim.core.step import Check, Difference, Figure, FirstGradient, Gradients, Outcome, PartOfPass, Point, Scalar
@@ -32,11 +33,12 @@ from gradreg_optim.core.storage import Storage
 
 
 @torch.no_grad()
-def regularized(storage: Storage, plan: Plan) -> Generator[Point, PartOfPass | None, Outcome]:
+def regularized(storage: Storage, plan: Plan, losses: Losses | None = None) -> Generator[Point, PartOfPass | None, Outcome]:
     """Replace the gradient g1 that ``storage`` holds after the first pass by g1 + (γ/ε)·Δ.
 
-    Yields each point at which a gradient is wanted, θ first. The driver may answer θ with the part of that pass that it
-    will repeat. If it closes the generator at a point, or throws into it, the weights are at θ, bit for bit, and g1 is back.
+    Yields each point at which a gradient is wanted, θ first, and the last one twice if the ``losses`` are suspicious. The
+    driver may answer θ with the part of that pass that it will repeat. If it closes the generator at a point, or throws into
+    it, the weights are at θ, bit for bit, and g1 is back.
     """
     part = yield Point.THETA
     if not plan.points:
@@ -44,12 +46,19 @@ def regularized(storage: Storage, plan: Plan) -> Generator[Point, PartOfPass | N
     first = storage.take(plan.strengths, plan.excluded)
     first.figures["strength"] = next(strength for strength in plan.strengths if strength)
     try:
+        if not storage.has_gradient(first):
+            storage.put_back(first)
+            return Outcome(first.figures, is_empty=True)
         if not choose_step(storage, first, plan):  # d = clip(g1), ε; False: there is no finite gradient
             storage.put_back(first)
             return Outcome(first.figures, first.skipped)
         for point in plan.points:  # usually one
             with plan.scheme.at(storage, first, point, plan):  # θ' = θ + ε·d inside, θ again after it
                 yield point
+                if losses is not None and point is plan.points[-1] and losses.are_far(storage, first, plan, part):
+                    storage.take_sum()  # and drop it: it is taken once more
+                    yield point
+                    losses.require_same(storage)
             collect(storage, first, point, part, plan)
         check = run_check(storage, first, plan)
         delta = plan.scheme.difference(storage, first, plan)
@@ -62,9 +71,7 @@ def regularized(storage: Storage, plan: Plan) -> Generator[Point, PartOfPass | N
 
 
 def choose_step(storage: Storage, first: FirstGradient, plan: Plan) -> bool:
-    """Find ‖g1‖, the factor that clips it, and ε; False if there is no gradient, or it is known not to be finite."""
-    if not storage.has_gradient(first):
-        return False
+    """Find ‖g1‖, the factor that clips it, and ε; False if ‖g1‖ is known not to be finite."""
     scale = storage.loss_scale
     local = stack_scalars([multi_tensor.norm_squared(group.counted(group.g1)) for group in first.groups])
     squares = storage.sum_over_ranks(local)

@@ -69,12 +69,18 @@ class GroupGradients:
 class PartOfPass:
     """The part of the first pass that the further passes repeat, if they do not repeat all of it.
 
-    ``factor`` is the number of all micro-batches over that of the part, ``gradients`` the part's sum in the first pass, as
-    the storage keeps it.
+    ``positions`` are those of the part's micro-batches among all ``count``, ``gradients`` the part's sum in the first pass,
+    as the storage keeps it.
     """
 
-    factor: float
+    positions: frozenset[int]
+    count: int
     gradients: Any
+
+    @property
+    def factor(self) -> float:
+        """The number of all micro-batches over that of the part."""
+        return self.count / len(self.positions)
 
 
 @dataclass
@@ -127,8 +133,12 @@ class Check:
 
 @dataclass
 class Outcome:
-    """What a step did: its figures for ``metrics``, whether the penalty was left out, and what a check found."""
+    """What a step did: its figures for ``metrics``, whether the penalty was left out, and what a check found.
+
+    ``is_empty``: the first pass left no gradient on any parameter that is to be regularized.
+    """
 
     figures: dict[str, Figure]
     skipped: Scalar = 0
     check: Check | None = None
+    is_empty: bool = False

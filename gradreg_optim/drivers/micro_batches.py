@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from gradreg_optim.core.plan import Plan
-from gradreg_optim.core.repeatable import RandomState
+from gradreg_optim.core.repeatable import Buffers, RandomState
 from gradreg_optim.core.step import PartOfPass, Point
 from gradreg_optim.core.storage import Storage
 
@@ -69,7 +69,9 @@ class MicroBatches:
         if not self.batches:
             raise ValueError("batches=[]: a step needs at least one micro-batch. Skip the step, or give it data.")
 
-    def drive(self, points: Generator[Point, PartOfPass | None, None], storage: Storage, plan: Plan) -> Any:
+    def drive(
+        self, points: Generator[Point, PartOfPass | None, None], storage: Storage, plan: Plan, buffers: Buffers
+    ) -> Any:
         """Run what each of ``points`` wants: all micro-batches at θ, and those of the part at further points.
 
         Returns:
@@ -77,14 +79,14 @@ class MicroBatches:
         """
         count = len(self.batches)
         split = SplitGradient(storage, plan, count)
-        starts: dict[int, RandomState] = {}  # of each block of the part
+        starts: dict[int, tuple[Callable[[], None], ...]] = {}  # restore random numbers and buffers of a block of the part
 
         losses = []
         next(points)
         storage.begin_window(count)
         for position in range(count):
             if position in split.part and (position == 0 or position - 1 not in split.part):
-                starts[position] = RandomState(storage.devices)
+                starts[position] = RandomState(storage.devices).restore, buffers.mark()
             losses.append(self._run(storage, position, is_summed=split.ends_after(position)))
             split.close(position)
         answer = split.joined()
@@ -95,8 +97,8 @@ class MicroBatches:
                 break
             answer = None  # ``.grad`` is empty now: the storage has taken all gradients
             for position in sorted(split.part):
-                if position in starts:
-                    starts[position].restore()
+                for restore in starts.get(position, ()):
+                    restore()
                 self._run(storage, position, is_summed=position == max(split.part))
         losses = [loss.detach() if isinstance(loss, Tensor) else loss for loss in losses]
         return None if any(loss is None for loss in losses) else sum(losses[1:], losses[0])
@@ -155,4 +157,4 @@ class SplitGradient:
             self._storage.add_sum(self._sums.pop(last))
         gradients = self._storage.copy_sum() if last else self._sums[True]
         self._storage.add_sum(self._sums.pop(not last))
-        return PartOfPass(self._count / len(self.part), gradients)
+        return PartOfPass(self.part, self._count, gradients)

@@ -103,7 +103,7 @@ class Attachment(TrainerCallback):
         if self.replay.is_running:
             return
         if not self.recorder.micro_batches:  # the window begins
-            self.recorder = Recorder(self.trainer, self._plan(), self.optimizer.storage())
+            self.recorder = Recorder(self.trainer, self._plan(), self.optimizer.storage(), self.optimizer._buffers)
         self.recorder.begin_micro_batch()
 
     def _plan(self) -> Any:
@@ -166,6 +166,7 @@ class Attachment(TrainerCallback):
     def _regularize(self) -> None:
         """Replace the gradient of the window by the combined one."""
         start, recorder = time.perf_counter(), self.recorder
+        recorder.buffers.end()
         if not self._is_checked:
             self._is_checked = True
             self.replay.check(self.optimizer, recorder.micro_batches[0])

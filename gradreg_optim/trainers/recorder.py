@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,7 @@ class MicroBatch:
     """The state before the first pass over a micro-batch, and the results of that pass.
 
     ``generations`` holds results of methods that are not called again, ``log_p`` the log-probabilities of completions that
-    ``resample`` needs.
+    ``resample`` needs. ``go_on`` puts buffers back, if micro-batches before this one are not repeated.
     """
 
     model: nn.Module
@@ -33,6 +34,7 @@ class MicroBatch:
     loss: Tensor | None = None
     generations: list[Recorded] = field(default_factory=list)
     log_p: list[Tensor] = field(default_factory=list)
+    go_on: Callable[[], None] | None = None
 
 
 class Recorder:
@@ -41,8 +43,8 @@ class Recorder:
     ``is_summed``: with ``fraction``, the gradient has to be complete over ranks after the current micro-batch.
     """
 
-    def __init__(self, trainer: Trainer, plan: Any = None, storage: Any = None) -> None:
-        self.plan, self.storage = plan, storage
+    def __init__(self, trainer: Trainer, plan: Any = None, storage: Any = None, buffers: Any = None) -> None:
+        self.plan, self.storage, self.buffers = plan, storage, buffers
         self.micro_batches: list[MicroBatch] = []
         self.split: SplitGradient | None = None
         self.is_summed = False
@@ -77,6 +79,11 @@ class Recorder:
         random, is_last = RandomState(self.storage.devices), self._trainer.accelerator.sync_gradients
         state = counters(vars(self._trainer))
         self._current = MicroBatch(model, copied(inputs), num_items_in_batch, random, state, is_last)
+        position = len(self.micro_batches)
+        if position == 0:
+            self.buffers.begin(model, *(value for value in vars(self._trainer).values() if isinstance(value, nn.Module)))
+        elif self.split is not None and position in self.split.part and position - 1 not in self.split.part:
+            self._current.go_on = self.buffers.mark()
         self.micro_batches.append(self._current)
         return self._current
 

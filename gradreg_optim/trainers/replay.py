@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
 
-from gradreg_optim.core.repeatable import RandomState, batch_norm_statistics_kept
+from gradreg_optim.core.repeatable import RandomState
 from gradreg_optim.trainers.generations import Generations
 from gradreg_optim.trainers.hooks import Hooks
 from gradreg_optim.trainers.isolation import copied, counters, untouched
@@ -68,7 +68,7 @@ class Replay:
         with (
             untouched(trainer),
             RandomState(optimizer.storage().devices).replayed(),
-            batch_norm_statistics_kept(optimizer._model),
+            optimizer._buffers.repeated(),
             nullcontext() if held_step is None else held_step.repeated(),
             Hooks() as replaced,
         ):
@@ -85,6 +85,8 @@ class Replay:
         trainer, inputs = self.trainer, copied(micro_batch.inputs)
         vars(trainer).update(counters(micro_batch.counters))
         micro_batch.random.restore()
+        if micro_batch.go_on is not None:
+            micro_batch.go_on()
         trainer.accelerator.gradient_state._set_sync_gradients(is_last)
         self.generations.repeated = iter(micro_batch.generations)
         is_whole = bool(self.generations.methods)

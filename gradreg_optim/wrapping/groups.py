@@ -114,7 +114,7 @@ def excluded_positions(
     """For each group the positions of the parameters whose names contain one of ``patterns``.
 
     Raises:
-        ValueError: there are patterns but no names, or a pattern is part of no name.
+        ValueError: there are patterns but no names, a pattern is part of no name, or the patterns match every name.
     """
     if not patterns:
         return [[] for _ in groups]
@@ -135,4 +135,9 @@ def excluded_positions(
     def matches(parameter: Tensor) -> bool:
         return any(pattern in name for name in names.get(id(parameter), ()) for pattern in patterns)
 
+    if must_match and all(matches(parameter) for group in groups for parameter in group["params"]):
+        raise ValueError(
+            f"exclude={patterns!r} matches every parameter of the optimizer: nothing is left to regularize. "
+            f"Names look like {', '.join(map(repr, known[:3]))}. Pass patterns that match fewer, or strength=0."
+        )
     return [[i for i, parameter in enumerate(group["params"]) if matches(parameter)] for group in groups]

@@ -143,14 +143,21 @@ class OptimizerWrapper(Optimizer):
         """
         self._adopt_new_groups()
         unwanted = {id(parameter) for parameter in parameters}
-        left = 0
+        trainable, left = 0, 0
         for number, group in enumerate(self._groups_with_names()):
             positions = {i for i, parameter in enumerate(group["params"]) if id(parameter) in unwanted}
             self._excluded[number] = sorted(positions | set(self._excluded[number]))
-            left += len(group["params"]) - len(self._excluded[number])
+            of_group = {i for i, parameter in enumerate(group["params"]) if parameter.requires_grad}
+            trainable += len(of_group)
+            left += len(of_group.difference(self._excluded[number]))
+        if not trainable:
+            raise ValueError(
+                "The optimizer has no trainable parameter: nothing would be trained. Build it on parameters with "
+                "requires_grad=True; if an adapter is created later, build it after that, or let the trainer build it."
+            )
         if not left:
             raise ValueError(
-                "Every parameter of the optimizer is excluded: nothing is left to regularize. "
+                "Every trainable parameter of the optimizer is excluded: nothing is left to regularize. "
                 "Pass exclude='none' to regularize embeddings and heads too."
             )
         self._adopt_new_groups()

@@ -154,7 +154,8 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
 
     def surroundings(self, storage: Storage, plan: Plan) -> Callable[[Point], AbstractContextManager[Any]]:
         """An accumulation window around each pass. The engine clears gradients itself."""
-        return accumulation_windows(self._storage, self.held_step, SameStart(storage.devices, self._model, nullcontext()))
+        same_start = SameStart(storage.devices, self._model, self._buffers, self._noting, nullcontext())
+        return accumulation_windows(self._storage, self.held_step, same_start)
 
     def _base_step(self) -> None:
         """Take the engine's step that was held back, on the combined gradient."""

@@ -1,6 +1,7 @@
 """The Triton back end against the eager one, on a CPU: Triton's interpreter runs its kernels here."""
 
 import math
+import os
 import subprocess
 import sys
 import textwrap
@@ -289,8 +290,7 @@ def test_kernels_compile_for_a_gpu(tmp_path):
             assert "ld.global.b16" not in assembly, kernel
         print("compiled")
     """
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, cwd=".", timeout=250,
-        env={"PATH": "/usr/bin:/bin", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": ":".join(sys.path), "HOME": str(tmp_path)},
-    )  # fmt: skip
+    folders = {"HOME": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=250, env={"PATH": os.environ["PATH"], **folders})
     assert "compiled" in run.stdout, run.stderr

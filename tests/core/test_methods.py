@@ -85,6 +85,98 @@ def test_exact_under_a_scaler():
     torch.testing.assert_close(combined(parameters), expected, rtol=1e-5, atol=1e-6)
 
 
+def game(*, shared):
+    """Two networks and two losses: that of each player counts for its own weights. ``shared``: one forward for both."""
+    torch.manual_seed(0)
+    one, two = (nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4)).double() for _ in range(2))
+    critic, inputs = nn.Linear(4, 1).double(), torch.randn(8, 4).double()
+
+    def losses():
+        outputs = two(one(inputs))
+        return critic(outputs).square().mean(), (outputs if shared else two(one(inputs))).square().mean()
+
+    return one, two, critic, losses
+
+
+PLAYS = {
+    "inputs": lambda own, other, losses: losses[0].backward(inputs=own),
+    "two losses": lambda own, other, losses: [
+        losses[0].backward(inputs=iter(own), retain_graph=True),
+        losses[1].backward(None, None, inputs=tuple(other)),
+    ],
+    "one input": lambda own, other, losses: [
+        torch.autograd.backward(losses[0], inputs=own[0], retain_graph=True),
+        torch.autograd.backward([losses[1]], [torch.ones_like(losses[1])], inputs=own[1:]),
+    ],
+    "summed up": lambda own, other, losses: [
+        losses[0].backward(retain_graph=True),
+        losses[0].backward(torch.tensor(0.5).double(), retain_graph=True),
+        losses[1].backward(),
+    ],
+}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("play", PLAYS.values(), ids=PLAYS)
+def test_exact_obeys_the_arguments_of_backward(play, shared):
+    """``inputs``, ``retain_graph``, gradients of roots: γ times the derivative of the gradients along g1, and no others."""
+    one, two, critic, losses = game(shared=shared)
+    own, other = list(one.parameters()), list(two.parameters())
+    optimizer = GradRegOptimizer(
+        torch.optim.SGD([*own, *other], lr=0.0), strength=STRENGTH, method="exact", g1_clip=None, g2_clip=None
+    )
+
+    def field():
+        for parameter in (*own, *other):
+            parameter.grad = None
+        play(own, other, losses())
+        return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in (*own, *other)]
+
+    g1, start = field(), [parameter.detach().clone() for parameter in (*own, *other)]
+    sides = []
+    for eps in (1e-4, -1e-4):
+        with torch.no_grad():
+            for parameter, theta, along in zip((*own, *other), start, g1, strict=True):
+                parameter.copy_(theta + eps * along)
+        sides.append(field())
+    with torch.no_grad():
+        for parameter, theta in zip((*own, *other), start, strict=True):
+            parameter.copy_(theta)
+    critic.zero_grad()
+    product = [(a - b) / 2e-4 for a, b in zip(*sides, strict=True)]
+
+    def closure():
+        optimizer.zero_grad()
+        play(own, other, losses())
+
+    optimizer.step(closure)
+    got = [torch.zeros_like(p) if p.grad is None else p.grad for p in (*own, *other)]
+    expected = [g + STRENGTH * d for g, d in zip(g1, product, strict=True)]
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-8)  # the error of a central difference
+    has_inputs = play is not PLAYS["summed up"]
+    assert all((p.grad is None) == has_inputs for p in critic.parameters())
+    if play is PLAYS["inputs"]:
+        assert all(parameter.grad is None for parameter in other)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")  # this is what is tested
+def test_exact_after_a_backward_with_a_graph():
+    """One backward(create_graph=True) is one like any other as long as no loss is computed from ``.grad``."""
+    model, loss = regression()
+    _, product = gradient_and_product(list(model.parameters()), loss)
+    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), strength=STRENGTH, method="exact")
+
+    def closure():
+        optimizer.zero_grad()
+        loss().backward(create_graph=True)
+
+    optimizer.step(closure)
+    g1 = torch.autograd.grad(loss(), list(model.parameters()))
+    expected = [g + STRENGTH * d for g, d in zip(g1, product, strict=True)]
+    torch.testing.assert_close([p.grad.detach() for p in model.parameters()], expected, rtol=1e-12, atol=1e-14)
+    optimizer.zero_grad()
+
+
 def test_exact_leaves_excluded_parameters_alone():
     """They get g1, and d has no part along them."""
     model, loss = regression()

@@ -202,27 +202,39 @@ def test_a_zero_gradient_has_no_direction(settings, read, monkeypatch):
 
 
 def test_no_gradient_at_all():
-    """A batch that reaches no parameter leaves the step to the base optimizer, after one pass."""
+    """A batch that reaches no parameter leaves the step to the base optimizer, after one pass; one warning says so."""
     w = nn.Parameter(torch.ones(3))
     optimizer = GradRegOptimizer(torch.optim.SGD([w], lr=0.1))
     calls = []
-    optimizer.step(lambda: calls.append(1))
-    assert calls == [1]
+    with pytest.warns(UserWarning, match=r"left no gradient .* 1 parameters 1 require a gradient and 0 have one.*backward"):
+        optimizer.step(lambda: calls.append(1))
+    optimizer.step(lambda: calls.append(2))  # batches may be skipped: it is said once
+    assert calls == [1, 2]
     assert_same(w.detach(), torch.ones(3))
-    assert optimizer.step_count == 1
+    assert optimizer.step_count == 2
+    assert optimizer.metrics == {"strength": 1e-3, "skipped": 0}
 
 
-def test_everything_excluded_is_the_base_optimizer():
-    """If every parameter is excluded the step is the base optimizer's, after one pass."""
+@pytest.mark.parametrize("by", ["exclude", "strength"])
+def test_only_parameters_that_are_left_out_have_a_gradient(by):
+    """A phase in which all that is regularized is frozen: the step is the base optimizer's, and a warning says so."""
     model, loss = regression()
+    model[0].requires_grad_(False)
     other, other_loss = twin_of(model, loss)
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.1), exclude=("weight", "bias"))
+    own = {"gradreg_strength": 0.0} if by == "strength" else {}
+    groups = [
+        {"params": list(model[0].named_parameters(prefix="0"))},
+        {"params": list(model[2].named_parameters(prefix="2")), **own},
+    ]
+    optimizer = GradRegOptimizer(torch.optim.SGD(groups, lr=0.1), exclude="2." if by == "exclude" else ())
     bare = torch.optim.SGD(other.parameters(), lr=0.1)
-    closure = closure_of(optimizer, loss)
-    optimizer.step(closure)
+    with pytest.warns(UserWarning, match="4 parameters 2 require a gradient and 2 have one, which exclude="):
+        optimizer.step(closure_of(optimizer, loss))
     bare.step(closure_of(bare, other_loss))
-    assert closure.calls == 1
     assert_same(weights(model), weights(other))
+    model[0].requires_grad_(True)
+    optimizer.step(closure_of(optimizer, loss))
+    assert optimizer.metrics["penalty_ratio"] > 0
 
 
 def test_gradients_that_share_a_buffer_are_kept():

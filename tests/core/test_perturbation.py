@@ -8,10 +8,9 @@ import pytest
 import torch
 from problems import assert_same
 from torch import nn
-from torch.nn.modules import module as nn_module
 
 from gradreg_optim.core.local import LocalStorage
-from gradreg_optim.core.repeatable import RandomState, batch_norm_statistics_kept
+from gradreg_optim.core.repeatable import RandomState
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -129,51 +128,6 @@ def test_restoring_twice():
     for _ in range(2):
         state.restore()
         assert draw() == first
-
-
-LAYERS = {
-    "BatchNorm1d": (lambda: nn.BatchNorm1d(3), (5, 3)),
-    "BatchNorm2d": (lambda: nn.BatchNorm2d(3), (5, 3, 2, 2)),
-    "BatchNorm3d": (lambda: nn.BatchNorm3d(3), (5, 3, 2, 2, 2)),
-    "cumulative average": (lambda: nn.BatchNorm1d(3, momentum=None), (5, 3)),
-    "without statistics": (lambda: nn.BatchNorm1d(3, track_running_stats=False), (5, 3)),
-}
-
-
-@pytest.mark.parametrize(("build", "shape"), LAYERS.values(), ids=LAYERS)
-@pytest.mark.parametrize("known", [True, False], ids=["model given", "model found"])
-def test_statistics_stay(build, shape, known):
-    """Running mean, variance and the batch count are those from before the block; outside of it they move."""
-    model = nn.Sequential(nn.Sequential(build()), nn.Identity())
-    x = torch.randn(shape) + 1
-    model(x)
-    before = [buffer.clone() for buffer in model.buffers()]
-    with batch_norm_statistics_kept(model if known else None):
-        model(x)
-        model(x)
-    assert_same(list(model.buffers()), before)
-    model(2 * x)
-    assert all((now != then).any() for now, then in zip(model.buffers(), before, strict=True))
-
-
-def test_the_hook_does_not_outlive_the_block():
-    """Finding BatchNorm layers leaves no hook behind, also after an exception."""
-    count = len(nn_module._global_forward_pre_hooks)
-    with suppress(KeyboardInterrupt), batch_norm_statistics_kept():
-        assert len(nn_module._global_forward_pre_hooks) == count + 1
-        raise KeyboardInterrupt
-    assert len(nn_module._global_forward_pre_hooks) == count
-
-
-@pytest.mark.parametrize("known", [True, False], ids=["model given", "model found"])
-def test_statistics_come_back_after_an_exception(known):
-    """A second pass that fails in the middle has not moved the statistics either."""
-    model = nn.BatchNorm1d(3)
-    before = [buffer.clone() for buffer in model.buffers()]
-    with suppress(KeyboardInterrupt), batch_norm_statistics_kept(model if known else None):
-        model(torch.randn(5, 3))
-        raise KeyboardInterrupt
-    assert_same(list(model.buffers()), before)
 
 
 def test_autocast_around_the_step_does_not_hide_the_second_point():

@@ -4,6 +4,7 @@ import ast
 import math
 import pathlib
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -62,6 +63,36 @@ def no_second_gradient():
 def leave_out_everything():
     optimizer = GradRegOptimizer(named())
     optimizer.leave_out(optimizer.param_groups[0]["params"])
+
+
+def leave_out_of_nothing():
+    optimizer = GradRegOptimizer(named(), exclude="none")
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.requires_grad_(False)
+    optimizer.leave_out([])
+
+
+def drawn_at_each_call():
+    model, _ = regression()
+    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    generator = torch.Generator().manual_seed(0)
+    inputs = lambda: torch.randn(8, 4, dtype=torch.float64, generator=generator)  # noqa: E731
+    optimizer.step(closure_of(optimizer, lambda: model(inputs()).square().mean()))
+
+
+def exact_of_a_loss_of_gradients():
+    model, loss = regression()
+    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), method="exact")
+
+    def closure():
+        for parameter in model.parameters():
+            parameter.grad = None
+        loss().backward(create_graph=True)
+        model[0].weight.grad.square().sum().backward()
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Using backward\(\) with create_graph=True")
+        optimizer.step(closure)
 
 
 class Once(torch.autograd.Function):
@@ -233,9 +264,37 @@ CASES = {
     "everything left out": Case(
         leave_out_everything,
         ValueError,
-        "Every parameter of the optimizer is excluded",
+        "Every trainable parameter of the optimizer is excluded",
         "nothing is left to regularize",
         "Pass exclude='none'",
+    ),
+    "nothing to train": Case(
+        leave_out_of_nothing,
+        ValueError,
+        "The optimizer has no trainable parameter",
+        "nothing would be trained",
+        "Build it on parameters with requires_grad=True",
+    ),
+    "exclude that matches everything": Case(
+        lambda: GradRegOptimizer(named(), exclude=("bias", "weight")),
+        ValueError,
+        "exclude=('bias', 'weight')",
+        "matches every parameter of the optimizer: nothing is left to regularize",
+        "Pass patterns that match fewer",
+    ),
+    "a loss that draws its data": Case(
+        drawn_at_each_call,
+        RuntimeError,
+        "The loss is not a function of the weights: it was ",
+        "repeated at the same weights, from the same random numbers and buffers",
+        "Draw the batch before the closure",
+    ),
+    "exact of a loss of gradients": Case(
+        exact_of_a_loss_of_gradients,
+        RuntimeError,
+        "method='exact': the closure calls backward() after a backward(create_graph=True)",
+        "gradients in .grad, which hold H·d in this pass",
+        "torch.autograd.grad(loss, parameters, create_graph=True)",
     ),
     "neither eps nor radius": Case(
         neither_eps_nor_radius,

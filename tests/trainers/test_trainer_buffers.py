@@ -1,0 +1,85 @@
+"""Buffers in a trainer: the second pass of a window starts where the first one did, and they move once a step."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import SequentialSampler
+from transformers import Trainer, TrainingArguments
+
+from gradreg_optim import GradRegOptimizer
+
+SETTINGS = {"strength": 0.01, "eps": 1e-3, "g1_clip": None, "g2_clip": None}
+WINDOW = [slice(0, 4), slice(4, 8)]  # the micro-batches of one step
+
+
+class Running(nn.Module):
+    """Divides by a running mean square, kept by writes through ``.data``."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.zeros(6))
+
+    def forward(self, x):
+        self.scale.data.mul_(0.5).add_(x.detach().square().mean(0), alpha=0.5)
+        return x / (1 + self.scale)
+
+
+class Model(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), layer(), nn.Linear(6, 2)).double()
+
+    def forward(self, x, labels):
+        return {"loss": (self.layers(x) - labels).square().mean()}
+
+
+class InOrder(Trainer):
+    def _get_train_sampler(self, *_args):
+        return SequentialSampler(self.train_dataset)
+
+
+def passes_of(model, shift, data, parts):
+    """The gradient of the mean loss of the window over the micro-batches in ``parts``, and the copy it was taken on."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter, along in zip(other.parameters(), shift, strict=False):
+            parameter += along
+    loss = sum(other(data[0][WINDOW[part]], data[1][WINDOW[part]])["loss"] for part in parts) / len(WINDOW)
+    return torch.autograd.grad(loss, list(other.parameters())), other
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+@pytest.mark.parametrize(
+    "layer", [Running, lambda: nn.BatchNorm1d(6), lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))],
+    ids=["running", "BatchNorm", "spectral_norm"],
+)  # fmt: skip
+def test_both_passes_of_a_window_start_from_the_same_buffers(layer, fraction, tmp_path, monkeypatch):
+    """Over two micro-batches a step; with ``fraction`` the second starts from what the first left of the buffers."""
+    monkeypatch.setattr("gradreg_optim.drivers.micro_batches.chosen_part", lambda *_args, **_kwargs: frozenset({1}))
+    model = Model(layer)
+    data = torch.randn(16, 4).double(), torch.randn(16, 2).double()
+    twin = copy.deepcopy(model)
+    for step in range(2):
+        window = [tensor[8 * step : 8 * step + 8] for tensor in data]
+        g1, after = passes_of(twin, [], window, [0, 1])
+        start, parts = (twin, [0, 1]) if fraction == 1 else (passes_of(twin, [], window, [0])[1], [1])
+        at_theta, _ = passes_of(start, [], window, parts)
+        moved, _ = passes_of(start, [1e-3 * g for g in g1], window, parts)
+        with torch.no_grad():
+            for parameter, g, a, b in zip(after.parameters(), g1, at_theta, moved, strict=True):
+                parameter -= 0.1 * (g + 10 / fraction * (b - a))
+        twin = after
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, gradient_accumulation_steps=2, use_cpu=True,
+        max_grad_norm=0, lr_scheduler_type="constant", report_to="none", save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    rows = [{"x": x, "labels": y} for x, y in zip(*data, strict=True)]
+    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), fraction=fraction, **SETTINGS)
+    InOrder(model=model, args=arguments, train_dataset=rows, optimizers=(optimizer, None)).train()
+    # g2 − g1 rounds before it is divided by eps
+    torch.testing.assert_close(list(model.parameters()), list(twin.parameters()), rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(dict(model.named_buffers()), dict(twin.named_buffers()), rtol=1e-9, atol=1e-10)
