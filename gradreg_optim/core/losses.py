@@ -156,16 +156,18 @@ class Clearing:
             return
         parameter = min(candidates, key=Tensor.numel)
         gradient: Any = parameter.grad
-        version, was_cleared, backward = gradient._version, [], torch.autograd.backward
+        version, was_cleared, backward = gradient._version, list[bool](), torch.autograd.backward
+
+        def is_as_before() -> bool:
+            return parameter.grad is gradient and gradient._version == version
 
         def compare(*args: Any, **kwargs: Any) -> None:
             torch.autograd.backward = backward
-            is_uncleared = parameter.grad is gradient and gradient._version == version
-            before = real(gradient).clone() if is_uncleared else None
+            before = real(gradient).clone() if is_as_before() else None
             backward(*args, **kwargs)
             if before is None:
                 was_cleared.append(True)
-            elif parameter.grad is gradient and gradient._version == version:  # the backward of something else
+            elif is_as_before():  # the backward of something else
                 torch.autograd.backward = compare
             else:
                 was_cleared.append(not bool(before.any()))

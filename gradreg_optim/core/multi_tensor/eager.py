@@ -16,7 +16,7 @@ from gradreg_optim.core.multi_tensor import blocks
 
 Scalar = float | Tensor
 
-CHUNK = 2**26
+CHUNK = 2**27
 """Elements a chunk on an accelerator. Larger chunks need fewer launches, and more memory for intermediate results."""
 
 
@@ -63,6 +63,8 @@ class Room:
 
     def copy_of(self, views: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """A flat copy of ``views``."""
+        if views[0].device.type != "cpu":
+            return torch.cat([x.flatten() for x in views]).to(dtype)  # in one launch; the allocator keeps the memory
         flat = self.flat(views, dtype)
         torch._foreach_copy_(_shaped(flat, views), list(views))
         return flat
@@ -182,7 +184,7 @@ def shift_(
 ) -> tuple[Tensor, Tensor] | None:
     """``weights ← start + ε·d`` (default: from where they are); with a ``seed``, bfloat16 is rounded stochastically.
 
-    On an accelerator also ⟨what arrived, d⟩ and ‖d‖², since samples of each tensor would take as many launches.
+    On an accelerator also :func:`step_moments`, of each chunk: to take samples of each tensor is a launch a tensor.
     """
     is_on_cpu = weights[0].device.type == "cpu"
     rounding = None if seed is None or weights[0].dtype != torch.bfloat16 else StochasticRounding(seed)
@@ -190,20 +192,24 @@ def shift_(
         torch._foreach_add_(list(weights), list(direction), alpha=eps)
         return None
     start = weights if start is None else start
-    wide, rooms, found = accumulation_dtype(start[0].dtype), [Room() for _ in range(3)], []
+    wide, rooms = accumulation_dtype(start[0].dtype), (Room(), Room())
+    samples: list[tuple[Tensor, ...]] = []
     for written, origins, steps in chunks(weights, start, direction):
         moved, along = rooms[0].copy_of(origins, wide), rooms[1].read(steps, wide).to(origins[0].device)
+        origin = None if is_on_cpu else sampled(moved).clone()
         if isinstance(eps, Tensor):
             moved.addcmul_(along, eps.to(wide))
         else:
             moved.add_(along, alpha=eps)
         if rounding is not None:
             rounding.round_(moved)
-        if not is_on_cpu:
-            arrived = moved.to(written[0].dtype).to(wide).sub_(rooms[2].copy_of(origins, written[0].dtype))
-            found += [torch.dot(arrived, along), torch.dot(along, along)]
-        torch._foreach_copy_(list(written), _shaped(moved, written))
-    return (torch.stack(found[::2]).sum(), torch.stack(found[1::2]).sum()) if found else None
+        if origin is not None:
+            samples.append((origin, sampled(moved).to(written[0].dtype), sampled(along).clone()))
+        copy_(written, _shaped(moved, written))
+    if not samples:
+        return None
+    origins, ends, steps = map(list, zip(*samples, strict=True))
+    return step_moments(origins, ends, steps)
 
 
 class StochasticRounding:
