@@ -7,7 +7,6 @@ The algorithm is :func:`gradreg_optim.core.regularize.regularized`; here it is d
 from __future__ import annotations
 
 import inspect
-import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -24,8 +23,10 @@ from gradreg_optim.core.repeatable import Clearing, SameStart
 from gradreg_optim.core.step import Outcome, PartOfPass, Point, Scalar
 from gradreg_optim.core.storage import Storage
 from gradreg_optim.drivers.micro_batches import MicroBatches
-from gradreg_optim.wrapping.schedule import Schedule
-from gradreg_optim.wrapping.settings import DEFAULT_EPS, settings_among
+from gradreg_optim.wrapping import upwards
+from gradreg_optim.wrapping.advice import MANY_STEPS, Advice
+from gradreg_optim.wrapping.schedule import Schedule, ScheduleName
+from gradreg_optim.wrapping.settings import DEFAULT_EPS, DEFAULT_STRENGTH, Method, Resample, Rounding, settings_among
 from gradreg_optim.wrapping.wrapper import OptimizerWrapper
 
 Passes = Generator[Point, PartOfPass | None, None]
@@ -71,7 +72,7 @@ class GradRegOptimizer(OptimizerWrapper):
         model: the module, for the names in ``exclude`` and for BatchNorm layers. Not needed if the optimizer was built on
             ``named_parameters()``, unless you compile more than the model: otherwise module hooks find the layers.
         scaler: the :class:`torch.amp.GradScaler` that scales the closure's loss. It steps the wrapped optimizer and skips
-            the step if either pass overflowed. Call ``scaler.update()`` yourself.
+            the step if either pass overflowed. Call ``scaler.update()`` yourself. To clip, see :meth:`passes`.
 
     Raises:
         TypeError, ValueError: a setting breaks its rule, ``optimizer`` is none or needs a closure, or a pattern of
@@ -97,35 +98,34 @@ class GradRegOptimizer(OptimizerWrapper):
         self,
         optimizer: Optimizer,
         *,
-        strength: float = 1e-3,
+        strength: float = DEFAULT_STRENGTH,
         eps: float = DEFAULT_EPS,
         radius: float | None = None,
         warmup_steps: int = 0,
-        schedule: str | Schedule | None = None,
+        schedule: ScheduleName | Schedule | None = None,
         schedule_steps: int | None = None,
         g1_clip: float | None = 10.0,
         g2_clip: float | None = 10.0,
         max_penalty_ratio: float | None = None,
-        method: str = "forward",
-        rounding: str = "stochastic",
+        method: Method = "forward",
+        rounding: Rounding = "stochastic",
         check_every: int | None = None,
         shrink: bool = True,
         every: int = 1,
         fraction: float = 1.0,
         exclude: str | Iterable[str] = (),
-        resample: str = "reuse",
+        resample: Resample = "reuse",
         model: nn.Module | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         self._set_up(optimizer, settings_among(locals()), scaler=scaler, exclude=exclude, model=model)
 
-    def _set_up(self, optimizer: Optimizer, settings: dict[str, Any], *, scaler: Any = None, **more: Any) -> None:
+    def _set_up(self, optimizer: Optimizer, settings: dict[str, Any], **more: Any) -> None:
         super().__init__(optimizer, settings, **more)
-        self._scaler = scaler
         self.resample = settings["resample"]
         self._skipped: Scalar = 0
         self._metrics: dict[str, Scalar] = {}
-        self._has_advised = False
+        self._advise = Advice()
         self._clearing = Clearing()
         self._running: weakref.ref[Passes] | None = None  # of the loop over passes() that began last
         self._pending: Callable[[], None] | None = None  # what a step() after that loop does
@@ -177,7 +177,7 @@ class GradRegOptimizer(OptimizerWrapper):
             for _ in optimizer.passes():     # at θ and at θ'; once in a step without penalty
                 optimizer.zero_grad()
                 compute_loss().backward()
-            clip_grad_norm_(model.parameters(), 1.0)
+            clip_grad_norm_(model.parameters(), 1.0)    # under a scaler, call scaler.unscale_(optimizer) before
             optimizer.step()                 # on the combined gradient
 
         Every pass starts from the same random numbers and BatchNorm statistics. After the loop the weights are at θ and
@@ -224,12 +224,12 @@ class GradRegOptimizer(OptimizerWrapper):
         """Take in what a step did: its metrics, and what a check found."""
         self._metrics = outcome.figures
         self._skipped = self._skipped + outcome.skipped
+        self._advise.ratios += [figure for name, figure in outcome.figures.items() if name == "penalty_ratio"]
         if outcome.check is not None:
             for group in self.param_groups:
                 group["gradreg_floor"] = outcome.check.floor
-            if outcome.check.advice is not None and not self._has_advised:
-                self._has_advised = True
-                warnings.warn(outcome.check.advice, stacklevel=2)
+        if outcome.check is not None or len(self._advise.ratios) == MANY_STEPS:
+            self._advise(outcome.check)
 
     def _check_driver(self, plan: Plan, whole: str) -> None:
         """Refuse settings that a driver cannot serve; ``whole`` says of one that it runs all micro-batches at once."""
@@ -249,9 +249,7 @@ class GradRegOptimizer(OptimizerWrapper):
 
     def storage(self) -> Storage:
         """Where gradients and weights are in the step to come: ``.grad`` and the parameters."""
-        if self._scaler is None or not self._scaler.is_enabled():
-            return LocalStorage(self.param_groups)
-        return LocalStorage(self.param_groups, loss_scale=float(self._scaler.get_scale()), overflow_skips_step=True)
+        return LocalStorage(self.param_groups, self._scaler, (self, self.optimizer))
 
     def surroundings(self, storage: Storage, plan: Plan) -> Callable[[Point], AbstractContextManager[Any]]:
         """What is around each pass of one step, so that all of them are passes of the same function."""
@@ -283,6 +281,7 @@ class GradRegOptimizer(OptimizerWrapper):
                 "Let the loop over optimizer.passes() run to its end, and call step() after it."
             )
         if self._pending is not None:
+            upwards.check_scaler(self._scaler)
             pending, self._pending = self._pending, None
             pending()
         elif self._is_state_initialization():

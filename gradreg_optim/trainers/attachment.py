@@ -166,6 +166,7 @@ class Attachment(TrainerCallback):
     def _regularize(self) -> None:
         """Replace the gradient of the window by the combined one."""
         start, recorder = time.perf_counter(), self.recorder
+        recorder.storage.check_first_pass()  # before a loss is repeated, which would differ without saying why
         if not self._is_checked:
             self._is_checked = True
             self.replay.check(self.optimizer, recorder.micro_batches[0])
