@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field, make_dataclass
-from typing import Any
+from typing import Any, get_args
 
 from gradreg_optim.wrapping.settings import SETTINGS, Setting, check_settings, exclude_patterns
 
@@ -23,6 +24,15 @@ def _field(setting: Setting) -> tuple[str, Any, Any]:
     if setting.rule.choices is not None:
         metadata["choices"] = list(setting.rule.choices)
     return _flag(setting), setting.rule.kind, field(default=default, metadata=metadata)
+
+
+def _from_text(value: Any, kind: Any) -> Any:
+    """The number that a text holds, where a number is wanted; anything else as it is."""
+    number = next((number for number in (int, float) if number in (kind, *get_args(kind))), None)
+    if isinstance(value, str) and number is not None:
+        with suppress(ValueError):  # no number at all: the check names it
+            return number(value)
+    return value
 
 
 _Flags: Any = make_dataclass(
@@ -46,14 +56,14 @@ class GradRegConfig(_Flags):  # type: ignore[misc]
     """
 
     def __post_init__(self) -> None:
-        """Check every value."""
-        settings = self.kwargs()
-        exclude_patterns(settings.pop("exclude"))
-        check_settings(**settings)
+        """Check every value; numbers may be text, as YAML reads ``1e-3``."""
+        for setting in SETTINGS:
+            setattr(self, _flag(setting), _from_text(getattr(self, _flag(setting)), setting.rule.kind))
+        check_settings(**self.kwargs())
 
     def kwargs(self) -> dict[str, Any]:
         """Keyword arguments for :class:`~gradreg_optim.GradRegOptimizer`."""
         kwargs = {setting.name: getattr(self, _flag(setting)) for setting in SETTINGS}
         for clip in ("g1_clip", "g2_clip"):  # a command line cannot say None; 0 is the Trainer's way to switch a clip off
             kwargs[clip] = kwargs[clip] or None
-        return {**kwargs, "exclude": tuple(self.grad_reg_exclude or ())}
+        return {**kwargs, "exclude": exclude_patterns(self.grad_reg_exclude)}

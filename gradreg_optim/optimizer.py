@@ -7,7 +7,6 @@ The algorithm is :func:`gradreg_optim.core.regularize.regularized`; here it is d
 from __future__ import annotations
 
 import inspect
-import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -26,8 +25,10 @@ from gradreg_optim.core.step import Figure, Outcome, PartOfPass, Point, Scalar, 
 from gradreg_optim.core.storage import Storage
 from gradreg_optim.drivers.micro_batches import MicroBatches
 from gradreg_optim.drivers.refusals import check_driver, no_gradient
-from gradreg_optim.wrapping.schedule import Schedule
-from gradreg_optim.wrapping.settings import DEFAULT_EPS, settings_among
+from gradreg_optim.wrapping import upwards
+from gradreg_optim.wrapping.advice import Advice
+from gradreg_optim.wrapping.schedule import Schedule, ScheduleName
+from gradreg_optim.wrapping.settings import DEFAULT_EPS, DEFAULT_STRENGTH, Method, Resample, Rounding, settings_among
 from gradreg_optim.wrapping.wrapper import OptimizerWrapper
 
 Passes = Generator[Point, PartOfPass | None, None]
@@ -73,7 +74,7 @@ class GradRegOptimizer(OptimizerWrapper):
         model: the module, for the names in ``exclude`` and for its buffers. Not needed if the optimizer was built on
             ``named_parameters()``, unless you compile more than the model: otherwise module hooks find all buffers.
         scaler: the :class:`torch.amp.GradScaler` that scales the closure's loss. It steps the wrapped optimizer and skips
-            the step if either pass overflowed. Call ``scaler.update()`` yourself.
+            the step if either pass overflowed. Call ``scaler.update()`` yourself. To clip, see :meth:`passes`.
 
     Raises:
         TypeError, ValueError: a setting breaks its rule, ``optimizer`` is none or needs a closure, or a pattern of
@@ -99,35 +100,34 @@ class GradRegOptimizer(OptimizerWrapper):
         self,
         optimizer: Optimizer,
         *,
-        strength: float = 1e-3,
+        strength: float = DEFAULT_STRENGTH,
         eps: float = DEFAULT_EPS,
         radius: float | None = None,
         warmup_steps: int = 0,
-        schedule: str | Schedule | None = None,
+        schedule: ScheduleName | Schedule | None = None,
         schedule_steps: int | None = None,
         g1_clip: float | None = 10.0,
         g2_clip: float | None = 10.0,
         max_penalty_ratio: float | None = None,
-        method: str = "forward",
-        rounding: str = "stochastic",
+        method: Method = "forward",
+        rounding: Rounding = "stochastic",
         check_every: int | None = None,
         shrink: bool = True,
         every: int = 1,
         fraction: float = 1.0,
         exclude: str | Iterable[str] = (),
-        resample: str = "reuse",
+        resample: Resample = "reuse",
         model: nn.Module | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         self._set_up(optimizer, settings_among(locals()), scaler=scaler, exclude=exclude, model=model)
 
-    def _set_up(self, optimizer: Optimizer, settings: dict[str, Any], *, scaler: Any = None, **more: Any) -> None:
+    def _set_up(self, optimizer: Optimizer, settings: dict[str, Any], **more: Any) -> None:
         super().__init__(optimizer, settings, **more)
-        self._scaler = scaler
         self.resample = settings["resample"]
         self._skipped: Scalar = 0
         self._figures: dict[str, Figure] = {}
-        self._warned: set[bool] = set()  # kinds of advice that have been given
+        self.advice = Advice()
         self._clearing = Clearing()
         self._buffers = Buffers()
         self._losses = Losses()
@@ -145,6 +145,7 @@ class GradRegOptimizer(OptimizerWrapper):
         was left out because a gradient was not finite. With checks (:mod:`gradreg_optim.core.self_check`) ``noise_floor``,
         ``signal`` and ``self_check``. A step without penalty has ``strength`` and ``skipped`` alone.
         """
+        self.advice.look_at_ratios()
         return {name: computed(figure) for name, figure in self.figures().items()}
 
     def figures(self) -> dict[str, Figure]:
@@ -188,7 +189,7 @@ class GradRegOptimizer(OptimizerWrapper):
             for _ in optimizer.passes():     # at θ and at θ'; once in a step without penalty
                 optimizer.zero_grad()
                 compute_loss().backward()
-            clip_grad_norm_(model.parameters(), 1.0)
+            clip_grad_norm_(model.parameters(), 1.0)    # under a scaler, call scaler.unscale_(optimizer) before
             optimizer.step()                 # on the combined gradient
 
         Every pass starts from the same random numbers and buffers. After the loop the weights are at θ and ``.grad`` holds
@@ -241,20 +242,15 @@ class GradRegOptimizer(OptimizerWrapper):
         if outcome.check is not None:
             for group in self.param_groups:
                 group["gradreg_floor"] = outcome.check.floor
-        advice = None if outcome.check is None else outcome.check.advice
+        self.advice.note(outcome)
         if outcome.is_empty:
-            advice = no_gradient(self.param_groups, self.exclude)
-        if advice is not None and outcome.is_empty not in self._warned:
-            self._warned.add(outcome.is_empty)
-            warnings.warn(advice, stacklevel=2)
+            self.advice.tell("empty", no_gradient(self.param_groups, self.exclude))
 
     # What another engine does differently.
 
     def storage(self) -> Storage:
         """Where gradients and weights are in the step to come: ``.grad`` and the parameters."""
-        if self._scaler is None or not self._scaler.is_enabled():
-            return LocalStorage(self.param_groups)
-        return LocalStorage(self.param_groups, loss_scale=float(self._scaler.get_scale()), overflow_skips_step=True)
+        return LocalStorage(self.param_groups, self._scaler, (self, self.optimizer))
 
     def surroundings(self, storage: Storage, plan: Plan) -> Callable[[Point], AbstractContextManager[Any]]:
         """What is around each pass of one step, so that all of them are passes of the same function."""
@@ -287,6 +283,7 @@ class GradRegOptimizer(OptimizerWrapper):
                 "Let the loop over optimizer.passes() run to its end, and call step() after it."
             )
         if self._pending is not None:
+            upwards.check_scaler(self._scaler)
             pending, self._pending = self._pending, None
             pending()
         elif self._is_state_initialization():

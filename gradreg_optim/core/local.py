@@ -11,16 +11,13 @@ import torch
 from torch import Tensor
 
 from gradreg_optim.core import multi_tensor
+from gradreg_optim.core.foreign import NO_SECOND_GRADIENT, refuse_foreign, refuse_meta, refuse_refilled, refuse_unscaled
+from gradreg_optim.core.shards import aligned, is_counted
 from gradreg_optim.core.step import FirstGradient, Gradients, GroupGradients, Scalar
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-
-NO_SECOND_GRADIENT = (
-    "The second call of the closure left no gradient on any regularized parameter, the first one did. "
-    "Let the closure clear the gradients and run forward and backward each time it is called."
-)
 
 _Sum = dict[int, Tensor]
 """Gradients by the ``id`` of their parameter."""
@@ -37,15 +34,24 @@ class LocalStorage:
     float64 numbers over each dimension of the mesh.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], *, loss_scale: float = 1.0, overflow_skips_step: bool = False) -> None:
-        self.loss_scale = loss_scale
-        self.overflow_skips_step = overflow_skips_step
+    def __init__(self, groups: list[dict[str, Any]], scaler: Any = None, optimizers: Sequence[Any] = ()) -> None:
+        """View ``groups``; ``scaler`` scales their gradients, unless it unscales them as those of one of ``optimizers``."""
+        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self._optimizers = optimizers
+        self.loss_scale = 1.0 if self._scaler is None else float(scaler.get_scale())
+        self.overflow_skips_step = self._scaler is not None
         self._groups = groups
         self._mesh = device_mesh(parameter for group in groups for parameter in group["params"])
         self._reached: list[list[Tensor]] = [[] for _ in groups]  # regularized parameters that had a gradient, and that
         self._gradients: list[list[Tensor]] = [[] for _ in groups]
         self._unreached: list[list[Tensor]] = [[] for _ in groups]  # regularized parameters that had none
         self._kept: list[tuple[Tensor, Tensor | None]] = []  # parameters that are not regularized, and their gradients
+        self._held: list[tuple[Tensor, Tensor, int]] = []  # parameters, their gradients in the first pass, their versions
+        self._trainable = [parameter for parameter in self._parameters() if parameter.requires_grad]
+        self._versions = [parameter._version for parameter in self._trainable]
+        self._was_unscaled = self._is_unscaled()
+        if any(parameter.is_meta for parameter in self._trainable):
+            refuse_meta(self._trainable)
 
     @property
     def devices(self) -> set[torch.device]:
@@ -58,6 +64,17 @@ class LocalStorage:
         return any(p.dtype.itemsize < torch.float32.itemsize for p in self._parameters() if p.requires_grad)
 
     # g1.
+
+    def check_first_pass(self) -> None:
+        """Raise ``RuntimeError`` if something else has used the gradients that the first pass left, or unscaled them."""
+        moved = [p for p, version in zip(self._trainable, self._versions, strict=True) if p._version != version]
+        if moved or all(parameter.grad is None for parameter in self._trainable):
+            refuse_foreign(self._trainable, moved)
+        if self._is_unscaled() and not self._was_unscaled:
+            refuse_unscaled()
+
+    def _is_unscaled(self) -> bool:
+        return self._scaler is not None and any(map(self._scaler._found_inf_per_device, self._optimizers))
 
     def take(self, strengths: Sequence[float], excluded: Sequence[frozenset[int]]) -> FirstGradient:
         """Sort the gradients; ``.grad`` is ``None`` afterwards."""
@@ -73,7 +90,9 @@ class LocalStorage:
         return first
 
     def _take_one(self, group: GroupGradients, number: int, parameter: Tensor, is_regularized: object) -> None:
-        gradient = detached_from_bucket(parameter.grad)
+        gradient = detached_from_bucket(self._gradient_of(parameter))
+        if gradient is not None and gradient.layout is torch.strided and gradient.numel():
+            self._held.append((parameter, gradient, gradient._version))
         if not is_regularized:
             self._kept.append((parameter, gradient))
         elif gradient is None:
@@ -153,6 +172,10 @@ class LocalStorage:
 
     def last(self, first: FirstGradient) -> Gradients:
         """Leave them in ``.grad``, of which the arithmetic gets views; parameters that are not regularized get g1 back."""
+        if any(gradient._version != version for _, gradient, version in self._held):
+            refuse_refilled()
+        if self._mesh is None and any(p.grad is not None and p.grad.data_ptr() == g.data_ptr() for p, g, _ in self._held):
+            refuse_refilled()
         for parameter, gradient in self._kept:
             parameter.grad = gradient
         if not any(parameter.grad is not None for parameter in chain(*self._reached, *self._unreached)):
@@ -167,7 +190,8 @@ class LocalStorage:
                 self._append(group, parameter, self._gradients[number][-1])
         written = []
         for parameter, gradient in zip(self._reached[number], self._gradients[number], strict=True):
-            parameter.grad = torch.zeros_like(gradient) if parameter.grad is None else parameter.grad.resolve_conj()
+            last = self._gradient_of(parameter)
+            parameter.grad = torch.zeros_like(gradient) if last is None else last.resolve_conj()
             written.append(real(parameter.grad))
         return written
 
@@ -185,7 +209,7 @@ class LocalStorage:
         """Take the gradients out of ``.grad``."""
         taken: _Sum = {}
         for parameter in self._parameters():
-            gradient = detached_from_bucket(parameter.grad)
+            gradient = detached_from_bucket(self._gradient_of(parameter))
             if gradient is not None:
                 taken[id(parameter)] = gradient
             parameter.grad = None
@@ -193,7 +217,7 @@ class LocalStorage:
 
     def copy_sum(self) -> _Sum:
         """Copy the gradients in ``.grad``."""
-        return {id(p): p.grad.clone() for p in self._parameters() if p.grad is not None}
+        return {id(p): gradient.clone() for p in self._parameters() if (gradient := self._gradient_of(p)) is not None}
 
     def add_sum(self, gradients: _Sum) -> None:
         """Add to the gradients in ``.grad``."""
@@ -211,6 +235,9 @@ class LocalStorage:
             ]
             for reached, group in zip(self._reached, first.groups, strict=True)
         ]
+
+    def _gradient_of(self, parameter: Tensor) -> Tensor | None:
+        return parameter.grad if self._mesh is None or parameter.grad is None else aligned(parameter.grad, parameter)
 
     def _parameters(self) -> Iterator[Tensor]:
         return (parameter for group in self._groups for parameter in group["params"])
@@ -239,14 +266,6 @@ def device_mesh(parameters: Iterable[Tensor]) -> DeviceMesh | None:
             "regularized over the same mesh, or exclude the others from the optimizer."
         )
     return meshes.pop() if meshes else None
-
-
-def is_counted(parameter: Tensor, mesh: DeviceMesh) -> bool:
-    """Whether this rank adds the parameter's part to sums over ``mesh``: of equal replicas only the first does."""
-    coordinate = mesh.get_coordinate()
-    placements = getattr(parameter, "placements", None)  # a parameter that is not distributed is a replica everywhere
-    replicated = [placements is None or placements[axis].is_replicate() for axis in range(mesh.ndim)]
-    return coordinate is not None and all(place == 0 for place, copy in zip(coordinate, replicated, strict=True) if copy)
 
 
 def require_dense(gradient: Tensor, parameter: Tensor) -> Tensor:

@@ -159,7 +159,7 @@ class Clearing:
         version, was_cleared, backward = gradient._version, list[bool](), torch.autograd.backward
 
         def is_as_before() -> bool:
-            return parameter.grad is gradient and gradient._version == version
+            return bool(gradient._version == version) and parameter.grad is gradient
 
         def compare(*args: Any, **kwargs: Any) -> None:
             torch.autograd.backward = backward

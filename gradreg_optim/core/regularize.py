@@ -43,6 +43,7 @@ def regularized(storage: Storage, plan: Plan, losses: Losses | None = None) -> G
     part = yield Point.THETA
     if not plan.points:
         return Outcome({"strength": 0.0})
+    storage.check_first_pass()
     first = storage.take(plan.strengths, plan.excluded)
     first.figures["strength"] = next(strength for strength in plan.strengths if strength)
     try:

@@ -23,6 +23,9 @@ class Storage(Protocol):
     def overflow_skips_step(self) -> bool:
         """Whether whoever scales the loss skips a step whose gradient is not finite, which then has to show."""
 
+    def check_first_pass(self) -> None:
+        """Raise ``RuntimeError`` if something else has used the gradients that the first pass left."""
+
     def take(self, strengths: Sequence[float], excluded: Sequence[frozenset[int]]) -> FirstGradient:
         """Take the gradients out of reach of the next backward; if that raises, they are as before.
 

@@ -5,24 +5,24 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import transformers.trainer
 from transformers import Trainer
+from typing_extensions import Unpack  # comes with torch; in typing from Python 3.11
 
 from gradreg_optim.config import GradRegConfig
-from gradreg_optim.optimizer import GradRegOptimizer
 from gradreg_optim.trainers.adoption import find_wrapper
 from gradreg_optim.trainers.attachment import Attachment, attachment_of
 from gradreg_optim.trainers.hooks import Hooks
 from gradreg_optim.versions import warn_outside_range
-from gradreg_optim.wrapping.settings import check_settings, exclude_patterns
+from gradreg_optim.wrapping.refusals import check_arguments
+from gradreg_optim.wrapping.settings import Settings, check_settings, exclude_patterns, shown, suggestion
 
 
-def attach(trainer: Trainer, config: GradRegConfig | None = None, **settings: Any) -> None:
+def attach(trainer: Trainer, config: GradRegConfig | None = None, **settings: Unpack[Settings]) -> None:
     """Regularize a trainer's steps; nothing else about the trainer changes.
 
     Call it if the trainer creates the optimizer itself (model ids, FSDP): it wraps what ``create_optimizer`` returns. Call
@@ -43,28 +43,31 @@ def attach(trainer: Trainer, config: GradRegConfig | None = None, **settings: An
     """
     if not isinstance(trainer, Trainer):
         raise TypeError(
-            f"trainer={trainer!r} is a {type(trainer).__name__}: attach() works on transformers.Trainer and TRL trainers. "
-            "In a loop of your own, call optimizer.step(closure) instead."
+            f"trainer={shown(trainer)} is a {type(trainer).__name__}: attach() works on transformers.Trainer and TRL "
+            "trainers. In a loop of your own, call optimizer.step(closure) instead."
         )
     if config is not None and not isinstance(config, GradRegConfig):
         raise TypeError(
-            f"config={config!r} is a {type(config).__name__}: settings are a GradRegConfig or keyword arguments. "
+            f"config={shown(config)} is a {type(config).__name__}: settings are a GradRegConfig or keyword arguments. "
             "Call, for example, attach(trainer, strength=1e-2)."
         )
     if attachment_of(trainer) is not None:
         raise RuntimeError("attach: this trainer is attached already. Call detach(trainer) first.")
-    settings = {**(config.kwargs() if config is not None else {}), **settings}
+    given: dict[str, Any] = {**(config.kwargs() if config is not None else {}), **settings}
+    for name in given:
+        if name not in Settings.__annotations__:
+            raise TypeError(f"attach got an unexpected setting {name!r}. {suggestion(name, Settings.__annotations__)}")
     optimizer = find_wrapper(trainer.optimizer)
-    if optimizer is not None and settings:
+    if optimizer is not None and given:
         raise ValueError(
-            f"attach got {sorted(settings)}, but the trainer's optimizer is a GradRegOptimizer with settings of its own. "
+            f"attach got {sorted(given)}, but the trainer's optimizer is a GradRegOptimizer with settings of its own. "
             "Pass the settings to one of the two."
         )
     # Raise now what GradRegOptimizer would raise about its settings when the trainer creates the optimizer.
-    inspect.signature(GradRegOptimizer).bind(None, **settings)
-    exclude_patterns(settings.get("exclude"))
-    check_settings(**settings)
-    Attachment(trainer, optimizer, settings)
+    exclude_patterns(given.get("exclude"))
+    check_arguments(given.get("model"), given.get("scaler"))
+    check_settings(**given)
+    Attachment(trainer, optimizer, given)
 
 
 def detach(trainer: Trainer) -> None:

@@ -167,6 +167,7 @@ class Attachment(TrainerCallback):
         """Replace the gradient of the window by the combined one."""
         start, recorder = time.perf_counter(), self.recorder
         recorder.buffers.end()
+        recorder.storage.check_first_pass()  # before a loss is repeated, which would differ without saying why
         if not self._is_checked:
             self._is_checked = True
             self.replay.check(self.optimizer, recorder.micro_batches[0])
@@ -215,6 +216,7 @@ class Attachment(TrainerCallback):
                 figures = [float(computed(value)) for value in (values[-1:] if counts_up else values)]
                 logs[name] = sum(figures) / len(figures)
             self._logged.clear()
+            self.optimizer.advice.look_at_ratios()  # which have been read just now
         log(logs, *args, **kwargs)
 
 

@@ -8,15 +8,17 @@ survive FSDP2 and tensor parallelism, which put other tensors there. ``gradreg_f
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from gradreg_optim.core.exact import exact
 from gradreg_optim.core.finite_difference import CENTRAL, FORWARD
 from gradreg_optim.core.plan import Plan
-from gradreg_optim.wrapping.settings import PER_GROUP, SHARED, check_settings
+from gradreg_optim.wrapping.settings import PER_GROUP, SETTINGS, SHARED, check_settings, plain, suggestion
 
 Group = dict[str, Any]
 
@@ -37,21 +39,42 @@ def drop_keys(group: Group, keys: Iterable[str]) -> None:
         group.pop(key, None)
 
 
+def check_keys(group: Group) -> None:
+    """Raise ``ValueError`` for a ``gradreg_*`` key that is not one: it would have no effect."""
+    for key in group:
+        if key.startswith(("gradreg_", "grad_reg_")) and key not in KEYS and key not in DELETED:
+            meant = suggestion(key, (*PER_GROUP, *SHARED), prefix="gradreg_")
+            raise ValueError(f"{key!r} in a parameter group: no setting has that name, so it would have no effect. {meant}")
+
+
+def check_brought(group: Group, first: Group) -> None:
+    """Raise ``ValueError`` for keys that ``group`` brings and that would have no effect, and for values that break rules."""
+    check_keys(group)
+    check_settings(**{key.removeprefix("gradreg_"): group[key] for key in SETTING_KEYS if group.get(key) is not None})
+    for name in SHARED:
+        key = f"gradreg_{name}"
+        if key in group and plain(group[key]) != plain(first.get(key, group[key])):
+            raise ValueError(
+                f"{key}={group[key]!r} in one parameter group and {first[key]!r} in the first: it holds for the whole "
+                f"optimizer. Give it to the optimizer; groups may differ in {', '.join(PER_GROUP)}."
+            )
+
+
 def adopt_group(group: Group, settings: dict[str, Any], *, step: int) -> None:
     """Fill in every ``gradreg_*`` key that ``group`` does not bring itself.
 
     A group that brings ``gradreg_eps`` does not inherit a radius, and one with ``gradreg_radius`` no eps.
     """
+    check_brought(group, group)
     own = {name: group[f"gradreg_{name}"] for name in PER_GROUP if group.get(f"gradreg_{name}") is not None}
-    check_settings(**own, **{name: group[f"gradreg_{name}"] for name in SHARED if f"gradreg_{name}" in group})
     values = {name: settings[name] for name in PER_GROUP}
     if "radius" in own or "eps" in own:
         values["eps"] = values["radius"] = None
     values |= own
     if values["radius"] is not None:
         values["eps"] = None
-    if values["eps"] is not None:
-        values["eps"] = float(values["eps"])  # a checkpoint holds plain numbers: no type of this package, as DEFAULT_EPS has
+    # A checkpoint holds plain numbers: no type of this package, as the defaults have, and none of NumPy.
+    values = {name: None if value is None else float(value) for name, value in values.items()}
     group.update({f"gradreg_{name}": value for name, value in values.items()})
     for name in SHARED:
         group.setdefault(f"gradreg_{name}", settings[name])
@@ -59,8 +82,27 @@ def adopt_group(group: Group, settings: dict[str, Any], *, step: int) -> None:
     group.setdefault("gradreg_floor", None)
 
 
+def warn_of_replaced(groups: list[Group], before: list[Group], settings: dict[str, Any]) -> None:
+    """Say which of the ``settings`` that were given, not left at their defaults, a loaded state has replaced."""
+    given = [(s.name, f"gradreg_{s.name}") for s in SETTINGS if s.is_key and s.is_given(settings[s.name])]
+    replaced = {
+        f"{name}={own[key]!r} by {group[key]!r}": None
+        for group, own in zip(groups, before, strict=True)
+        for name, key in given
+        if key in group and group[key] != own[key]
+    }
+    if replaced:
+        warnings.warn(
+            f"The loaded optimizer state replaces {', '.join(replaced)}: settings come from the checkpoint, as the learning "
+            "rate does. To train with others, write them into the gradreg_* keys of param_groups after loading.",
+            stacklevel=3,
+        )
+
+
 def check_group(group: Group) -> None:
     """Raise ``ValueError`` if the settings a user or a scheduler wrote into ``group`` since break their rules."""
+    check_keys(group)
+    group.update({key: plain(group[key]) for key in SETTING_KEYS})
     check_settings(**{key.removeprefix("gradreg_"): group[key] for key in SETTING_KEYS})
     if group["gradreg_eps"] is None and group["gradreg_radius"] is None:
         raise ValueError(
@@ -141,3 +183,13 @@ def excluded_positions(
             f"Names look like {', '.join(map(repr, known[:3]))}. Pass patterns that match fewer, or strength=0."
         )
     return [[i for i, parameter in enumerate(group["params"]) if matches(parameter)] for group in groups]
+
+
+def is_state_initialization(optimizer: Optimizer) -> bool:
+    """Whether this is torch.distributed.checkpoint creating state: no state yet, rates of 0, gradients of 0."""
+    groups = optimizer.param_groups
+    return (
+        not optimizer.state
+        and all(float(group.get("lr", 0.0)) == 0.0 for group in groups)
+        and not any(p.grad is not None and bool(p.grad.any()) for group in groups for p in group["params"])
+    )

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal, get_args
 
 Schedule = Callable[[int], float]
+ScheduleName = Literal["constant", "linear", "cosine"]
 
-NAMES = ("constant", "linear", "cosine")
+NAMES: tuple[str, ...] = get_args(ScheduleName)
 
 
 def strength_factor(

@@ -9,20 +9,49 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from difflib import get_close_matches
+from typing import Any, Literal, TypedDict, get_args
 
-from gradreg_optim.wrapping.schedule import NAMES
+import torch
+from torch import nn
 
-METHODS = ("forward", "central", "exact")
-ROUNDINGS = ("nearest", "stochastic")
-RESAMPLES = ("reuse", "importance", "sequence")
+from gradreg_optim.wrapping.schedule import NAMES, Schedule, ScheduleName
+
+Method = Literal["forward", "central", "exact"]
+Rounding = Literal["nearest", "stochastic"]
+Resample = Literal["reuse", "importance", "sequence"]
 
 
 class _Default(float):
     """A default that can be told from the same number given by hand."""
 
 
+DEFAULT_STRENGTH = _Default(1e-3)
 DEFAULT_EPS = _Default(1e-3)
+
+
+class Settings(TypedDict, total=False):
+    """The keyword arguments of :class:`~gradreg_optim.GradRegOptimizer`, for type checkers."""
+
+    strength: float
+    eps: float
+    radius: float | None
+    warmup_steps: int
+    schedule: ScheduleName | Schedule | None
+    schedule_steps: int | None
+    g1_clip: float | None
+    g2_clip: float | None
+    max_penalty_ratio: float | None
+    method: Method
+    rounding: Rounding
+    check_every: int | None
+    shrink: bool
+    every: int
+    fraction: float
+    exclude: str | Iterable[str]
+    resample: Resample
+    model: nn.Module | None
+    scaler: torch.amp.GradScaler | None
 
 
 @dataclass(frozen=True)
@@ -61,6 +90,10 @@ class Setting:
     is_per_group: bool = False
     is_key: bool = True
 
+    def is_given(self, value: Any) -> bool:
+        """Whether ``value`` is not the default, or is the same number given by hand where that can be told."""
+        return not isinstance(value, _Default) if isinstance(self.default, _Default) else bool(value != self.default)
+
 
 def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -78,8 +111,9 @@ def _above_zero(value: Any) -> bool:
     return value is None or (_number(value) and value > 0)
 
 
-def _one_of(choices: tuple[str, ...]) -> Rule:
-    return Rule(f"one of {choices}", str, lambda value: isinstance(value, str) and value in choices, choices)
+def _one_of(kind: Any) -> Rule:
+    choices = get_args(kind)
+    return Rule(f"one of {choices}", kind, lambda value: isinstance(value, str) and value in choices, choices)
 
 
 NOT_NEGATIVE = Rule("a finite number >= 0", float, lambda value: _number(value) and 0 <= value < math.inf)
@@ -95,14 +129,14 @@ PERIOD_OR_NONE = Rule("None or an integer > 0", int | None, lambda value: value 
 SWITCH = Rule("True or False", bool, lambda value: isinstance(value, bool))
 SCHEDULE = Rule(
     f"None, one of {NAMES}, or a callable of the step",
-    str,
-    lambda value: value is None or value in NAMES or callable(value),
+    ScheduleName,
+    lambda value: value is None or callable(value) or (isinstance(value, str) and value in NAMES),
     NAMES,
 )
 
 # fmt: off
 SETTINGS = (
-    Setting("strength", 1e-3, NOT_NEGATIVE, "Published values are 1e-2 and 1e-3; 0 switches off.",
+    Setting("strength", DEFAULT_STRENGTH, NOT_NEGATIVE, "Published values are 1e-2 and 1e-3; 0 switches off.",
             "Weight γ of the penalty (γ/2)·‖∇L‖². 0 switches it off.", is_per_group=True),
     Setting("eps", DEFAULT_EPS, POSITIVE, "The published value is 1e-3.",
             "Finite-difference step ε, in units of the gradient.", is_per_group=True),
@@ -119,10 +153,10 @@ SETTINGS = (
     Setting("g2_clip", 10.0, CLIP, "None switches the clip off.", "Norm bound on the second gradient; 0: none."),
     Setting("max_penalty_ratio", None, BOUND, "None leaves the penalty unbounded.",
             "Bound on ‖penalty‖/‖g1‖; does not bias the difference."),
-    Setting("method", "forward", _one_of(METHODS),
+    Setting("method", "forward", _one_of(Method),
             "forward takes one further gradient, central two, exact differentiates twice.",
             "Estimate of H·d: one further gradient, two, or double backward."),
-    Setting("rounding", "stochastic", _one_of(ROUNDINGS),
+    Setting("rounding", "stochastic", _one_of(Rounding),
             "It says how bfloat16 weights take a step smaller than their spacing.",
             "How bfloat16 weights without fp32 masters take the step."),
     Setting("check_every", None, COUNT_OR_NONE,
@@ -134,7 +168,7 @@ SETTINGS = (
             "Regularize each k-th step; wants k times the strength."),
     Setting("fraction", 1.0, FRACTION, "0.25 takes the difference on a quarter of the micro-batches.",
             "Fraction of a step's micro-batches that make the difference."),
-    Setting("resample", "reuse", _one_of(RESAMPLES),
+    Setting("resample", "reuse", _one_of(Resample),
             "reuse is the published choice; the others reweight the completions of GRPO, RLOO and kin in the second pass.",
             "Completions in the second pass of GRPO, RLOO and kin: as they are, or reweighted, by tokens or whole.",
             is_key=False),
@@ -144,36 +178,60 @@ SETTINGS = (
 PER_GROUP = tuple(setting.name for setting in SETTINGS if setting.is_per_group)
 SHARED = tuple(setting.name for setting in SETTINGS if setting.is_key and not setting.is_per_group)
 _BY_NAME = {setting.name: setting for setting in SETTINGS}
+PLACES = {
+    **{name: f"Write group['gradreg_{name}'] of every group in optimizer.param_groups." for name in (*PER_GROUP, *SHARED)},
+    **{name: f"Give {name}= to the constructor." for name in ("model", "scaler")},
+}
+"""Where a setting is changed: none is an attribute of the optimizer."""
+
+
+def plain(value: Any) -> Any:
+    """A NumPy scalar or 0-d tensor as the Python number that it holds, which checkpoints can keep; all else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
+def shown(value: Any) -> str:
+    """How an error message prints a wrong value: numbers and short words whole, anything larger by its type."""
+    text = repr(value) if isinstance(value, (str, int, float, list, tuple, type, type(None))) else ""
+    return text if 0 < len(text) <= 80 else f"<{type(value).__name__}>"
+
+
+def suggestion(name: str, known: Iterable[str], *, prefix: str = "") -> str:
+    """Which of the ``known`` names was meant, as the end of an error message; ``prefix`` belongs to each of them."""
+    bare, known = name.removeprefix("grad_reg_").removeprefix("gradreg_"), sorted(known)
+    close = get_close_matches(bare, known, n=1)
+    return f"Did you mean '{prefix}{close[0]}'?" if close else f"Names are {', '.join(prefix + name for name in known)}."
 
 
 def check_settings(**settings: Any) -> None:
     """Raise ``ValueError`` for the first of the given settings that breaks its rule; unknown names pass."""
     for name, value in settings.items():
         setting = _BY_NAME.get(name)
-        if setting is not None and not setting.rule.holds(value):
-            raise ValueError(f"{name}={value!r}: {name} must be {setting.rule.text}. {setting.remedy}")
+        if setting is not None and not setting.rule.holds(plain(value)):
+            raise ValueError(f"{name}={shown(value)}: {name} must be {setting.rule.text}. {setting.remedy}")
     eps, radius = settings.get("eps", DEFAULT_EPS), settings.get("radius")
     if radius is not None and eps is not None and not isinstance(eps, _Default):
         raise ValueError(
-            f"eps={eps!r} and radius={radius!r}: both set the length of the same step. "
+            f"eps={shown(eps)} and radius={shown(radius)}: both set the length of the same step. "
             "Give eps (a multiple of the gradient) or radius (the length itself), not both."
         )
 
 
 def settings_among(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Those of a call's ``arguments`` that are settings, and the defaults of the others."""
-    return {setting.name: arguments.get(setting.name, setting.default) for setting in SETTINGS}
+    return {setting.name: plain(arguments.get(setting.name, setting.default)) for setting in SETTINGS}
 
 
 def exclude_patterns(exclude: str | Iterable[str] | None) -> tuple[str, ...]:
     """The patterns of ``exclude`` as a tuple; one string is one pattern, ``None`` is none."""
     if exclude is None:
         return ()
-    patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    is_readable = isinstance(exclude, Iterable) and not isinstance(exclude, (bytes, nn.Module, torch.Tensor))
+    patterns: tuple[Any, ...] = (exclude,) if isinstance(exclude, str) or not is_readable else tuple(exclude)
     for pattern in patterns:
         if not isinstance(pattern, str) or not pattern:
             raise ValueError(
-                f"exclude={exclude!r}: every pattern must be a non-empty string, a part of parameter names. "
+                f"exclude={shown(exclude)}: every pattern must be a non-empty string, a part of parameter names. "
                 "Pass, for example, exclude=('embed', 'lm_head')."
             )
     return patterns

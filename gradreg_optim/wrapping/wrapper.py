@@ -13,26 +13,30 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from gradreg_optim.core.plan import Plan
 from gradreg_optim.core.self_check import DEFAULT_CHECK_EVERY
 from gradreg_optim.core.storage import Storage
 from gradreg_optim.wrapping import upwards
+from gradreg_optim.wrapping.engines import EngineCheck
 from gradreg_optim.wrapping.groups import (
     DELETED,
     KEYS,
     SETTING_KEYS,
     adopt_group,
+    check_brought,
     drop_keys,
     excluded_positions,
+    is_state_initialization,
     missing_keys,
     settled_plan,
+    warn_of_replaced,
 )
-from gradreg_optim.wrapping.refusals import check_wrappable
+from gradreg_optim.wrapping.refusals import check_arguments, check_wrappable
 from gradreg_optim.wrapping.schedule import strength_factor
-from gradreg_optim.wrapping.settings import check_settings, exclude_patterns
+from gradreg_optim.wrapping.settings import PLACES, SHARED, check_settings, exclude_patterns
 
 NOTHING = ("none",)
 """The value of ``exclude`` that leaves nothing out, not even where a default would."""
@@ -41,6 +45,8 @@ NOTHING = ("none",)
 class OptimizerWrapper(Optimizer):
     """Delegation, hyperparameters in the groups, checkpoints and pickling; what a step does is left to the subclass."""
 
+    _is_state_initialization = is_state_initialization
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -48,6 +54,7 @@ class OptimizerWrapper(Optimizer):
         *,
         exclude: str | Iterable[str],
         model: nn.Module | None,
+        scaler: Any = None,
         named_groups: Callable[[], list[dict[str, Any]]] | None = None,
     ) -> None:
         """Wrap ``optimizer``; ``named_groups`` are groups of the model's parameters, if its own hold something else."""
@@ -56,25 +63,28 @@ class OptimizerWrapper(Optimizer):
             raise ValueError(
                 "optimizer is a GradRegOptimizer already: one wrapper regularizes. Pass the optimizer inside it."
             )
+        check_arguments(model, scaler)
         check_settings(**settings)
         self.optimizer = optimizer
         self._settings = settings
         self._schedule = settings["schedule"] if callable(settings["schedule"]) else None
         if self._schedule is not None:
             self._settings = {**settings, "schedule": None}  # like LambdaLR's, a callable is not saved
-        self._model = model
+        self._model, self._scaler = model, scaler
         self._attachment: Any = None
         self.exclude = exclude_patterns(exclude)
-        # The step-hook machinery of Optimizer, without Optimizer.__init__, which would build groups of its own.
-        self.__setstate__({})
+        self.__setstate__({})  # Optimizer's step hooks, without Optimizer.__init__, which would build groups of its own
         self._named_groups = named_groups
         positions = excluded_positions(self._groups_with_names(), self._patterns(), model)
         for group in self.param_groups:
             if "gradreg_step" in group:  # wrapped before, or loaded from a checkpoint: these settings count, and its step
                 drop_keys(group, SETTING_KEYS)
+            check_brought(group, {**{f"gradreg_{name}": self._settings[name] for name in SHARED}, **self.param_groups[0]})
+        for group in self.param_groups:
             adopt_group(group, self._settings, step=0)
         self._excluded = positions  # also in the groups, where loading a checkpoint may put those of another model
         self._settled = self._settle()
+        self._check_engine = EngineCheck()
         upwards.announce()
 
     # One optimizer: groups, state and defaults are the wrapped one's.
@@ -113,8 +123,16 @@ class OptimizerWrapper(Optimizer):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.optimizer, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute, which a setting is not."""
+        if name in PLACES:
+            raise AttributeError(f"optimizer.{name} = … would have no effect. {PLACES[name]}")
+        super().__setattr__(name, value)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch; it may bring ``gradreg_*`` keys and inherits the others."""
+        if isinstance(param_group, dict):  # torch names what is none
+            check_brought(param_group, self.param_groups[0])
         self.optimizer.add_param_group(param_group)
         self._adopt_new_groups()
 
@@ -180,6 +198,8 @@ class OptimizerWrapper(Optimizer):
         if self._settled is None or self._settled[0] != _read(groups):
             self._settled = self._settle()
         plan, group, step = self._settled[1], groups[0], self.step_count
+        if distributed.is_available() and distributed.is_initialized():
+            self._check_engine(groups, step)
         if group["gradreg_warmup_steps"] or group["gradreg_schedule"] or self._schedule:
             factor = strength_factor(
                 step,
@@ -240,15 +260,13 @@ class OptimizerWrapper(Optimizer):
             state_dict = before(self, state_dict) or state_dict
         current = [{key: group[key] for key in KEYS} for group in self.param_groups]
         self.optimizer.load_state_dict(state_dict)
+        warn_of_replaced(self.param_groups, current, self._settings)
         for group in self.param_groups:
             drop_keys(group, DELETED)
         missing = sorted({key for group in self.param_groups for key in missing_keys(group)})
         if missing:
-            warnings.warn(
-                f"The loaded optimizer state has no {', '.join(missing)}: it was saved without GradRegOptimizer. "
-                "Settings stay as constructed, and warm-up and schedule start at step 0.",
-                stacklevel=2,
-            )
+            what = f"The loaded optimizer state has no {', '.join(missing)}: it was saved without GradRegOptimizer. "
+            warnings.warn(f"{what}Settings stay as constructed, and warm-up and schedule start at step 0.", stacklevel=2)
         for group, own in zip(self.param_groups, current, strict=True):
             for key, value in {**own, "gradreg_step": 0}.items():
                 group.setdefault(key, value)
@@ -279,16 +297,7 @@ class OptimizerWrapper(Optimizer):
         if callable(inner):
             inner()
 
-    def _is_state_initialization(self) -> bool:
-        """Whether this is torch.distributed.checkpoint creating state: no state yet, rates of 0, gradients of 0."""
-        groups = self.param_groups
-        return (
-            not self.state
-            and all(float(group.get("lr", 0.0)) == 0.0 for group in groups)
-            and not any(p.grad is not None and bool(p.grad.any()) for group in groups for p in group["params"])
-        )
-
 
 def _read(groups: list[dict[str, Any]]) -> list[list[Any]]:
-    """The settings as they are now, ``None`` for those that a group lacks, and which parameters are excluded."""
-    return [[group.get(key) for key in (*SETTING_KEYS, "gradreg_excluded")] for group in groups]
+    """The settings as they are now, what is excluded, and how many keys there are: a new one may be misspelt."""
+    return [[len(group), *(group.get(key) for key in (*SETTING_KEYS, "gradreg_excluded"))] for group in groups]

@@ -22,8 +22,8 @@ from gradreg_optim.core.step import Point
 from gradreg_optim.core.storage import Storage
 from gradreg_optim.optimizer import GradRegOptimizer
 from gradreg_optim.wrapping.groups import KEYS
-from gradreg_optim.wrapping.schedule import Schedule
-from gradreg_optim.wrapping.settings import DEFAULT_EPS, settings_among
+from gradreg_optim.wrapping.schedule import Schedule, ScheduleName
+from gradreg_optim.wrapping.settings import DEFAULT_EPS, DEFAULT_STRENGTH, Method, Resample, settings_among
 from gradreg_optim.wrapping.wrapper import OptimizerWrapper
 from gradreg_optim.zero.bf16 import BF16Partitions
 from gradreg_optim.zero.refusals import check_engine
@@ -91,22 +91,22 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
         self,
         engine: DeepSpeedEngine,
         *,
-        strength: float = 1e-3,
+        strength: float = DEFAULT_STRENGTH,
         eps: float = DEFAULT_EPS,
         radius: float | None = None,
         warmup_steps: int = 0,
-        schedule: str | Schedule | None = None,
+        schedule: ScheduleName | Schedule | None = None,
         schedule_steps: int | None = None,
         g1_clip: float | None = 10.0,
         g2_clip: float | None = 10.0,
         max_penalty_ratio: float | None = None,
-        method: str = "forward",
+        method: Method = "forward",
         check_every: int | None = None,
         shrink: bool = True,
         every: int = 1,
         fraction: float = 1.0,
         exclude: str | Iterable[str] = (),
-        resample: str = "reuse",
+        resample: Resample = "reuse",
     ) -> None:
         settings = settings_among(locals())
         check_engine(engine)

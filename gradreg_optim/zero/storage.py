@@ -152,6 +152,10 @@ class Partitions(ABC):
         is_low = self.engine.fp16_enabled() or self.engine.bfloat16_enabled()
         return bool(is_low) or any(parameter.dtype.itemsize < torch.float32.itemsize for parameter in parameters)
 
+    def check_first_pass(self) -> None:
+        """Nothing to do: the engine alone uses the gradients that it has reduced."""
+        return
+
     def take(self, strengths: Sequence[float], excluded: Sequence[frozenset[int]]) -> FirstGradient:
         """Take g1 of this rank's fragments."""
         first = FirstGradient([GroupGradients(strength) for strength in strengths])

@@ -9,7 +9,7 @@ from problems import assert_same, closure_of, regression, twin_of, weights
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradreg_optim import GradRegOptimizer
+from gradreg_optim import GradRegOptimizer, MicroBatches
 
 
 def failing(closure, error, in_call, before_backward=False):
@@ -235,9 +235,32 @@ class InterruptAt(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def by_closure(optimizer, loss):
+    optimizer.step(closure_of(optimizer, loss))
+
+
+def by_loop(optimizer, loss):
+    for _ in optimizer.passes():
+        closure_of(optimizer, loss)()
+    optimizer.step()
+
+
+def by_micro_batches(optimizer, loss):
+    optimizer.step(MicroBatches(lambda _: loss().backward(), [0, 1]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("settings", [{}, {"method": "central"}, {"method": "exact"}, {"check_every": 1}], ids=str)
-def test_an_interrupt_at_any_operation_leaves_theta(settings, dtype):
+@pytest.mark.parametrize(
+    ("drive", "settings"),
+    [
+        *((by_closure, settings) for settings in ({}, {"method": "central"}, {"method": "exact"}, {"check_every": 1})),
+        (by_closure, {"rounding": "nearest"}),
+        *((by_loop, settings) for settings in ({}, {"method": "central"}, {"method": "exact"})),
+        *((by_micro_batches, settings) for settings in ({}, {"fraction": 0.5, "method": "central"})),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_an_interrupt_at_any_operation_leaves_theta(drive, settings, dtype):
     """Wherever an interrupt hits before the wrapped optimizer steps, also in the restoring copy, θ is whole bit for bit."""
     number, was_interrupted = 0, True
     while was_interrupted:
@@ -251,7 +274,7 @@ def test_an_interrupt_at_any_operation_leaves_theta(settings, dtype):
             warnings.simplefilter("ignore")  # a low self-check
             try:
                 with InterruptAt(number):
-                    optimizer.step(closure_of(optimizer, loss))
+                    drive(optimizer, loss)
             except Interrupt:
                 was_interrupted = True
         if was_interrupted and not stepped:

@@ -130,6 +130,103 @@ def test_a_scaler_that_is_off_is_none():
     assert optimizer.metrics["skipped"] == 1
 
 
+def clipped_steps(optimizer, model, loss, scaler, by, count=3):
+    """The documented way to clip: after the loop, unscaled; the step by the optimizer or by the scaler."""
+    scales = []
+    for _ in range(count):
+        for _ in optimizer.passes():
+            optimizer.zero_grad()
+            scaler.scale(loss()).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        optimizer.step() if by == "optimizer" else scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+    return scales
+
+
+@pytest.mark.parametrize("by", ["optimizer", "scaler"])
+def test_clipping_after_a_loop_over_passes(by):
+    """Unscale, clip, step and update after the loop: the weights of a loop without a scaler, and the clip has engaged."""
+    model, loss = regression()
+    other, other_loss = twin_of(model, loss)
+    optimizer, scaler = scaled(model)
+    plain = GradRegOptimizer(torch.optim.SGD(other.parameters(), lr=0.1), **SETTINGS)
+    before = weights(model)
+    assert clipped_steps(optimizer, model, loss, scaler, by) == [SCALE] * 3
+    clipped_steps(plain, other, other_loss, torch.amp.GradScaler("cpu", enabled=False), "optimizer")
+    assert_same(weights(model), weights(other))
+    assert optimizer.step_count == 3
+    moved = sum(((a - b).square().sum() for a, b in zip(weights(model), before, strict=True)), torch.zeros(())).sqrt()
+    assert 0.1 * 0.05 < moved.item() <= 3 * 0.1 * 0.05 * 1.001
+
+
+@pytest.mark.parametrize("by", ["optimizer", "scaler"])
+def test_an_overflow_in_a_loop_with_clipping_skips_the_step(by):
+    """What unscale_() finds in the combined gradient keeps the step back, and the scale falls."""
+    model, loss = regression()
+    optimizer, scaler = scaled(model)
+    before = weights(model)
+    assert clipped_steps(optimizer, model, lambda: loss() * math.inf, scaler, by, count=1) == [SCALE / 2]
+    assert_same(weights(model), before)
+    clipped_steps(optimizer, model, loss, scaler, by, count=1)
+    assert any((a != b).any() for a, b in zip(weights(model), before, strict=True))
+
+
+@pytest.mark.parametrize("of", ["wrapper", "base"])
+@pytest.mark.parametrize("how", ["closure", "loop"])
+def test_unscaling_within_a_pass_names_the_way_that_works(how, of):
+    """Before a second gradient with another scale is taken; the weights stay."""
+    model, loss = regression()
+    optimizer, scaler = scaled(model)
+    before = weights(model)
+    closure = closure_of(optimizer, loss, scaler.scale)
+
+    def unscaling():
+        closure()
+        scaler.unscale_(optimizer if of == "wrapper" else optimizer.optimizer)
+
+    def run():
+        if how == "closure":
+            optimizer.step(unscaling)
+        else:
+            for _ in optimizer.passes():
+                unscaling()
+
+    with pytest.raises(RuntimeError, match=r"unscale_\(optimizer\) was called within a pass.*after the loop call"):
+        run()
+    assert closure.calls == 1
+    assert_same(weights(model), before)
+
+
+def test_a_forgotten_update_is_the_scalers_error():
+    """Without scaler.update() the scaler says so in the next step; nothing is said about passes."""
+    model, loss = regression()
+    optimizer, scaler = scaled(model)
+    optimizer.step(closure_of(optimizer, loss, scaler.scale))
+    with pytest.raises(RuntimeError, match=r"since the last update\(\)"):
+        optimizer.step(closure_of(optimizer, loss, scaler.scale))
+
+
+def test_a_scaler_that_the_optimizer_was_not_given():
+    """Its scaled gradients were taken for gradients: refused where it steps, and not if it is off."""
+    for enabled in (True, False):
+        model, loss = regression()
+        before = weights(model)
+        optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **SETTINGS)
+        torch.optim.lr_scheduler.StepLR(optimizer, 10)  # which puts a frame of its own between the two
+        scaler = torch.amp.GradScaler("cpu", enabled=enabled)
+        for _ in optimizer.passes():
+            closure_of(optimizer, loss, scaler.scale)()
+        if enabled:
+            with pytest.raises(RuntimeError, match="does not know this scaler"):
+                scaler.step(optimizer)
+            assert_same(weights(model), before)
+        else:
+            scaler.step(optimizer)
+            assert optimizer.step_count == 1
+
+
 def test_without_penalty_the_scaler_steps_too():
     """During the warm-up the step is the scaler's on the base optimizer, bit for bit."""
     model, loss = regression()

@@ -11,13 +11,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from problems import closure_of, regression
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.distributed.fsdp._flat_param import FlatParamHandle
 from torch.utils.checkpoint import checkpoint
 
 import gradreg_optim
 from gradreg_optim import GradRegConfig, GradRegOptimizer, MicroBatches
 from gradreg_optim.core.local import device_mesh
+from gradreg_optim.wrapping.engines import _check_shards
 
 # Files that need torch alone; those for trainers and DeepSpeed have tests, and messages, of their own.
 ROOT = pathlib.Path(gradreg_optim.__file__).parent
@@ -148,6 +152,78 @@ def uncleared_in_the_loop():
     loss().backward()
     for _ in optimizer.passes():
         loss().backward()
+
+
+def stepping_in_the_backward():
+    model, loss = regression()
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    optimizer.step(closure_of(optimizer, loss))
+
+
+def refilled_in_place():
+    optimizer, static = GradRegOptimizer(sgd()), torch.ones(1)
+    weight = optimizer.param_groups[0]["params"][0]
+    optimizer.step(lambda: setattr(weight, "grad", static.copy_(weight.detach())))
+
+
+def unscaled_in_a_pass():
+    model, loss = regression()
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), scaler=scaler)
+    closure = closure_of(optimizer, loss, scaler.scale)
+    optimizer.step(lambda: (closure(), scaler.unscale_(optimizer)))
+
+
+def stepped_by_a_foreign_scaler():
+    model, loss = regression()
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    for _ in optimizer.passes():
+        closure_of(optimizer, loss, scaler.scale)()
+    scaler.step(optimizer)
+
+
+def on_the_meta_device():
+    layer = nn.Linear(2, 1, device="meta")
+    optimizer = GradRegOptimizer(torch.optim.SGD(layer.parameters(), lr=0.1))
+    optimizer.step(lambda: None)
+
+
+def shards_of_fsdp1():
+    class Handle(FlatParamHandle):
+        uses_sharded_strategy = True
+
+        def __init__(self, flat):
+            self.flat_param = flat
+
+    weight = nn.Parameter(torch.ones(1))
+    weight._fsdp_flattened = True
+    handle = Handle(weight)
+    _check_shards([weight])
+    return handle
+
+
+def compressed_by_power_sgd():
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        model, loss = regression()
+        parallel = nn.parallel.DistributedDataParallel(model)
+        parallel.register_comm_hook(PowerSGDState(None), powerSGD_hook)
+        optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+        optimizer.step(closure_of(optimizer, loss))
+    finally:
+        dist.destroy_process_group()
+
+
+def late_group(**keys):
+    optimizer = GradRegOptimizer(sgd())
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], **keys})
+
+
+class LayerWiseDummyOptimizer(torch.optim.SGD):
+    """Named like what Transformers puts in the place of layerwise GaLore."""
 
 
 def two_meshes():
@@ -415,6 +491,90 @@ CASES = {
         "method='exact'",
         "no second derivatives are taken of parameters that are distributed",
         "Use method='forward' or 'central' under FSDP2",
+    ),
+    "an optimizer that steps in the backward": Case(
+        stepping_in_the_backward,
+        RuntimeError,
+        "The first backward has used up its gradients",
+        "Nothing is left to combine a second gradient with",
+        "Remove these hooks",
+    ),
+    "an optimizer known to step in the backward": Case(
+        lambda: GradRegOptimizer(LayerWiseDummyOptimizer([nn.Parameter(torch.ones(1))])),
+        ValueError,
+        "optimizer=LayerWiseDummyOptimizer",
+        "it takes its steps in the backward",
+        "Use one that steps when it is called",
+    ),
+    "gradients that are refilled": Case(
+        refilled_in_place,
+        RuntimeError,
+        "The last pass wrote its gradients into the memory of those of the first pass",
+        "which are lost",
+        "Give every pass gradients of its own",
+    ),
+    "unscaled in a pass": Case(
+        unscaled_in_a_pass,
+        RuntimeError,
+        "scaler.unscale_(optimizer) was called within a pass",
+        "all gradients of a step need one scale",
+        "after the loop call scaler.unscale_(optimizer), clip, optimizer.step() and scaler.update()",
+    ),
+    "a scaler that nobody was told of": Case(
+        stepped_by_a_foreign_scaler,
+        RuntimeError,
+        "scaler.step(optimizer)",
+        "took scaled gradients for gradients",
+        "Pass GradRegOptimizer(..., scaler=scaler)",
+    ),
+    "no scaler": Case(
+        lambda: GradRegOptimizer(sgd(), scaler=True),
+        TypeError,
+        "scaler=True is a bool",
+        "losses are scaled by a torch.amp.GradScaler",
+        "Pass the one that your closure calls scale() of",
+    ),
+    "no module": Case(
+        lambda: GradRegOptimizer(sgd(), model={}),
+        TypeError,
+        "model=<dict> is a dict",
+        "a torch.nn.Module",
+        "Pass the module",
+    ),
+    "the meta device": Case(
+        on_the_meta_device,
+        RuntimeError,
+        "2 of 2 parameters are on the meta device",
+        "without values nothing moves",
+        "Load the weights",
+    ),
+    "FSDP1": Case(
+        shards_of_fsdp1,
+        ValueError,
+        "shards of FSDP1",
+        "norms would be those of this rank's shards alone",
+        "Use FSDP2",
+    ),
+    "PowerSGD": Case(
+        compressed_by_power_sgd,
+        ValueError,
+        "'powerSGD_hook' (PowerSGD)",
+        "adds what it lost to the next ones",
+        "with fp16_compress_hook or bf16_compress_hook",
+    ),
+    "a key that is none": Case(
+        lambda: late_group(gradreg_stength=0.1),
+        ValueError,
+        "'gradreg_stength' in a parameter group",
+        "it would have no effect",
+        "Did you mean 'gradreg_strength'?",
+    ),
+    "a group of its own method": Case(
+        lambda: late_group(gradreg_method="central"),
+        ValueError,
+        "gradreg_method='central' in one parameter group and 'forward' in the first",
+        "it holds for the whole optimizer",
+        "Give it to the optimizer",
     ),
     "two device meshes": Case(
         two_meshes,

@@ -54,8 +54,56 @@ def test_every_setting_is_saved_and_loaded(settings):
     optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **settings)
     take_steps(optimizer, loss, 1)
     other = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), strength=0.7, eps=0.3, g1_clip=None)
-    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    with pytest.warns(UserWarning, match="replaces strength=0.7 by"):
+        other.load_state_dict(through_a_file(optimizer.state_dict()))
     assert other.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+
+
+RESUMED = [
+    ({"strength": 0.7}, {"strength": 0.1}, "strength=0.1 by 0.7"),
+    ({}, {"strength": 1e-3}, "strength=0.001 by 0.1"),
+    ({}, {"strength": 0.5}, "strength=0.5 by 0.1"),
+    ({"radius": 0.1}, {"strength": 0.1, "eps": 0.2}, "eps=0.2 by None"),
+    ({}, {"method": "central", "strength": 0.1, "every": 2}, "method='central' by 'forward', every=2 by 1"),
+    ({}, {}, ""),
+    ({"eps": 0.5, "g1_clip": 1.0}, {}, ""),
+    ({}, {"strength": 0.1, "g2_clip": 10.0}, ""),
+    ({"warmup_steps": 3}, {"strength": 0.1, "warmup_steps": 3}, ""),
+]
+
+
+@pytest.mark.parametrize(("saved", "given", "replaced"), RESUMED, ids=str)
+def test_settings_that_a_checkpoint_replaces_are_named(saved, given, replaced):
+    """What was given by hand and is not in the checkpoint is named with both values; what was left at its default is not."""
+    model, loss = regression()
+    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **{"strength": 0.1, **saved})
+    other = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **given)
+    state = through_a_file(optimizer.state_dict())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if not replaced:
+            copy.deepcopy(other).load_state_dict(state)  # which knows as well what was left at its default
+        other.load_state_dict(state)
+        other.load_state_dict(other.state_dict())  # what Accelerate does with every optimizer says nothing
+    messages = [str(warning.message) for warning in caught]
+    assert messages == ([] if not replaced else [message for message in messages if f"replaces {replaced}: " in message])
+    assert len(messages) == bool(replaced)
+    closure = closure_of(other, loss)
+    other.step(closure)
+    assert other.param_groups[0]["gradreg_strength"] == saved.get("strength", 0.1)
+
+
+def test_a_group_whose_own_strength_is_replaced_is_named():
+    """Groups are compared one by one, and each pair of values is named once."""
+    model, _ = regression()
+
+    def wrapped(strength, own):
+        groups = [{"params": [p], **({"gradreg_strength": own} if p.ndim == 1 else {})} for p in model.parameters()]
+        return GradRegOptimizer(torch.optim.SGD(groups, lr=0.1), strength=strength)
+
+    with pytest.warns(UserWarning, match=r"replaces strength=0\.5 by 0\.1, strength=0\.25 by 0\.0: ") as caught:
+        wrapped(0.5, 0.25).load_state_dict(wrapped(0.1, 0.0).state_dict())
+    assert len(caught) == 1
 
 
 def test_the_state_holds_nothing_but_the_base_optimizers():
@@ -141,7 +189,8 @@ def test_groups_that_came_through_the_inner_optimizer_are_saved_and_loaded():
         inner = torch.optim.SGD(model[0].parameters(), lr=0.1)
         wrappers.append(GradRegOptimizer(inner, strength=strength))
         inner.add_param_group({"params": list(model[2].parameters())})
-    wrappers[1].load_state_dict(through_a_file(wrappers[0].state_dict()))
+    with pytest.warns(UserWarning, match="replaces strength=0.1 by 0.5"):
+        wrappers[1].load_state_dict(through_a_file(wrappers[0].state_dict()))
     assert [group["gradreg_strength"] for group in wrappers[1].param_groups] == [0.5, 0.5]
 
 

@@ -1,0 +1,70 @@
+"""Gradients that are not ours to take: signs that somebody else uses them, each refused with the reason and a way out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+from torch import Tensor
+
+NO_SECOND_GRADIENT = (
+    "The second call of the closure left no gradient on any regularized parameter, the first one did. "
+    "Let the closure clear the gradients and run forward and backward each time it is called."
+)
+
+
+def refuse_foreign(trainable: Sequence[Tensor], moved: Sequence[Tensor]) -> None:
+    """Raise if weights were stepped in the first backward, or their gradients taken there.
+
+    Hooks alone prove nothing, nor do weights that a forward writes: an embedding with ``max_norm`` does, a codebook too.
+
+    Args:
+        trainable: the parameters that require gradients.
+        moved: those of them that something has written to since the pass began.
+
+    Raises:
+        RuntimeError: an optimizer, or something that takes gradients away, runs in hooks of the backward.
+    """
+    is_gone = all(parameter.grad is None for parameter in trainable)
+    if any(map(_is_stepped_by_hook, moved)) or (is_gone and (moved or any(map(_has_hooks, trainable)))):
+        raise RuntimeError(
+            "The first backward has used up its gradients: an optimizer steps in the backward, or hooks take the gradients "
+            "away (layerwise or fused optimizers, gradient release). Nothing is left to combine a second gradient with. "
+            "Remove these hooks, and let the optimizer inside GradRegOptimizer take the steps."
+        )
+
+
+def _is_stepped_by_hook(parameter: Tensor) -> bool:
+    """Whether a parameter that has moved has hooks that could have moved it; one that masks a gradient leaves it there."""
+    has_own = bool(parameter._post_accumulate_grad_hooks) or hasattr(parameter, "_in_backward_optimizers")
+    return has_own or (parameter.grad is None and _has_hooks(parameter))
+
+
+def _has_hooks(parameter: Tensor) -> bool:
+    return bool(parameter._post_accumulate_grad_hooks or parameter._backward_hooks)
+
+
+def refuse_meta(trainable: Sequence[Tensor]) -> NoReturn:
+    """Raise because there are parameters without values."""
+    count = sum(parameter.is_meta for parameter in trainable)
+    raise RuntimeError(
+        f"{count} of {len(trainable)} parameters are on the meta device: without values nothing moves to θ'. "
+        "Load the weights, or call model.to_empty(device=...) and initialize them, before the first step."
+    )
+
+
+def refuse_refilled() -> NoReturn:
+    """Raise because g1 has been written over."""
+    raise RuntimeError(
+        "The last pass wrote its gradients into the memory of those of the first pass, which are lost: gradients at a fixed "
+        "address, as CUDA graphs and static buffers have. Give every pass gradients of its own: p.grad = static.clone()."
+    )
+
+
+def refuse_unscaled() -> NoReturn:
+    """Raise because the first gradient has lost its scale, which the second would have."""
+    raise RuntimeError(
+        "scaler.unscale_(optimizer) was called within a pass: all gradients of a step need one scale, and a clip of each "
+        "would bias their difference. Run forward and backward in `for _ in optimizer.passes():`, and after the loop call "
+        "scaler.unscale_(optimizer), clip, optimizer.step() and scaler.update()."
+    )
