@@ -86,6 +86,13 @@ def step_on(parameters, dtype=None, **settings):
     return mode.launches - sum(inside)
 
 
+@pytest.fixture(autouse=True)
+def _meta_stands_for_a_device(monkeypatch):
+    """Parameters on the meta device are refused otherwise."""
+    monkeypatch.setattr("gradreg_optim.core.local.refuse_meta", lambda parameters: None)
+    monkeypatch.setattr("gradreg_optim.core.local.refuse_refilled", lambda: None)  # all addresses are 0
+
+
 @pytest.fixture
 def _seeded_nowhere(monkeypatch):
     """The meta device has no generator of random numbers."""
