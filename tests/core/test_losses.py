@@ -96,7 +96,7 @@ def test_a_loss_that_is_another_one_at_each_call_is_refused(kind, method, driver
     loss = kind()
     before = weights(loss.model)
     optimizer = GradRegOptimizer(torch.optim.SGD(loss.model.parameters(), lr=0.1), strength=1e-2, method=method)
-    with pytest.raises(RuntimeError, match="not a function of the weights: it was .* and .* when that was repeated"):
+    with pytest.raises(RuntimeError, match=r"not a function of the weights: it was .* and .* when that was repeated"):
         driver(optimizer, loss)
     assert_same(weights(loss.model), before)
     assert optimizer.step_count == 0
