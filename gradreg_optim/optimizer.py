@@ -264,11 +264,11 @@ class GradRegOptimizer(OptimizerWrapper):
         """The wrapped optimizer's step on the combined gradient; under a scaler, unless a pass overflowed."""
         scaler: Any = self._scaler
         if scaler is None or not scaler.is_enabled():
-            self.optimizer.step()
+            self._step_wrapped(self.optimizer.step)
         elif not (found := scaler._found_inf_per_device(self)):  # nobody has called scaler.unscale_ on the wrapper
-            scaler.step(self.optimizer)
+            self._step_wrapped(scaler.step, self.optimizer)
         elif not any(is_infinite.item() for is_infinite in found.values()):
-            self.optimizer.step()
+            self._step_wrapped(self.optimizer.step)
         self._advance()
 
     def _end_loop(self) -> None:
@@ -286,10 +286,10 @@ class GradRegOptimizer(OptimizerWrapper):
             pending, self._pending = self._pending, None
             pending()
         elif self._is_state_initialization():
-            self.optimizer.step()
+            self._step_wrapped(self.optimizer.step)
         elif self._attachment is not None:
             self._attachment.check_consulted()
-            self.optimizer.step()  # whoever drives the loop has unscaled the gradients: under a scaler, it called this step
+            self._step_wrapped(self.optimizer.step)  # whoever drives the loop has unscaled the gradients
             self._advance()
         else:
             raise RuntimeError(

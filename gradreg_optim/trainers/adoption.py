@@ -75,6 +75,8 @@ class Adoption:
         _replace_optimizer(holder, optimizer)
 
     def _adopt(self, optimizer: GradRegOptimizer) -> None:
+        if not optimizer.exclude:
+            self._attachment.hooks.set(optimizer, "_default_exclusion", lambda: default_exclusion(self._trainer.model))
         optimizer.leave_out([] if optimizer.exclude else default_exclusion(self._trainer.model))
         self._excluded = [group["params"][i] for group in optimizer.param_groups for i in group["gradreg_excluded"]]
         self._connect(optimizer)

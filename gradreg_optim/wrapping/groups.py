@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from gradreg_optim.core.exact import exact
 from gradreg_optim.core.finite_difference import CENTRAL, FORWARD
@@ -136,3 +137,19 @@ def excluded_positions(
         return any(pattern in name for name in names.get(id(parameter), ()) for pattern in patterns)
 
     return [[i for i, parameter in enumerate(group["params"]) if matches(parameter)] for group in groups]
+
+
+def positions_of(parameters: Iterable[Tensor], groups: Iterable[Group]) -> list[list[int]]:
+    """For each group the positions of those of ``parameters`` that it has."""
+    wanted = {id(parameter) for parameter in parameters}
+    return [[i for i, parameter in enumerate(group["params"]) if id(parameter) in wanted] for group in groups]
+
+
+def is_state_initialization(optimizer: Optimizer) -> bool:
+    """Whether this is torch.distributed.checkpoint creating state: no state yet, rates of 0, gradients of 0."""
+    groups = optimizer.param_groups
+    return (
+        not optimizer.state
+        and all(float(group.get("lr", 0.0)) == 0.0 for group in groups)
+        and not any(p.grad is not None and bool(p.grad.any()) for group in groups for p in group["params"])
+    )

@@ -6,15 +6,16 @@ these are the wrapped optimizer's own objects, so that there is nothing to keep 
 
 from __future__ import annotations
 
+import functools
 import warnings
 from abc import abstractmethod
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks  # private: test_wrapper.py
 
 from gradreg_optim.core.plan import Plan
 from gradreg_optim.core.self_check import DEFAULT_CHECK_EVERY
@@ -27,7 +28,9 @@ from gradreg_optim.wrapping.groups import (
     adopt_group,
     drop_keys,
     excluded_positions,
+    is_state_initialization,
     missing_keys,
+    positions_of,
     settled_plan,
 )
 from gradreg_optim.wrapping.refusals import check_wrappable
@@ -38,8 +41,40 @@ NOTHING = ("none",)
 """The value of ``exclude`` that leaves nothing out, not even where a default would."""
 
 
+def _shared(name: str) -> Any:
+    """An attribute of the wrapped optimizer that is the wrapper's as well."""
+    return property(lambda self: getattr(self.optimizer, name), lambda self, value: setattr(self.optimizer, name, value))
+
+
+def _run_hooks_around(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the wrapper's ``step`` with hooks around it, as torch does, but without a profiler's range.
+
+    The update alone has a range, the wrapped optimizer's. Hooks on every optimizer see the wrapper, which the loop holds.
+    """
+
+    @functools.wraps(step)
+    def hooked(*args: Any, **kwargs: Any) -> Any:
+        wrapper = args[0]
+        for before in (*_global_optimizer_pre_hooks.values(), *wrapper._optimizer_step_pre_hooks.values()):
+            args, kwargs = before(wrapper, args, kwargs) or (args, kwargs)
+        was_in_step, wrapper._is_in_step = wrapper._is_in_step, True
+        try:
+            result = step(*args, **kwargs)
+        finally:
+            wrapper._is_in_step = was_in_step
+        for after in (*wrapper._optimizer_step_post_hooks.values(), *_global_optimizer_post_hooks.values()):
+            after(wrapper, args, kwargs)
+        return result
+
+    return hooked
+
+
 class OptimizerWrapper(Optimizer):
     """Delegation, hyperparameters in the groups, checkpoints and pickling; what a step does is left to the subclass."""
+
+    profile_hook_step = staticmethod(_run_hooks_around)  # type: ignore[assignment]
+    _is_state_initialization = is_state_initialization
+    _default_exclusion: Callable[[], Iterable[Tensor]] | None = None  # a trainer's, for groups added later
 
     def __init__(
         self,
@@ -64,6 +99,7 @@ class OptimizerWrapper(Optimizer):
             self._settings = {**settings, "schedule": None}  # like LambdaLR's, a callable is not saved
         self._model = model
         self._attachment: Any = None
+        self._is_in_step = False
         self.exclude = exclude_patterns(exclude)
         # The step-hook machinery of Optimizer, without Optimizer.__init__, which would build groups of its own.
         self.__setstate__({})
@@ -79,32 +115,9 @@ class OptimizerWrapper(Optimizer):
 
     # One optimizer: groups, state and defaults are the wrapped one's.
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The wrapped optimizer's groups."""
-        return self.optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.optimizer.param_groups = groups
-
-    @property
-    def state(self) -> defaultdict[Tensor, Any]:
-        """The wrapped optimizer's state; the wrapper keeps none of its own."""
-        return self.optimizer.state
-
-    @state.setter
-    def state(self, state: defaultdict[Tensor, Any]) -> None:
-        self.optimizer.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The wrapped optimizer's defaults."""
-        return self.optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.optimizer.defaults = defaults
+    param_groups = _shared("param_groups")
+    state = _shared("state")
+    defaults = _shared("defaults")
 
     def __getattr__(self, name: str) -> Any:
         """Public attributes of the wrapped optimizer, such as the ``eval`` of schedule-free ones."""
@@ -123,7 +136,9 @@ class OptimizerWrapper(Optimizer):
         groups = self.param_groups
         if len(groups) > len(self._excluded):
             positions = excluded_positions(self._groups_with_names(), self._patterns(), self._model, must_match=False)
-            self._excluded += positions[len(self._excluded) :]
+            by_default = positions_of(self._default_exclusion() if self._default_exclusion else (), groups)
+            both = [sorted({*matching, *others}) for matching, others in zip(positions, by_default, strict=True)]
+            self._excluded += both[len(self._excluded) :]
         for group, excluded in zip(groups, self._excluded, strict=False):
             if missing_keys(group):
                 adopt_group(group, self._settings, step=self.step_count)
@@ -142,12 +157,10 @@ class OptimizerWrapper(Optimizer):
             ValueError: no trainable parameter would be left to regularize.
         """
         self._adopt_new_groups()
-        unwanted = {id(parameter) for parameter in parameters}
-        left = 0
-        for number, group in enumerate(self._groups_with_names()):
-            positions = {i for i, parameter in enumerate(group["params"]) if id(parameter) in unwanted}
-            self._excluded[number] = sorted(positions | set(self._excluded[number]))
-            left += len(group["params"]) - len(self._excluded[number])
+        groups, left = self._groups_with_names(), 0
+        for number, positions in enumerate(positions_of(parameters, groups)):
+            self._excluded[number] = sorted({*positions, *self._excluded[number]})
+            left += len(groups[number]["params"]) - len(self._excluded[number])
         if not left:
             raise ValueError(
                 "Every parameter of the optimizer is excluded: nothing is left to regularize. "
@@ -210,6 +223,19 @@ class OptimizerWrapper(Optimizer):
         is_low_in_trainer = self._attachment is not None and self._attachment.computes_in_low_precision
         return is_low_in_trainer or (storage or self.storage()).has_low_precision
 
+    def _step_wrapped(self, step: Callable[..., Any], *args: Any) -> None:
+        """Call ``step(*args)``, by which the wrapped optimizer steps; in the wrapper's step, without hooks on every one."""
+        everywhere: tuple[dict[int, Any], ...] = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
+        everywhere = everywhere if self._is_in_step else ()
+        kept = [dict(hooks) for hooks in everywhere]
+        for hooks in everywhere:
+            hooks.clear()
+        try:
+            step(*args)
+        finally:
+            for hooks, before in zip(everywhere, kept, strict=True):
+                hooks.update(before)
+
     @abstractmethod
     def storage(self) -> Storage:
         """Where gradients and weights are in the step to come."""
@@ -251,17 +277,9 @@ class OptimizerWrapper(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the model and the trainer, which are not the optimizer's to pickle."""
-        hooks_and_foreign = (
-            "_model",
-            "_attachment",
-            "step",  # an LR scheduler's, which would step the original instead of the copy
-            "_settled",
-            "_running",
-            "_pending",
-            *(name for name in self.__dict__ if name.startswith("_optimizer_")),
-        )
-        state = {name: value for name, value in self.__dict__.items() if name not in hooks_and_foreign}
-        return {**state, "_model": None, "_attachment": None, "_settled": None, "_running": None, "_pending": None}
+        foreign = ("step", "_default_exclusion")  # an LR scheduler's, which would step the original instead of the copy
+        own = {k: v for k, v in self.__dict__.items() if k not in foreign and not k.startswith("_optimizer_")}
+        return own | dict.fromkeys(("_model", "_attachment", "_settled", "_running", "_pending"))
 
     # Trainers.
 
@@ -271,15 +289,6 @@ class OptimizerWrapper(Optimizer):
         inner = getattr(self.optimizer, "train", None)  # schedule-free optimizers have one
         if callable(inner):
             inner()
-
-    def _is_state_initialization(self) -> bool:
-        """Whether this is torch.distributed.checkpoint creating state: no state yet, rates of 0, gradients of 0."""
-        groups = self.param_groups
-        return (
-            not self.state
-            and all(float(group.get("lr", 0.0)) == 0.0 for group in groups)
-            and not any(p.grad is not None and bool(p.grad.any()) for group in groups for p in group["params"])
-        )
 
 
 def _read(groups: list[dict[str, Any]]) -> list[list[Any]]:
