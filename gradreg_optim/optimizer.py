@@ -296,5 +296,5 @@ class GradRegOptimizer(OptimizerWrapper):
                 "step() was called without a closure: gradient regularization needs the loss at a second point. "
                 "Pass a closure that clears the gradients, runs forward and backward and returns the loss, or run both in "
                 "`for _ in optimizer.passes():` before step(), or let a Trainer drive the optimizer (optimizers=(optimizer, "
-                "None); OnlineDPO, NashMD and XPO need gradreg_optim.attach(trainer) as well)."
+                "None), or gradreg_optim.attach(trainer) if the trainer creates it)."
             )
