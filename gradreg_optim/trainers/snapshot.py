@@ -41,7 +41,7 @@ _VALUES = (NoneType, bool, int, float, complex, str, bytes, tuple, frozenset)
 _CONTAINERS = (dict, list, deque, set, bytearray, array, UserDict, UserList)
 _OTHERS = (type, Dataset, DataLoader, Sampler, Optimizer, PreTrainedTokenizerBase)
 _ENGINES = ("torch.nn.parallel", "torch.distributed", "torch._dynamo", "deepspeed", "accelerate")
-_OF_DEEPSPEED = ("ds_", "applied_pre_backward_ref_cnt")  # what stage 3 notes on modules, deepspeed 0.18 and 0.19
+_OF_DEEPSPEED = ("ds_", "applied_pre_backward_ref_cnt", "_original_parameters", "_external_params")  # of ZeRO stage 3
 _LIBRARIES = {
     "torch",
     "transformers",
@@ -262,6 +262,7 @@ def _worth_visiting(module: nn.Module) -> list[str]:
             name
             for name, value in attributes.items()
             if name not in _OF_MODULES
+            and not name.startswith(_OF_DEEPSPEED)
             and _is_state(value)
             and (isinstance(value, kinds) or not isinstance(value, (*_VALUES, Tensor, *_CONTAINERS)))
         ]
