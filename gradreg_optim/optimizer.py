@@ -145,7 +145,6 @@ class GradRegOptimizer(OptimizerWrapper):
         was left out because a gradient was not finite. With checks (:mod:`gradreg_optim.core.self_check`) ``noise_floor``,
         ``signal`` and ``self_check``. A step without penalty has ``strength`` and ``skipped`` alone.
         """
-        self.advice.look_at_ratios()
         return {name: computed(figure) for name, figure in self.figures().items()}
 
     def figures(self) -> dict[str, Figure]:
@@ -264,11 +263,11 @@ class GradRegOptimizer(OptimizerWrapper):
         """The wrapped optimizer's step on the combined gradient; under a scaler, unless a pass overflowed."""
         scaler: Any = self._scaler
         if scaler is None or not scaler.is_enabled():
-            self.optimizer.step()
+            self._step_wrapped(self.optimizer.step)
         elif not (found := scaler._found_inf_per_device(self)):  # nobody has called scaler.unscale_ on the wrapper
-            scaler.step(self.optimizer)
+            self._step_wrapped(scaler.step, self.optimizer)
         elif not any(is_infinite.item() for is_infinite in found.values()):
-            self.optimizer.step()
+            self._step_wrapped(self.optimizer.step)
         self._advance()
 
     def _end_loop(self) -> None:
@@ -287,15 +286,15 @@ class GradRegOptimizer(OptimizerWrapper):
             pending, self._pending = self._pending, None
             pending()
         elif self._is_state_initialization():
-            self.optimizer.step()
+            self._step_wrapped(self.optimizer.step)
         elif self._attachment is not None:
             self._attachment.check_consulted()
-            self.optimizer.step()  # whoever drives the loop has unscaled the gradients: under a scaler, it called this step
+            self._step_wrapped(self.optimizer.step)  # whoever drives the loop has unscaled the gradients
             self._advance()
         else:
             raise RuntimeError(
                 "step() was called without a closure: gradient regularization needs the loss at a second point. "
                 "Pass a closure that clears the gradients, runs forward and backward and returns the loss, or run both in "
                 "`for _ in optimizer.passes():` before step(), or let a Trainer drive the optimizer (optimizers=(optimizer, "
-                "None); OnlineDPO, NashMD and XPO need gradreg_optim.attach(trainer) as well)."
+                "None), or gradreg_optim.attach(trainer) if the trainer creates it)."
             )

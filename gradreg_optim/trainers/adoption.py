@@ -75,6 +75,8 @@ class Adoption:
         _replace_optimizer(holder, optimizer)
 
     def _adopt(self, optimizer: GradRegOptimizer) -> None:
+        if not optimizer.exclude:
+            self._attachment.hooks.set(optimizer, "_default_exclusion", lambda: default_exclusion(self._trainer.model))
         optimizer.leave_out([] if optimizer.exclude else default_exclusion(self._trainer.model))
         self._excluded = [group["params"][i] for group in optimizer.param_groups for i in group["gradreg_excluded"]]
         self._connect(optimizer)
@@ -102,6 +104,30 @@ class Adoption:
         if wrapper is None and not self._settings.get("exclude"):  # the optimizer comes from DeepSpeed's configuration
             self._excluded = list(default_exclusion(self._trainer.model))
         self._connect(ZeroGradRegOptimizer.taking_over(engine, wrapper, self._settings, self._excluded))
+
+    def check_trains(self) -> None:
+        """Check that the optimizer holds what the trainer trains, after the first backward of a window.
+
+        Raises:
+            RuntimeError: it holds no trainable parameter of the model, and none of its parameters has got a gradient; or
+                the model has adapters of PEFT, and it holds none of those.
+        """
+        model: Any = self._trainer.model
+        groups = self.optimizer._groups_with_names()
+        held = {id(parameter): parameter for group in groups for parameter in group["params"]}
+        trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        prefix = getattr(model.base_model, "prefix", "") if hasattr(model, "peft_config") else ""
+        adapters = [parameter for name, parameter in trainable.items() if prefix and prefix in name]
+        is_reached = not self.is_sharded and any(parameter.grad is not None for parameter in held.values())
+        is_held = any(id(parameter) in held for parameter in adapters or trainable.values())
+        if not is_held and (adapters or not is_reached):
+            raise RuntimeError(
+                f"{type(self._trainer).__name__}: none of the {len(adapters or trainable)} parameters that the model trains "
+                f"({next(iter(trainable), 'it trains none')}, …) is in the optimizer, so nothing would be trained. An "
+                "optimizer that was built before the trainer got peft_config= lacks the adapters: call "
+                "peft.get_peft_model(model, config) first and build the optimizer on its parameters, or let the trainer "
+                "create the optimizer and call attach(trainer)."
+            )
 
     def give_back(self) -> None:
         """Give the trainer the wrapped optimizer, with its groups as they were."""

@@ -25,9 +25,8 @@ from gradreg_optim.wrapping.settings import Settings, check_settings, exclude_pa
 def attach(trainer: Trainer, config: GradRegConfig | None = None, **settings: Unpack[Settings]) -> None:
     """Regularize a trainer's steps; nothing else about the trainer changes.
 
-    Call it if the trainer creates the optimizer itself (model ids, FSDP): it wraps what ``create_optimizer`` returns. Call
-    it for OnlineDPO, NashMD and XPO. Any other trainer that was given a :class:`GradRegOptimizer` as ``optimizers=``
-    attaches by itself when it trains.
+    Call it if the trainer creates the optimizer itself (model ids, FSDP): it wraps what ``create_optimizer`` returns. A
+    trainer that was given a :class:`GradRegOptimizer` as ``optimizers=`` attaches by itself when it trains.
 
     Args:
         trainer: a :class:`transformers.Trainer` or any TRL trainer based on it, before or after training.
@@ -98,17 +97,23 @@ def attach_to_caller(optimizer: Any) -> None:
         frame = frame.f_back  # type: ignore[assignment]
 
 
-def _keep_given_optimizer(deepspeed_init: Callable[..., Any], trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
-    """Let a trainer under DeepSpeed use the :class:`GradRegOptimizer` that it was given as ``optimizers=``.
-
-    ``transformers.integrations.deepspeed.deepspeed_init`` (4.57 to 5.23) sets ``trainer.optimizer = None`` before it calls
-    any method of that optimizer, and the trainer creates another one. Remove this function when Transformers keeps it.
-    """
+def _attach_to_train(train: Callable[..., Any], trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+    """Attach a trainer that begins to train with a :class:`GradRegOptimizer`, which it may replace on its way."""
     given = find_wrapper(trainer.optimizer)
     if given is not None and attachment_of(trainer) is None:
         Attachment(trainer, given, {})
-    return deepspeed_init(trainer, *args, **kwargs)
+    return train(trainer, *args, **kwargs)
+
+
+def _attach_to_created(deepspeed_init: Callable[..., Any], trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+    """Attach a trainer whose ``create_optimizer`` made a wrapper, before DeepSpeed takes the wrapper's parameters."""
+    optimizer, scheduler = deepspeed_init(trainer, *args, **kwargs)
+    if (given := find_wrapper(optimizer)) is not None and attachment_of(trainer) is None:
+        Attachment(trainer, given, {})
+    return optimizer, scheduler
 
 
 warn_outside_range("accelerate", "transformers", "trl")
-Hooks().answer(transformers.trainer, "deepspeed_init", _keep_given_optimizer)
+# ``Trainer.train`` and ``transformers.trainer.deepspeed_init`` (4.57 to 5.23), which calls ``create_optimizer``.
+Hooks().answer(Trainer, "train", _attach_to_train)
+Hooks().answer(transformers.trainer, "deepspeed_init", _attach_to_created)

@@ -31,6 +31,7 @@ from gradreg_optim.trainers.adoption import Adoption, find_wrapper
 from gradreg_optim.trainers.generations import Generations
 from gradreg_optim.trainers.hooks import Hooks
 from gradreg_optim.trainers.old_policy import LOG_P_METHOD, OldPolicy, clipped_by_loss, has_old_policy
+from gradreg_optim.trainers.other_backwards import OtherBackwards
 from gradreg_optim.trainers.recorder import MicroBatch, Recorder, not_repeatable
 from gradreg_optim.trainers.replay import Replay
 
@@ -49,14 +50,14 @@ class Attachment(TrainerCallback):
         self.adoption = Adoption(trainer, optimizer, settings, self)
         self._generations = Generations(trainer, lambda: self.recorder.storage.devices)
         self._old_policy = OldPolicy(trainer)
+        self._other_backwards = OtherBackwards(trainer, lambda: self.optimizer if self._plan().regularizes else None)
         self.replay = Replay(trainer, self._generations, self._old_policy)
         answer = self.hooks.answer
         answer(trainer, "compute_loss", self._compute_loss)
         answer(trainer, "log", self._log)
         for owner, name in self._generations.methods:
             answer(owner, name, self._generations)
-        if self._generations.methods:
-            answer(trainer, "training_step", self._training_step)
+        answer(trainer, "training_step", self._training_step)
         if hasattr(trainer, LOG_P_METHOD):
             answer(trainer, LOG_P_METHOD, self._old_policy)
         answer(trainer.accelerator, "backward", self._backward)
@@ -66,7 +67,8 @@ class Attachment(TrainerCallback):
 
     def _reset(self) -> None:
         self.recorder = Recorder(self.trainer)
-        self._was_regularized = self._is_checked = False
+        self._was_regularized = self._is_checked = self._is_known_to_train = False
+        self._steps_before: int | None = None
         self._logged: dict[str, list[Any]] = defaultdict(list)
 
     @property
@@ -98,6 +100,19 @@ class Attachment(TrainerCallback):
                 "the penalty. Call detach(trainer), or give the trainer a GradRegOptimizer."
             )
 
+    def on_step_begin(self, *_args: Any, **_kwargs: Any) -> None:
+        """Remember how many steps the wrapper has taken."""
+        self._steps_before = None if self.optimizer is None else self.optimizer.step_count
+
+    def on_step_end(self, *_args: Any, **_kwargs: Any) -> None:
+        """Check that the trainer's step was the wrapper's, which checks that a second pass was taken."""
+        before, self._steps_before = self._steps_before, None
+        if before == self.optimizer.step_count and not self.trainer.accelerator.optimizer_step_was_skipped:
+            raise RuntimeError(
+                f"{type(self.trainer).__name__} took a step that was not its GradRegOptimizer's: it trains without the "
+                "penalty. Let it call step() of the optimizer that it was given, or call detach(trainer)."
+            )
+
     def begin_micro_batch(self) -> None:
         """Expect one ``compute_loss`` and one ``backward``. Called through ``optimizer.train()``."""
         if self.replay.is_running:
@@ -120,21 +135,29 @@ class Attachment(TrainerCallback):
         num_items_in_batch = kwargs.get("num_items_in_batch", args[1] if len(args) > 1 else None)
         micro_batch = self.recorder.record(model, inputs, num_items_in_batch)
         kept = [] if micro_batch is None else micro_batch.log_p
-        with self._old_policy.keeping(self._resample, inputs, kept):  # in the warm-up too: it refuses losses without a ratio
+        # In the warm-up too, since ``keeping`` refuses losses without a ratio.
+        with self._old_policy.keeping(self._resample, inputs, kept), self._other_backwards.allowed():
             return compute_loss(model, inputs, *args, **kwargs)
 
     def _training_step(self, training_step: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """Record a micro-batch of a trainer that calls neither ``optimizer.train()`` nor ``compute_loss``."""
-        if not self.replay.is_running:
+        """Record a micro-batch here if the trainer calls neither ``optimizer.train()`` nor ``compute_loss``."""
+        if self.replay.is_running:
+            return training_step(*args, **kwargs)
+        if self._generations.methods:
             self.begin_micro_batch()
             micro_batch = self.recorder.record(*args, **kwargs)
             self._generations.recorded = None if micro_batch is None else micro_batch.generations
-        return training_step(*args, **kwargs)
+        with self._other_backwards.refused():
+            return training_step(*args, **kwargs)
 
     def _backward(self, backward: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if self.replay.is_running:
             backward(loss, *args, **kwargs)
             return
+        with self._other_backwards.allowed():
+            self._backward_and_regularize(backward, loss, *args, **kwargs)
+
+    def _backward_and_regularize(self, backward: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any) -> None:
         is_recorded = self.recorder.record_loss(loss)
         with self._engine_step_held() if self.adoption.is_sharded else nullcontext() as held:
             backward(loss, *args, **kwargs)
@@ -192,6 +215,9 @@ class Attachment(TrainerCallback):
         if not plan.regularizes:
             self.optimizer.note(Outcome({"strength": 0.0}))
         self._was_regularized = False
+        if not self._is_known_to_train:
+            self._is_known_to_train = True
+            self.adoption.check_trains()
         for name, value in self.optimizer.figures().items():
             self._note(name, value)
 
@@ -202,7 +228,7 @@ class Attachment(TrainerCallback):
         is_given = has_old_policy(micro_batch.inputs)
         if is_given or hasattr(self.trainer, LOG_P_METHOD):
             self._note("reweighted", float(is_given or bool(micro_batch.log_p)))
-        clipped = clipped_by_loss(self.trainer, micro_batch.counters)
+        clipped = clipped_by_loss(self.trainer, micro_batch.clipped_before)
         if clipped is not None:
             self._note("clipped_by_loss", clipped)
 

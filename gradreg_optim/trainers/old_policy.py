@@ -108,17 +108,23 @@ def has_old_policy(inputs: Any, names: tuple[str, ...] = _OLD_LOG_P) -> bool:
     return isinstance(inputs, Mapping) and any(inputs.get(name) is not None for name in names)
 
 
-def clipped_by_loss(trainer: Any, before: Mapping[str, Any]) -> float | None:
+def clipped_by_loss(trainer: Any, before: Mapping[str, int]) -> float | None:
     """Return the fraction of tokens, or of completions where those have one ratio, that the last loss clipped.
 
-    The figure is the loss's own, over all ranks. ``before`` holds the trainer's counters at the start of that loss;
-    ``None`` if the loss has logged no such metric since.
+    The figure is the loss's own, over all ranks. ``before``: :func:`clipped_so_far` at the start of that loss; ``None`` if
+    the loss has logged no such metric since.
     """
-    now, then = _figures(vars(trainer)), _figures(before)
-    return next((float(now[name][-1]) for name in _CLIPPED if len(now.get(name, [])) > len(then.get(name, []))), None)
+    figures = _figures(trainer)
+    return next((float(figures[name][-1]) for name, now in clipped_so_far(trainer).items() if now > before[name]), None)
 
 
-def _figures(attributes: Mapping[str, Any]) -> Mapping[str, list[float]]:
-    metrics = attributes.get("_metrics")
+def clipped_so_far(trainer: Any) -> dict[str, int]:
+    """Return how many clipped fractions the trainer has logged since its last log, for each of their names."""
+    figures = _figures(trainer)
+    return {name: len(figures.get(name, ())) for name in _CLIPPED}
+
+
+def _figures(trainer: Any) -> Mapping[str, list[float]]:
+    metrics = getattr(trainer, "_metrics", None)
     figures = metrics.get("train") if isinstance(metrics, Mapping) else None
     return figures if isinstance(figures, Mapping) else {}

@@ -14,7 +14,8 @@ from transformers import Trainer
 from gradreg_optim.core.repeatable import RandomState
 from gradreg_optim.drivers.micro_batches import SplitGradient
 from gradreg_optim.trainers.generations import Recorded
-from gradreg_optim.trainers.isolation import copied, counters
+from gradreg_optim.trainers.isolation import copied
+from gradreg_optim.trainers.snapshot import Snapshot
 
 
 @dataclass
@@ -22,19 +23,21 @@ class MicroBatch:
     """The state before the first pass over a micro-batch, and the results of that pass.
 
     ``generations`` holds results of methods that are not called again, ``log_p`` the log-probabilities of completions that
-    ``resample`` needs. ``go_on`` puts buffers back, if micro-batches before this one are not repeated.
+    ``resample`` needs, ``clipped_before`` how many clipped fractions the trainer had logged. ``go_on`` puts buffers back, if
+    micro-batches before this one are not repeated.
     """
 
     model: nn.Module
     inputs: Any
     num_items_in_batch: Any
     random: RandomState
-    counters: dict[str, Any]
+    state: Snapshot
     is_last: bool
     loss: Tensor | None = None
     generations: list[Recorded] = field(default_factory=list)
     log_p: list[Tensor] = field(default_factory=list)
     go_on: Callable[[], None] | None = None
+    clipped_before: dict[str, int] = field(default_factory=dict)
 
 
 class Recorder:
@@ -77,7 +80,7 @@ class Recorder:
         if self._current is not None:
             raise not_repeatable(self._trainer, "compute_loss was called twice in one micro-batch")
         random, is_last = RandomState(self.storage.devices), self._trainer.accelerator.sync_gradients
-        state = counters(vars(self._trainer))
+        state = Snapshot(self._trainer)
         self._current = MicroBatch(model, copied(inputs), num_items_in_batch, random, state, is_last)
         position = len(self.micro_batches)
         if position == 0:

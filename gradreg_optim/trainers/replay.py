@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,8 +18,8 @@ from transformers import Trainer
 from gradreg_optim.core.repeatable import RandomState
 from gradreg_optim.trainers.generations import Generations
 from gradreg_optim.trainers.hooks import Hooks
-from gradreg_optim.trainers.isolation import copied, counters, untouched
-from gradreg_optim.trainers.old_policy import LOG_P_METHOD, OldPolicy, has_old_policy
+from gradreg_optim.trainers.isolation import copied, untouched
+from gradreg_optim.trainers.old_policy import LOG_P_METHOD, OldPolicy, clipped_so_far, has_old_policy
 from gradreg_optim.trainers.recorder import MicroBatch
 from gradreg_optim.trainers.unfused import unfused
 
@@ -83,7 +84,8 @@ class Replay:
     def _repeat(self, resample: str, micro_batch: MicroBatch, is_last: bool) -> None:
         """Run the training step of one micro-batch from its recorded state: the Trainer's own, or a whole one."""
         trainer, inputs = self.trainer, copied(micro_batch.inputs)
-        vars(trainer).update(counters(micro_batch.counters))
+        micro_batch.state.restore()
+        micro_batch.clipped_before = clipped_so_far(trainer)
         micro_batch.random.restore()
         if micro_batch.go_on is not None:
             micro_batch.go_on()
@@ -99,26 +101,47 @@ class Replay:
     def check(self, optimizer: Any, micro_batch: MicroBatch) -> None:
         """Repeat the loss of ``micro_batch`` at θ and compare it with the recorded one. Costs one forward on every rank.
 
+        A loss that differentiates by itself, or looks whether it may, needs a second forward, with gradients enabled.
+
         Raises:
             RuntimeError: on every rank, if the losses differ on one of them: g2 would be the gradient of another loss.
         """
+        accelerator: Any = self.trainer.accelerator
+        recorded = repeated = equal = cast(Tensor, micro_batch.loss)
+        for enabled in (False, True):
+            try:
+                repeated = self._repeated_loss(optimizer, micro_batch, enabled)
+            except Exception:
+                if enabled:
+                    raise
+                repeated = recorded + math.inf
+            # Equal up to kernels that add in no fixed order: a bf16 loss has three digits, and GRPO's cancels to about 0.
+            equal = torch.isclose(repeated.float(), recorded.float(), rtol=1e-3, atol=1e-5, equal_nan=True)
+            if accelerator.reduce((~equal).float(), "sum") == 0:
+                return
+        # All ranks raise, or the others would wait for the one that did.
+        raise RuntimeError(
+            f"{type(self.trainer).__name__}: the first loss was {float(recorded)!r}, and {float(repeated)!r} when it was "
+            f"repeated at the same weights{' (they differ on another rank)' if equal else ''}. The second pass needs a loss "
+            "that depends on weights, inputs and random numbers alone. Keep state of the loss in plain attributes of "
+            "the trainer, which are restored for the second pass, or train without GradRegOptimizer."
+        )
+
+    def _repeated_loss(self, optimizer: Any, micro_batch: MicroBatch, enabled: bool) -> Tensor:
+        """The loss of ``micro_batch`` at the current weights, computed with gradients ``enabled`` or without."""
         losses: list[Tensor] = []
         accelerator: Any = self.trainer.accelerator
-        with self._prepared(optimizer) as replaced, torch.no_grad(), warnings.catch_warnings():
+        with self._prepared(optimizer) as replaced, torch.set_grad_enabled(enabled), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True")  # reentrant checkpointing
-            replaced.set(accelerator, "backward", lambda loss, **_: losses.append(loss))
-            self._repeat(optimizer.resample, micro_batch, micro_batch.is_last)
+            replaced.set(accelerator, "backward", lambda loss, **_: losses.append(loss.detach()))
+            for parameter in micro_batch.model.parameters():  # a loss may run a backward
+                replaced.callback(setattr, parameter, "grad", parameter.grad)
+                parameter.grad = None
+            with (
+                accelerator.no_sync(micro_batch.model) if enabled and not hasattr(optimizer, "held_step") else nullcontext()
+            ):
+                self._repeat(optimizer.resample, micro_batch, micro_batch.is_last)
         for module in micro_batch.model.modules():
             if isinstance(module, FSDPModule):  # its root keeps weights gathered for a backward that does not follow
                 module.reshard()
-        recorded, repeated = float(micro_batch.loss), float(losses[0])  # type: ignore[arg-type]
-        # Equal up to kernels that add in no fixed order: a bf16 loss has three digits, and GRPO's cancels to about 0.
-        equal = torch.isclose(torch.tensor(repeated), torch.tensor(recorded), rtol=1e-3, atol=1e-5, equal_nan=True)
-        unequal = (~equal).float().to(losses[0].device)
-        if accelerator.reduce(unequal, "sum") > 0:  # all ranks raise, or the others would wait for the one that did
-            raise RuntimeError(
-                f"{type(self.trainer).__name__}: the first loss was {recorded!r}, and {repeated!r} when it was repeated at "
-                f"the same weights{' (the losses differ on another rank)' if equal else ''}. The second pass needs a loss "
-                "that depends on weights, inputs and random numbers alone. Keep state of the loss in plain attributes of "
-                "the trainer, which are restored for the second pass, or train without GradRegOptimizer."
-            )
+        return losses[0]

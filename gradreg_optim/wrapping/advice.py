@@ -14,7 +14,7 @@ MUCH = 10.0
 
 
 class Advice:
-    """Warns once of each kind of trouble. Ratios on a device are read in the steps of a check and where others are read."""
+    """Warns once of each kind of trouble. Ratios on a device are read in the steps of a check and when a trainer logs."""
 
     def __init__(self) -> None:
         self._ratios: deque[Figure] = deque(maxlen=MANY_STEPS)

@@ -185,6 +185,12 @@ def excluded_positions(
     return [[i for i, parameter in enumerate(group["params"]) if matches(parameter)] for group in groups]
 
 
+def positions_of(parameters: Iterable[Tensor], groups: Iterable[Group]) -> list[list[int]]:
+    """For each group the positions of those of ``parameters`` that it has."""
+    wanted = {id(parameter) for parameter in parameters}
+    return [[i for i, parameter in enumerate(group["params"]) if id(parameter) in wanted] for group in groups]
+
+
 def is_state_initialization(optimizer: Optimizer) -> bool:
     """Whether this is torch.distributed.checkpoint creating state: no state yet, rates of 0, gradients of 0."""
     groups = optimizer.param_groups

@@ -7,22 +7,55 @@ calls the wrapper is found in the same way.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 from torch.amp import GradScaler
 
+_TRAINER = "transformers.trainer"
+_ATTACH = "gradreg_optim.trainers.attach"
+
+
+class _AfterTrainer(MetaPathFinder):
+    """Imports this package's part for trainers as soon as Transformers' trainer has been imported."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Find ``transformers.trainer`` as the other finders do, with an import that follows its own."""
+        if name != _TRAINER:
+            return None
+        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec: Any = next((spec for spec in found if spec is not None), None)
+        if spec is not None:
+            execute = spec.loader.exec_module
+
+            def execute_both(module: ModuleType) -> None:
+                execute(module)
+                if module.__name__ == _TRAINER:
+                    import_module(_ATTACH)
+
+            spec.loader.exec_module = execute_both
+        return spec  # type: ignore[no-any-return]
+
+
+_AFTER_TRAINER = _AfterTrainer()
+
 
 def announce() -> None:
-    """A wrapper was built: Transformers' DeepSpeed integration has to be told that there are any."""
-    if "transformers.trainer" in sys.modules:
-        import_module("gradreg_optim.trainers.attach")
+    """A wrapper was built: trainers have to use those that they are given, imported before or after this."""
+    if _TRAINER in sys.modules:
+        import_module(_ATTACH)
+    elif _AFTER_TRAINER not in sys.meta_path:
+        sys.meta_path.insert(0, _AFTER_TRAINER)
 
 
 def attach_to_caller(optimizer: Any) -> None:
     """Let a trainer whose ``training_step`` is calling know the optimizer; do nothing if there is none."""
     if "transformers" in sys.modules:
-        import_module("gradreg_optim.trainers.attach").attach_to_caller(optimizer)
+        import_module(_ATTACH).attach_to_caller(optimizer)
 
 
 def check_scaler(known: Any) -> None:

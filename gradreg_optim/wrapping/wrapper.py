@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -31,9 +31,11 @@ from gradreg_optim.wrapping.groups import (
     excluded_positions,
     is_state_initialization,
     missing_keys,
+    positions_of,
     settled_plan,
     warn_of_replaced,
 )
+from gradreg_optim.wrapping.hooks import run_hooks_around, shared, without_global_hooks
 from gradreg_optim.wrapping.refusals import check_arguments, check_wrappable
 from gradreg_optim.wrapping.schedule import strength_factor
 from gradreg_optim.wrapping.settings import PLACES, SHARED, check_settings, exclude_patterns
@@ -45,7 +47,9 @@ NOTHING = ("none",)
 class OptimizerWrapper(Optimizer):
     """Delegation, hyperparameters in the groups, checkpoints and pickling; what a step does is left to the subclass."""
 
+    profile_hook_step = staticmethod(run_hooks_around)  # type: ignore[assignment]
     _is_state_initialization = is_state_initialization
+    _default_exclusion: Callable[[], Iterable[Tensor]] | None = None  # a trainer's, for groups added later
 
     def __init__(
         self,
@@ -72,6 +76,7 @@ class OptimizerWrapper(Optimizer):
             self._settings = {**settings, "schedule": None}  # like LambdaLR's, a callable is not saved
         self._model, self._scaler = model, scaler
         self._attachment: Any = None
+        self._is_in_step = False
         self.exclude = exclude_patterns(exclude)
         self.__setstate__({})  # Optimizer's step hooks, without Optimizer.__init__, which would build groups of its own
         self._named_groups = named_groups
@@ -89,32 +94,9 @@ class OptimizerWrapper(Optimizer):
 
     # One optimizer: groups, state and defaults are the wrapped one's.
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The wrapped optimizer's groups."""
-        return self.optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.optimizer.param_groups = groups
-
-    @property
-    def state(self) -> defaultdict[Tensor, Any]:
-        """The wrapped optimizer's state; the wrapper keeps none of its own."""
-        return self.optimizer.state
-
-    @state.setter
-    def state(self, state: defaultdict[Tensor, Any]) -> None:
-        self.optimizer.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The wrapped optimizer's defaults."""
-        return self.optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.optimizer.defaults = defaults
+    param_groups = shared("param_groups")
+    state = shared("state")
+    defaults = shared("defaults")
 
     def __getattr__(self, name: str) -> Any:
         """Public attributes of the wrapped optimizer, such as the ``eval`` of schedule-free ones."""
@@ -141,7 +123,9 @@ class OptimizerWrapper(Optimizer):
         groups = self.param_groups
         if len(groups) > len(self._excluded):
             positions = excluded_positions(self._groups_with_names(), self._patterns(), self._model, must_match=False)
-            self._excluded += positions[len(self._excluded) :]
+            by_default = positions_of(self._default_exclusion() if self._default_exclusion else (), groups)
+            both = [sorted({*matching, *others}) for matching, others in zip(positions, by_default, strict=True)]
+            self._excluded += both[len(self._excluded) :]
         for group, excluded in zip(groups, self._excluded, strict=False):
             if missing_keys(group):
                 adopt_group(group, self._settings, step=self.step_count)
@@ -160,12 +144,10 @@ class OptimizerWrapper(Optimizer):
             ValueError: no trainable parameter would be left to regularize.
         """
         self._adopt_new_groups()
-        unwanted = {id(parameter) for parameter in parameters}
-        trainable, left = 0, 0
-        for number, group in enumerate(self._groups_with_names()):
-            positions = {i for i, parameter in enumerate(group["params"]) if id(parameter) in unwanted}
-            self._excluded[number] = sorted(positions | set(self._excluded[number]))
-            of_group = {i for i, parameter in enumerate(group["params"]) if parameter.requires_grad}
+        groups, trainable, left = self._groups_with_names(), 0, 0
+        for number, positions in enumerate(positions_of(parameters, groups)):
+            self._excluded[number] = sorted({*positions, *self._excluded[number]})
+            of_group = {i for i, parameter in enumerate(groups[number]["params"]) if parameter.requires_grad}
             trainable += len(of_group)
             left += len(of_group.difference(self._excluded[number]))
         if not trainable:
@@ -237,6 +219,11 @@ class OptimizerWrapper(Optimizer):
         is_low_in_trainer = self._attachment is not None and self._attachment.computes_in_low_precision
         return is_low_in_trainer or (storage or self.storage()).has_low_precision
 
+    def _step_wrapped(self, step: Callable[..., Any], *args: Any) -> None:
+        """Call ``step(*args)``, by which the wrapped optimizer steps; in the wrapper's step, without hooks on every one."""
+        with without_global_hooks() if self._is_in_step else nullcontext():
+            step(*args)
+
     @abstractmethod
     def storage(self) -> Storage:
         """Where gradients and weights are in the step to come."""
@@ -276,17 +263,9 @@ class OptimizerWrapper(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the model and the trainer, which are not the optimizer's to pickle."""
-        hooks_and_foreign = (
-            "_model",
-            "_attachment",
-            "step",  # an LR scheduler's, which would step the original instead of the copy
-            "_settled",
-            "_running",
-            "_pending",
-            *(name for name in self.__dict__ if name.startswith("_optimizer_")),
-        )
-        state = {name: value for name, value in self.__dict__.items() if name not in hooks_and_foreign}
-        return {**state, "_model": None, "_attachment": None, "_settled": None, "_running": None, "_pending": None}
+        foreign = ("step", "_default_exclusion")  # an LR scheduler's, which would step the original instead of the copy
+        own = {k: v for k, v in self.__dict__.items() if k not in foreign and not k.startswith("_optimizer_")}
+        return own | dict.fromkeys(("_model", "_attachment", "_settled", "_running", "_pending"))
 
     # Trainers.
 

@@ -161,7 +161,7 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
         """Take the engine's step that was held back, on the combined gradient."""
         self._is_stepping = True
         try:
-            self.held_step.take()
+            self._step_wrapped(self.held_step.take)
         finally:
             self._is_stepping = False
         if self._storage.is_moved and not self._storage.engine.was_step_applied():
@@ -176,7 +176,7 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
 
     def _step_on_gradients(self, was_under_way: bool) -> None:
         if self._is_stepping:  # the engine's step calls its client optimizer once a group
-            self.optimizer.step()
+            self._step_wrapped(self.optimizer.step)
         else:
             super()._step_on_gradients(was_under_way)
 

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from unittest import mock
 
+import numpy
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
@@ -23,6 +24,7 @@ from torch.optim import SGD
 from trainers import PLAIN, REAL, SPECIAL, WORDS, Spy, build, llama
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import deepspeed as integration
+from trl import SFTTrainer
 
 from gradreg_optim import GradRegOptimizer, attach
 from gradreg_optim.trainers.replay import Replay
@@ -249,3 +251,47 @@ def train_with_given_optimizer(folder, name):
             make("sft", folder, "optimizers", REAL, optimizer=lambda model: SGD(model.parameters(), lr=1.0), **settings)
         except RuntimeError as error:
             return str(error)
+
+
+class Creating(SFTTrainer):
+    """Makes the wrapper in ``create_optimizer``, as plugins of training stacks do."""
+
+    def create_optimizer(self, *_):
+        if self.optimizer is None:
+            self.optimizer = GradRegOptimizer(SGD(self.model.parameters(), lr=1.0), **REAL)
+        return self.optimizer
+
+
+class Counting(SFTTrainer):
+    """Counts its losses in an object, an array, a tensor and the trainer's state."""
+
+    class Meter:
+        count = 0
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if not hasattr(self.state, "tokens"):
+            self.state.tokens = {"n": 0}
+        self.state.tokens["n"] += 1
+        self.meter.count += 1
+        self.array += 1
+        self.tensor += 1
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def count_losses(folder, name, how):
+    """How often two steps of two micro-batches counted their losses, in each place, with the penalty and without."""
+    with engine(name, folder) as settings:
+        settings |= {"gradient_accumulation_steps": 2, "max_steps": 2, "optim": "sgd", "trainer_class": Counting}
+        trainer = make("sft", folder, how, REAL, **settings)
+        trainer.meter, trainer.array, trainer.tensor = Counting.Meter(), numpy.zeros(1), torch.zeros(1)
+        trainer.train()
+        return [trainer.state.tokens["n"], trainer.meter.count, trainer.array.item(), trainer.tensor.item()]
+
+
+def train_created(folder, name):
+    """Two steps with a wrapper that the trainer creates by itself: the last weights, and the figures of the penalty."""
+    with engine(name, folder) as settings:
+        settings |= {"max_steps": 2, "learning_rate": 1.0, "max_grad_norm": 1e9, "trainer_class": Creating}
+        trainer = make("sft", folder, "created", REAL, **settings)
+        trainer.train()
+        return whole_weights(trainer), [entry for entry in numbers(trainer) if "grad_reg/penalty_ratio" in entry]

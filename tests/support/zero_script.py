@@ -10,11 +10,15 @@ import tempfile
 import warnings
 
 import torch
-import trainers
 from torch.optim import SGD
-from transformers import training_args
 
-from gradreg_optim import attach
+import gradreg_optim
+
+# Before any trainer is imported, as a program may build its optimizer: trainers have to learn of wrappers nevertheless.
+gradreg_optim.GradRegOptimizer(SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1))
+
+import trainers  # noqa: E402
+from transformers import training_args  # noqa: E402
 
 warnings.simplefilter("ignore")
 
@@ -31,7 +35,7 @@ def run(kind, how, accumulation, precision="fp32"):
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainers.build(kind, folder, base=lambda m: SGD(m.parameters(), lr=0.1), wrapped=given, **options)
         if how == "attach":
-            attach(trainer, **trainers.REAL)
+            gradreg_optim.attach(trainer, **trainers.REAL)
         trainer.train()
         engine = type(trainer.model_wrapped).__name__
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)

@@ -5,7 +5,7 @@ import torch
 import transformers
 from trainers import AT_THETA, PLAIN, REAL, Spy, assert_same, llama, own_figures, penalties, weights
 
-from gradreg_optim import attach
+from gradreg_optim import GradRegOptimizer, attach
 from gradreg_optim.trainers.exclusion import default_exclusion
 
 SIZES = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -149,3 +149,48 @@ def test_model_made_anew_is_wrapped_anew(tmp_path):
         assert optimizer._model is trainer.model
     assert len(spy.losses) == 2 * 2 * 3
     assert_same(*models)
+
+
+class Unfreeze(transformers.TrainerCallback):
+    """Gives frozen parameters to the optimizer before the second step, to the wrapper or to the optimizer inside it."""
+
+    def __init__(self, names, on):
+        self.names, self.on = names, on
+
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **_):
+        if state.global_step == 1:
+            parameters = [parameter.requires_grad_() for name, parameter in model.named_parameters() if name in self.names]
+            wrapper = optimizer.optimizer
+            {"wrapper": optimizer, "base": wrapper.optimizer}[self.on].add_param_group({"params": parameters})
+            lr_scheduler.base_lrs.append(0.1)
+            lr_scheduler.lr_lambdas.append(lr_scheduler.lr_lambdas[0])
+
+
+LATE = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+
+
+@pytest.mark.parametrize("on", ["wrapper", "base"])
+@pytest.mark.parametrize(
+    ("exclude", "expected"), [((), [0, 2]), ("none", []), ("norm", [1])], ids=["default", "nothing", "pattern"]
+)
+@pytest.mark.parametrize("how", ["optimizers", "attach"])
+def test_parameters_unfrozen_later_are_left_out_as_well(how, exclude, expected, on, tmp_path):
+    """The default, or the user's pattern, holds for a group that a callback adds in training."""
+    model = llama()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in LATE)
+    base = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
+    settings = {"strength": 0.1, "exclude": exclude, "model": model}
+    trainer = transformers.Trainer(
+        model=model,
+        args=transformers.TrainingArguments(output_dir=str(tmp_path), **PLAIN),
+        train_dataset=[{"input_ids": [3, 4, 5, 6], "labels": [3, 4, 5, 6]}] * 16,
+        optimizers=(GradRegOptimizer(base, **settings) if how == "optimizers" else base, None),
+        callbacks=[Unfreeze(LATE, on)],
+    )
+    if how == "attach":
+        attach(trainer, **settings)
+    trainer.train()
+    groups = trainer._gradreg_attachment.optimizer.param_groups
+    assert [len(group["params"]) for group in groups][1] == len(LATE)
+    assert groups[1]["gradreg_excluded"] == expected

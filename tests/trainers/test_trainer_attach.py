@@ -1,8 +1,13 @@
 """Attaching and detaching: what is given back, what is refused, and trainers that cannot be regularized."""
 
+import subprocess
+import sys
+
 import pytest
+import torch
+from torch import nn
 from torch.optim import SGD
-from trainers import AT_THETA, REAL, Spy, adamw, assert_same, build, weights
+from trainers import AT_THETA, REAL, Spy, adamw, assert_same, build, llama, weights
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
@@ -210,9 +215,9 @@ class Adversarial(SFTTrainer):
 
 
 UNREPEATABLE = {
-    Stepless: "without a closure",
+    Stepless: "without compute_loss and backward",
     StepsWithTrain: "a loss that is not compute_loss's",
-    OwnBackward: "without compute_loss and backward",
+    OwnBackward: "a backward besides compute_loss's",
     TwoLosses: "called twice",
     Adversarial: "a loss that is not compute_loss's",
 }
@@ -253,3 +258,129 @@ def test_other_calls_of_compute_loss_are_ignored(tmp_path):
         trainer.train()
         results.append(weights(trainer.model))
     assert_same(*results)
+
+
+IMPORTS = ["import transformers.trainer", "from transformers import Trainer", "from trl import SFTTrainer"]
+
+
+@pytest.mark.parametrize("statement", IMPORTS)
+def test_a_wrapper_built_before_trainers_are_imported(statement):
+    """Trainers are told of it whenever they are imported, so that DeepSpeed's integration does not drop it unnoticed."""
+    script = f"""
+import sys, torch
+from gradreg_optim import GradRegOptimizer
+finders = list(sys.meta_path)
+optimizer = GradRegOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1))
+GradRegOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1))
+assert len(sys.meta_path) == len(finders) + 1
+assert "transformers" not in sys.modules
+{statement}
+assert "gradreg_optim.trainers.attach" in sys.modules
+assert sys.modules["transformers.trainer"].Trainer.train.__wrapped__
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+class Recreating(SFTTrainer):
+    """Makes an optimizer of its own, whatever it was given."""
+
+    def create_optimizer(self, *_):
+        self.optimizer = adamw(self.model)
+        return self.optimizer
+
+
+class Around(TrainerCallback):
+    """Lets the trainer step the optimizer inside the wrapper."""
+
+    def on_step_begin(self, args, state, control, optimizer=None, **_):
+        optimizer.optimizer = optimizer.optimizer.optimizer
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"trainer_class": Recreating}, "not the GradRegOptimizer"), ({"callbacks": [Around()]}, "took a step that was not")],
+    ids=["another optimizer", "the one inside"],
+)
+def test_a_trainer_that_does_not_use_its_wrapper_is_stopped(arguments, message, tmp_path):
+    """It was given a wrapper and trains without: an error at the latest at the end of the first step."""
+    trainer = build("sft", tmp_path, wrapped=REAL, **arguments)
+    with pytest.raises(RuntimeError, match=message):
+        trainer.train()
+    assert trainer.state.global_step <= 1
+
+
+def created(tmp_path, **arguments):
+    """A trainer whose ``create_optimizer`` makes the wrapper."""
+
+    class Creating(SFTTrainer):
+        def create_optimizer(self, *_):
+            if self.optimizer is None:
+                self.optimizer = GradRegOptimizer(adamw(self.model), **AT_THETA)
+            return self.optimizer
+
+    return build("sft", tmp_path, base=None, trainer_class=Creating, **arguments)
+
+
+def test_a_wrapper_that_the_trainer_creates_is_used(tmp_path):
+    """As plugins of training stacks do it: the second pass runs in each step."""
+    trainer = created(tmp_path)
+    spy = Spy(trainer)
+    trainer.train()
+    assert len(spy.losses) == 2 * 3
+
+
+def lora(**settings):
+    peft = pytest.importorskip("peft", reason="LoRA comes with peft")
+    return peft, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, **settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}], ids=["", "biases", "head"])
+@pytest.mark.parametrize("strength", [0.05, 0.0])
+def test_adapters_that_the_optimizer_lacks_are_noticed(settings, strength, tmp_path):
+    """An optimizer built on the base model, and then peft_config=: nothing would be trained, and this is said."""
+    _, config = lora(**settings)
+    model = llama(attention_bias=True)
+    trainer = build("sft", tmp_path, model=model, wrapped={**REAL, "strength": strength}, peft_config=config)
+    before = weights(trainer.model)
+    with pytest.raises(RuntimeError, match=r"none of the \d+ parameters that the model trains.*get_peft_model.*attach"):
+        trainer.train()
+    assert_same(weights(trainer.model), before)
+
+
+@pytest.mark.parametrize("how", ["get_peft_model", "attach"])
+def test_the_remedies_for_adapters_work(how, tmp_path):
+    """An optimizer built on the adapted model, and one that the trainer creates, train the adapters."""
+    peft, config = lora()
+    if how == "attach":
+        trainer = build("sft", tmp_path, base=None, peft_config=config)
+        attach(trainer, **REAL)
+    else:
+        trainer = build("sft", tmp_path, model=peft.get_peft_model(llama(), config), wrapped=REAL)
+    before = weights(trainer.model)
+    trainer.train()
+    after = weights(trainer.model)
+    assert {"lora" in name for name in before if not before[name].equal(after[name])} == {True}
+
+
+def test_an_optimizer_of_another_model_is_noticed(tmp_path):
+    """Its parameters are those of a copy, which get no gradients."""
+    other = llama()
+    trainer = build("sft", tmp_path, base=lambda _: adamw(other), wrapped=REAL)
+    with pytest.raises(RuntimeError, match="is in the optimizer, so nothing would be trained"):
+        trainer.train()
+
+
+class Projecting(SFTTrainer):
+    """Trains a scale that is no part of the model."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return super().compute_loss(model, inputs, *args, **kwargs) * self.scale.square()
+
+
+def test_parameters_beside_the_model_are_trained(tmp_path):
+    """An optimizer of parameters that the model does not have is right where they get gradients."""
+    scale = nn.Parameter(torch.ones(()))
+    trainer = build("sft", tmp_path, base=lambda _: SGD([scale], lr=0.1), wrapped=REAL, trainer_class=Projecting)
+    trainer.scale = scale
+    trainer.train()
+    assert scale.item() != 1

@@ -155,6 +155,21 @@ def test_loss_with_hidden_state_is_refused_on_every_rank(world, engine, ranks, t
     for rank, (message, computed, weights) in enumerate(answers):
         assert message.startswith("Elsewhere: the first loss was ")
         assert ("on another rank" in message) == (rank not in ranks)
-        assert computed == 2 + 1
+        assert computed == 2 + 2  # without and with gradients enabled
         if weights[0] is not None:
             assert_same(weights[-1], weights[0])
+
+
+@on(*ENGINES)
+def test_what_a_loss_counts_is_counted_once(world, engine, tmp_path):
+    """On every rank: objects, arrays, tensors and the trainer's state, in the first pass alone."""
+    assert world.run(worker.count_losses, tmp_path, engine, "attach") == [[2 * 2] * 4] * 2
+
+
+@on("ddp", "zero2", "zero3")
+def test_a_wrapper_that_the_trainer_creates_is_used(world, engine, tmp_path):
+    """``create_optimizer`` may return a wrapper; under DeepSpeed it is rebuilt before the engine takes its parameters."""
+    (weights, figures), *_ = world.run(worker.train_created, tmp_path, engine)
+    attached = world.run(worker.train, tmp_path, engine, how="attach")
+    assert len(figures) == 2
+    assert_same(weights, attached[0]["weights"][2])

@@ -7,11 +7,11 @@ from trl import SFTTrainer
 
 
 class Elsewhere(SFTTrainer):
-    """Weighs its loss by a count that it keeps where nobody looks for it."""
+    """Weighs its loss by a count that it keeps where nobody looks for it: on a class."""
 
-    class Count:
-        def __init__(self):
-            self.value = 0
+    @staticmethod
+    def Count():
+        return type("Count", (), {"value": 0})
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         loss = super().compute_loss(model, inputs, *args, **kwargs)
@@ -34,7 +34,7 @@ def test_loss_with_hidden_state_is_refused(accumulation, tmp_path):
         trainer.train()
     assert "\n" not in str(caught.value)
     assert_same(weights(trainer.model), before)
-    assert trainer.hidden.value == accumulation + 1
+    assert trainer.hidden.value == accumulation + 2  # without and with gradients enabled
 
 
 def test_state_that_does_not_matter_is_allowed(tmp_path):

@@ -7,9 +7,9 @@ import torch
 from problems import assert_same, closure_of, regression, twin_of, weights
 from torch import nn
 from torch.optim import Optimizer, lr_scheduler, swa_utils
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from gradreg_optim import GradRegOptimizer
+from gradreg_optim import GradRegOptimizer, MicroBatches
 
 SCHEDULERS = {
     "LambdaLR": lambda opt: lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step)),
@@ -154,23 +154,114 @@ def test_step_hooks_on_wrapper_and_base():
 
 
 def test_hooks_can_be_removed_and_replace_arguments():
-    """A pre-hook may bring the closure; a removed hook runs no more; global hooks see both optimizers."""
+    """A pre-hook may bring the closure; a removed hook runs no more."""
     model, loss = regression()
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer = GradRegOptimizer(inner)
     closure = closure_of(optimizer, loss)
     handle = optimizer.register_step_pre_hook(lambda opt, args, kwargs: ((opt, closure), {}))
-    seen = []
-    everywhere = register_optimizer_step_post_hook(lambda opt, args, kwargs: seen.append(opt))
-    try:
-        optimizer.step()
-    finally:
-        everywhere.remove()
+    optimizer.step()
     assert closure.calls == 2
-    assert seen == [inner, optimizer]
     handle.remove()
     with pytest.raises(RuntimeError, match="closure"):
         optimizer.step()
+
+
+def by_closure(optimizer, loss):
+    optimizer.step(closure_of(optimizer, loss))
+
+
+def by_loop(optimizer, loss):
+    for _ in optimizer.passes():
+        closure_of(optimizer, loss)()
+    optimizer.step()
+
+
+def by_micro_batches(optimizer, loss):
+    optimizer.zero_grad()
+    optimizer.step(MicroBatches(lambda _: loss().backward(), [1, 2]))
+
+
+def with_scaler(optimizer, loss):
+    optimizer._scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+
+    def closure():
+        optimizer.zero_grad()
+        optimizer._scaler.scale(loss()).backward()
+
+    optimizer.step(closure)
+
+
+@pytest.mark.parametrize("take_step", [by_closure, by_loop, by_micro_batches, with_scaler])
+def test_hooks_on_every_optimizer_see_the_wrapper_once(take_step):
+    """An average of the weights in such a hook moves once a step, after the update, which hooks of the base are around."""
+    model, loss = regression()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer, seen, start = GradRegOptimizer(inner), [], weights(model)
+    inner.register_step_post_hook(lambda opt, args, kwargs: seen.append(("update", opt)))
+
+    def moved():
+        return not torch.equal(start[0], weights(model)[0])
+
+    handles = [
+        register_optimizer_step_pre_hook(lambda opt, args, kwargs: seen.append(("before", opt, moved()))),
+        register_optimizer_step_post_hook(lambda opt, args, kwargs: seen.append(("after", opt, moved()))),
+    ]
+    try:
+        take_step(optimizer, loss)
+        assert seen == [("before", optimizer, False), ("update", inner), ("after", optimizer, True)]
+        seen.clear()
+        inner.step()  # the base optimizer in other hands
+        assert seen == [("before", inner, True), ("update", inner), ("after", inner, True)]
+    finally:
+        for handle in handles:
+            handle.remove()
+    take_step(optimizer, loss)
+    assert len(seen) == 4  # a removed hook does not come back
+
+
+def test_hooks_on_every_optimizer_see_another_one_in_the_closure():
+    """A closure that steps another optimizer, as for a discriminator, does so with its hooks; an error restores them."""
+    model, loss = regression()
+    other = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    optimizer, seen = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1)), []
+    closure = closure_of(optimizer, lambda: (other.step(), loss())[1])
+    handle = register_optimizer_step_post_hook(lambda opt, args, kwargs: seen.append(opt))
+    try:
+        optimizer.step(closure)
+        assert seen == [other, other, optimizer]
+        optimizer.optimizer.register_step_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step(closure)
+        other.step()
+        assert seen[3:] == [other, other, other]
+    finally:
+        handle.remove()
+
+
+def test_a_profiler_sees_one_step():
+    """The range ``Optimizer.step#…`` is the wrapped optimizer's, as without the wrapper."""
+    model, loss = regression()
+    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step(closure_of(optimizer, loss))
+    steps = {event.key: event.count for event in profile.key_averages() if event.key.startswith("Optimizer.step#")}
+    assert steps == {"Optimizer.step#SGD.step": 1}
+
+
+def test_an_average_kept_by_a_scheduler_moves_once():
+    """An LR scheduler and an averaged model stepped by hooks on either optimizer count the steps of the loop."""
+    for on in ("wrapper", "base"):
+        model, loss = regression()
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer, averaged = GradRegOptimizer(inner), swa_utils.AveragedModel(model)
+        holder = optimizer if on == "wrapper" else inner
+        scheduler = lr_scheduler.StepLR(holder, 1, gamma=0.5)
+        holder.register_step_post_hook(lambda *_, a=averaged, m=model, s=scheduler: (a.update_parameters(m), s.step())[:0])
+        for _ in range(3):
+            optimizer.step(closure_of(optimizer, loss))
+        assert int(averaged.n_averaged) == 3
+        assert inner.param_groups[0]["lr"] == 0.1 * 0.5**3
 
 
 def test_clearing_gradients():
