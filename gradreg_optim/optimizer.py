@@ -242,8 +242,8 @@ class GradRegOptimizer(OptimizerWrapper):
             for group in self.param_groups:
                 group["gradreg_floor"] = outcome.check.floor
         self.advice.note(outcome)
-        if outcome.is_empty:
-            self.advice.tell("empty", no_gradient(self.param_groups, self.exclude))
+        if outcome.is_empty and self._attachment is None:  # a trainer's attachment has its own check
+            self.advice.tell("empty", no_gradient(self.param_groups, self.exclude, self._excluded))
 
     # What another engine does differently.
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common.language_models import Arithmetic, Batch, loss
-from gradreg_optim.core.multi_tensor import stochastically_rounded_
+from gradreg_optim.core.multi_tensor.eager import StochasticRounding
 
 Tensors = list[Tensor]
 BFLOAT16_STEP = 2.0**-8  # relative size of the last bit of bf16, at its smallest
@@ -27,6 +27,11 @@ RADII = (0.0025, 0.005, 0.01, 0.02)
 """Where all schemes and arithmetics are compared."""
 NORMS = (0.05, 0.5)
 """Gradient norms at which the published ε = 1e-3 is tried, besides the batch's own; a norm of 10 would be ρ = 0.01."""
+
+
+def stochastically_rounded_(values: Tensor, random: torch.Generator) -> Tensor:
+    """Round contiguous float32 ``values`` in place to values of bfloat16, as the optimizer does."""
+    return StochasticRounding(int(torch.randint(2**62, (), generator=random))).round_(values)
 
 
 class Passes:

@@ -156,14 +156,15 @@ class Clearing:
             return
         parameter = min(candidates, key=Tensor.numel)
         gradient: Any = parameter.grad
-        version, was_cleared, backward = gradient._version, list[bool](), torch.autograd.backward
+        held, was_cleared, backward = real(gradient), list[bool](), torch.autograd.backward
+        version = held._version
 
         def is_as_before() -> bool:
-            return bool(gradient._version == version) and parameter.grad is gradient
+            return held._version == version and parameter.grad is gradient
 
         def compare(*args: Any, **kwargs: Any) -> None:
             torch.autograd.backward = backward
-            before = real(gradient).clone() if is_as_before() else None
+            before = held.clone() if is_as_before() else None
             backward(*args, **kwargs)
             if before is None:
                 was_cleared.append(True)

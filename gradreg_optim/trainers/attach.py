@@ -88,20 +88,26 @@ def attach_to_caller(optimizer: Any) -> None:
     while frame is not None:
         trainer = frame.f_locals.get("self")
         if isinstance(trainer, Trainer) and find_wrapper(trainer.optimizer) is optimizer:
-            attachment = attachment_of(trainer)
-            if attachment is not None and attachment.optimizer is not optimizer:  # the trainer was given another wrapper
-                attachment.hooks.close()
-                attachment = None
-            (attachment or Attachment(trainer, optimizer, {})).begin_micro_batch()
+            _attached(trainer, optimizer).begin_micro_batch()
             return
         frame = frame.f_back  # type: ignore[assignment]
+
+
+def _attached(trainer: Trainer, optimizer: Any) -> Attachment:
+    """The trainer's attachment, or a new one if it has none or was given another wrapper since."""
+    attachment = attachment_of(trainer)
+    if attachment is not None and (attachment.optimizer is optimizer or attachment.adoption.is_sharded):
+        return attachment
+    if attachment is not None:
+        attachment.hooks.close()
+    return Attachment(trainer, optimizer, {})
 
 
 def _attach_to_train(train: Callable[..., Any], trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
     """Attach a trainer that begins to train with a :class:`GradRegOptimizer`, which it may replace on its way."""
     given = find_wrapper(trainer.optimizer)
-    if given is not None and attachment_of(trainer) is None:
-        Attachment(trainer, given, {})
+    if given is not None:
+        _attached(trainer, given)
     return train(trainer, *args, **kwargs)
 
 

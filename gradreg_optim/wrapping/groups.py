@@ -177,11 +177,6 @@ def excluded_positions(
     def matches(parameter: Tensor) -> bool:
         return any(pattern in name for name in names.get(id(parameter), ()) for pattern in patterns)
 
-    if must_match and all(matches(parameter) for group in groups for parameter in group["params"]):
-        raise ValueError(
-            f"exclude={patterns!r} matches every parameter of the optimizer: nothing is left to regularize. "
-            f"Names look like {', '.join(map(repr, known[:3]))}. Pass patterns that match fewer, or strength=0."
-        )
     return [[i for i, parameter in enumerate(group["params"]) if matches(parameter)] for group in groups]
 
 

@@ -69,13 +69,13 @@ def test_refused(name, by, tmp_path):
 
 
 @installed(WHOLE)
-def test_whole_steps_without_attach_are_refused(name, tmp_path):
-    """Given as ``optimizers=`` alone, where no call announces a micro-batch, the wrapper asks for attach()."""
+def test_whole_steps_need_no_attach(name, tmp_path):
+    """Given as ``optimizers=`` alone, where no call announces a micro-batch, the wrapper regularizes from the first step."""
     trainer = build_kind(name, tmp_path, wrapped=REAL)
-    before = weights(trainer.model)
-    with pytest.raises(RuntimeError, match=r"OnlineDPO, NashMD and XPO need gradreg_optim.attach\(trainer\)"):
-        trainer.train()
-    assert_same(weights(trainer.model), before)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logged
+    assert all(entry["grad_reg/strength"] == REAL["strength"] for entry in logged)
 
 
 @installed(WHOLE)

@@ -48,7 +48,7 @@ def test_inside_the_block_the_weights_stand_at_the_second_point(dtype):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         moved = [(b.to(wide) - a.to(wide)).flatten() for a, b in zip(before, there, strict=True)]
         along = [x.to(wide).flatten() for x in d]
-        expected = [*((m @ x, x @ x) for m, x in zip(moved, along, strict=True)), (torch.zeros(()), torch.zeros(()))]
+        expected = [*((m @ x, x @ x) for m, x in zip(moved, along, strict=True)), (0.0, 0.0)]
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)  # order of summation
     assert_same(values(theta), before)
 

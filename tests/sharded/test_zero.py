@@ -236,7 +236,7 @@ def test_offloaded_masters_are_on_another_device_than_weights(pair, stage, preci
     expected = pair.run(worker.train, config, SETTINGS, steps=2)
     found = pair.run(worker.train_with_weights_elsewhere, config, SETTINGS, steps=2)
     for rank, other in zip(found, expected, strict=True):
-        assert rank.pop("written") == 2
+        assert rank.pop("written") == {"fp32": 2, "bf16": 4}[precision]  # a check has three points
         assert all(torch.equal(rank["masters"][-1][name], value) for name, value in other["masters"][-1].items())
         fidelity = [metrics.pop("perturbation_fidelity") for metrics in (rank["metrics"][-1], other["metrics"][-1])]
         assert fidelity[0] == pytest.approx(fidelity[1], rel=1e-4)

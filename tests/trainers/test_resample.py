@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 from trl import GRPOTrainer, RLOOTrainer, SFTTrainer
 
 from gradreg_optim import GradRegConfig, attach
-from gradreg_optim.trainers.old_policy import OldPolicy, clipped_by_loss
+from gradreg_optim.trainers.old_policy import OldPolicy, clipped_by_loss, clipped_so_far
 
 ACTIONS, PROMPT = 5, 3
 EXACT = 1e-12
@@ -467,7 +467,8 @@ def test_supervised_training_reports_no_ratio(tmp_path):
 
 def test_only_what_the_loss_has_just_counted_is_reported():
     """A figure from before, of a loss that clipped then, is not this one's."""
-    before = {"_metrics": {"train": {"cispo_clip_ratio": [0.5]}}}
-    assert clipped_by_loss(SimpleNamespace(**before), before) is None
-    after = {"_metrics": {"train": {"cispo_clip_ratio": [0.5, 0.25]}}}
-    assert clipped_by_loss(SimpleNamespace(**after), before) == 0.25
+    trainer = SimpleNamespace(_metrics={"train": {"cispo_clip_ratio": [0.5]}})
+    before = clipped_so_far(trainer)
+    assert clipped_by_loss(trainer, before) is None
+    trainer._metrics["train"]["cispo_clip_ratio"].append(0.25)
+    assert clipped_by_loss(trainer, before) == 0.25
