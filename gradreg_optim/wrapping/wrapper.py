@@ -153,7 +153,7 @@ class OptimizerWrapper(Optimizer):
         if not trainable:
             raise ValueError(
                 "The optimizer has no trainable parameter: nothing would be trained. Build it on parameters with "
-                "requires_grad=True; if an adapter is created later, call peft.get_peft_model(model, config) before that, or "
+                "requires_grad=True; if an adapter is created later, call peft.get_peft_model(model, config) first, or "
                 "let the trainer create the optimizer and call attach(trainer)."
             )
         if not left:
