@@ -13,12 +13,22 @@ from gradreg_optim.optimizer import GradRegOptimizer
 
 if TYPE_CHECKING:
     from gradreg_optim.trainers.attach import attach, detach
+    from gradreg_optim.trainers.callback import GradRegCallback
     from gradreg_optim.zero import ZeroGradRegOptimizer
 
 __version__ = "0.1.0"
-__all__ = ["GradRegConfig", "GradRegOptimizer", "MicroBatches", "ZeroGradRegOptimizer", "attach", "detach"]
+__all__ = [
+    "GradRegCallback",
+    "GradRegConfig",
+    "GradRegOptimizer",
+    "MicroBatches",
+    "ZeroGradRegOptimizer",
+    "attach",
+    "detach",
+]
 
 _LAZY = {
+    "GradRegCallback": "gradreg_optim.trainers.callback",
     "ZeroGradRegOptimizer": "gradreg_optim.zero",
     "attach": "gradreg_optim.trainers.attach",
     "detach": "gradreg_optim.trainers.attach",

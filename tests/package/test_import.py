@@ -33,7 +33,12 @@ def test_importing_needs_torch_alone():
     assert run(step).strip() == "[]"
 
 
-LIBRARIES = {"attach": "transformers", "detach": "transformers", "ZeroGradRegOptimizer": "deepspeed"}
+LIBRARIES = {
+    "GradRegCallback": "transformers",
+    "attach": "transformers",
+    "detach": "transformers",
+    "ZeroGradRegOptimizer": "deepspeed",
+}
 
 
 @pytest.mark.parametrize("name", sorted({"GradRegConfig", "GradRegOptimizer", *LIBRARIES}))
