@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from gradreg_optim.by_name import GradReg
 from gradreg_optim.config import GradRegConfig
 from gradreg_optim.drivers.micro_batches import MicroBatches
 from gradreg_optim.optimizer import GradRegOptimizer
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "GradReg",
     "GradRegCallback",
     "GradRegConfig",
     "GradRegOptimizer",

@@ -41,7 +41,7 @@ LIBRARIES = {
 }
 
 
-@pytest.mark.parametrize("name", sorted({"GradRegConfig", "GradRegOptimizer", *LIBRARIES}))
+@pytest.mark.parametrize("name", sorted({"GradReg", "GradRegConfig", "GradRegOptimizer", *LIBRARIES}))
 def test_public_names(name):
     """Every promised name is there, those of trainers and engines loaded when they are first used."""
     assert name in gradreg_optim.__all__
