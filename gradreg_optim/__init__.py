@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gradreg_optim.by_name import GradReg
 from gradreg_optim.config import GradRegConfig
 from gradreg_optim.drivers.micro_batches import MicroBatches
+from gradreg_optim.extras import import_part
 from gradreg_optim.optimizer import GradRegOptimizer
 
 if TYPE_CHECKING:
@@ -40,7 +41,5 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     """Import the part that provides ``name``."""
     if name in _LAZY:
-        from importlib import import_module
-
-        return getattr(import_module(_LAZY[name]), name)
+        return getattr(import_part(_LAZY[name], f"gradreg_optim.{name}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
