@@ -7,18 +7,31 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from gradreg_optim.by_name import GradReg
 from gradreg_optim.config import GradRegConfig
 from gradreg_optim.drivers.micro_batches import MicroBatches
+from gradreg_optim.extras import import_part
 from gradreg_optim.optimizer import GradRegOptimizer
 
 if TYPE_CHECKING:
     from gradreg_optim.trainers.attach import attach, detach
+    from gradreg_optim.trainers.callback import GradRegCallback
     from gradreg_optim.zero import ZeroGradRegOptimizer
 
 __version__ = "0.1.0"
-__all__ = ["GradRegConfig", "GradRegOptimizer", "MicroBatches", "ZeroGradRegOptimizer", "attach", "detach"]
+__all__ = [
+    "GradReg",
+    "GradRegCallback",
+    "GradRegConfig",
+    "GradRegOptimizer",
+    "MicroBatches",
+    "ZeroGradRegOptimizer",
+    "attach",
+    "detach",
+]
 
 _LAZY = {
+    "GradRegCallback": "gradreg_optim.trainers.callback",
     "ZeroGradRegOptimizer": "gradreg_optim.zero",
     "attach": "gradreg_optim.trainers.attach",
     "detach": "gradreg_optim.trainers.attach",
@@ -28,7 +41,5 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     """Import the part that provides ``name``."""
     if name in _LAZY:
-        from importlib import import_module
-
-        return getattr(import_module(_LAZY[name]), name)
+        return getattr(import_part(_LAZY[name], f"gradreg_optim.{name}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

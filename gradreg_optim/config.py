@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any, get_args
@@ -26,7 +27,7 @@ def _field(setting: Setting) -> tuple[str, Any, Any]:
     return _flag(setting), setting.rule.kind, field(default=default, metadata=metadata)
 
 
-def _from_text(value: Any, kind: Any) -> Any:
+def from_text(value: Any, kind: Any) -> Any:
     """The number that a text holds, where a number is wanted; anything else as it is."""
     number = next((number for number in (int, float) if number in (kind, *get_args(kind))), None)
     if isinstance(value, str) and number is not None:
@@ -58,7 +59,7 @@ class GradRegConfig(_Flags):  # type: ignore[misc]
     def __post_init__(self) -> None:
         """Check every value; numbers may be text, as YAML reads ``1e-3``."""
         for setting in SETTINGS:
-            setattr(self, _flag(setting), _from_text(getattr(self, _flag(setting)), setting.rule.kind))
+            setattr(self, _flag(setting), from_text(getattr(self, _flag(setting)), setting.rule.kind))
         check_settings(**self.kwargs())
 
     def kwargs(self) -> dict[str, Any]:
@@ -67,3 +68,14 @@ class GradRegConfig(_Flags):  # type: ignore[misc]
         for clip in ("g1_clip", "g2_clip"):  # a command line cannot say None; 0 is the Trainer's way to switch a clip off
             kwargs[clip] = kwargs[clip] or None
         return {**kwargs, "exclude": exclude_patterns(self.grad_reg_exclude)}
+
+
+def as_flags(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of :class:`~gradreg_optim.GradRegOptimizer` under the names of their flags, as a run records them.
+
+    Those that are not given have their defaults; a callable is its name.
+    """
+    flags = {_flag(setting): settings.get(setting.name, setting.default) for setting in SETTINGS}
+    flags["grad_reg_schedule"] = flags["grad_reg_schedule"] or "constant"
+    names = {flag: getattr(value, "__name__", type(value).__name__) for flag, value in flags.items() if callable(value)}
+    return {**flags, **names, "grad_reg_exclude": list(exclude_patterns(settings.get("exclude"))) or None}

@@ -44,6 +44,18 @@ class Adoption:
         if given is None or self.is_sharded:  # under DeepSpeed, Transformers drops the optimizer that it was given
             attachment.hooks.answer(trainer, "create_optimizer", self._create_optimizer)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that the wrapper was given, or will be."""
+        optimizer = self.optimizer
+        if optimizer is None:
+            return self._settings
+        return {
+            **optimizer._settings,
+            "schedule": optimizer._schedule or optimizer._settings["schedule"],
+            "exclude": optimizer.exclude,
+        }
+
     def _create_optimizer(self, create: Any, *args: Any, **kwargs: Any) -> Any:
         trainer = self._trainer
         if self.is_sharded and self._given is not None and trainer.optimizer is None:

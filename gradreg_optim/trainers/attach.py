@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import transformers.trainer
@@ -38,35 +38,50 @@ def attach(trainer: Trainer, config: GradRegConfig | None = None, **settings: Un
             unknown.
         ValueError: a setting breaks its rule, or settings are given although the trainer's optimizer is a
             :class:`GradRegOptimizer`, which has its own.
-        RuntimeError: the trainer is attached already.
+        RuntimeError: the trainer is attached already, or DeepSpeed holds the parameters of its optimizer.
     """
     if not isinstance(trainer, Trainer):
         raise TypeError(
             f"trainer={shown(trainer)} is a {type(trainer).__name__}: attach() works on transformers.Trainer and TRL "
             "trainers. In a loop of your own, call optimizer.step(closure) instead."
         )
-    if config is not None and not isinstance(config, GradRegConfig):
-        raise TypeError(
-            f"config={shown(config)} is a {type(config).__name__}: settings are a GradRegConfig or keyword arguments. "
-            "Call, for example, attach(trainer, strength=1e-2)."
-        )
+    given = checked_settings("attach", config, settings)
     if attachment_of(trainer) is not None:
         raise RuntimeError("attach: this trainer is attached already. Call detach(trainer) first.")
-    given: dict[str, Any] = {**(config.kwargs() if config is not None else {}), **settings}
-    for name in given:
-        if name not in Settings.__annotations__:
-            raise TypeError(f"attach got an unexpected setting {name!r}. {suggestion(name, Settings.__annotations__)}")
     optimizer = find_wrapper(trainer.optimizer)
     if optimizer is not None and given:
         raise ValueError(
             f"attach got {sorted(given)}, but the trainer's optimizer is a GradRegOptimizer with settings of its own. "
             "Pass the settings to one of the two."
         )
-    # Raise now what GradRegOptimizer would raise about its settings when the trainer creates the optimizer.
+    if (
+        optimizer is None
+        and trainer.optimizer is not None
+        and getattr(trainer.accelerator, "deepspeed_engine_wrapped", None)
+    ):
+        raise RuntimeError(
+            "A DeepSpeed engine holds the parameters of the trainer's optimizer by now: it is too late to attach. Call "
+            "attach(trainer) before it trains; if you use GradRegCallback, give it to the constructor of the trainer, "
+            "callbacks=[GradRegCallback(…)]."
+        )
+    Attachment(trainer, optimizer, given)
+
+
+def checked_settings(where: str, config: GradRegConfig | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of ``config`` and those given to ``where``; raise now what the optimizer would raise later."""
+    if config is not None and not isinstance(config, GradRegConfig):
+        raise TypeError(
+            f"config={shown(config)} is a {type(config).__name__}: settings are a GradRegConfig or keyword arguments. "
+            f"Call, for example, {where}({'trainer, ' if where == 'attach' else ''}strength=1e-2)."
+        )
+    given: dict[str, Any] = {**(config.kwargs() if config is not None else {}), **settings}
+    for name in given:
+        if name not in Settings.__annotations__:
+            raise TypeError(f"{where} got an unexpected setting {name!r}. {suggestion(name, Settings.__annotations__)}")
     exclude_patterns(given.get("exclude"))
     check_arguments(given.get("model"), given.get("scaler"))
     check_settings(**given)
-    Attachment(trainer, optimizer, given)
+    return given
 
 
 def detach(trainer: Trainer) -> None:
@@ -82,15 +97,22 @@ def detach(trainer: Trainer) -> None:
     attachment.adoption.give_back()
 
 
-def attach_to_caller(optimizer: Any) -> None:
-    """Begin a micro-batch of the trainer whose ``training_step`` is calling; attach the trainer first if necessary."""
+def calling_trainers() -> Iterator[Trainer]:
+    """The trainers whose methods are being called, from the innermost outwards."""
     frame = sys._getframe(1)
     while frame is not None:
         trainer = frame.f_locals.get("self")
-        if isinstance(trainer, Trainer) and find_wrapper(trainer.optimizer) is optimizer:
+        if isinstance(trainer, Trainer):
+            yield trainer
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+def attach_to_caller(optimizer: Any) -> None:
+    """Begin a micro-batch of the trainer whose ``training_step`` is calling; attach the trainer first if necessary."""
+    for trainer in calling_trainers():
+        if find_wrapper(trainer.optimizer) is optimizer:
             _attached(trainer, optimizer).begin_micro_batch()
             return
-        frame = frame.f_back  # type: ignore[assignment]
 
 
 def _attached(trainer: Trainer, optimizer: Any) -> Attachment:

@@ -32,6 +32,7 @@ from gradreg_optim.trainers.generations import Generations
 from gradreg_optim.trainers.hooks import Hooks
 from gradreg_optim.trainers.old_policy import LOG_P_METHOD, OldPolicy, clipped_by_loss, has_old_policy
 from gradreg_optim.trainers.other_backwards import OtherBackwards
+from gradreg_optim.trainers.record import tag_card, tell_trackers
 from gradreg_optim.trainers.recorder import MicroBatch, Recorder, not_repeatable
 from gradreg_optim.trainers.replay import Replay
 
@@ -55,6 +56,7 @@ class Attachment(TrainerCallback):
         answer = self.hooks.answer
         answer(trainer, "compute_loss", self._compute_loss)
         answer(trainer, "log", self._log)
+        answer(trainer, "create_model_card", tag_card)
         for owner, name in self._generations.methods:
             answer(owner, name, self._generations)
         answer(trainer, "training_step", self._training_step)
@@ -118,6 +120,8 @@ class Attachment(TrainerCallback):
         if self.replay.is_running:
             return
         if not self.recorder.micro_batches:  # the window begins
+            if self.recorder.plan is None:  # the first of this training: its trackers are set up
+                tell_trackers(self.trainer, self.optimizer)
             self.recorder = Recorder(self.trainer, self._plan(), self.optimizer.storage(), self.optimizer._buffers)
         self.recorder.begin_micro_batch()
 

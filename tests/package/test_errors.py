@@ -19,7 +19,7 @@ from torch.distributed.fsdp._flat_param import FlatParamHandle
 from torch.utils.checkpoint import checkpoint
 
 import gradreg_optim
-from gradreg_optim import GradRegConfig, GradRegOptimizer, MicroBatches
+from gradreg_optim import GradReg, GradRegConfig, GradRegOptimizer, MicroBatches
 from gradreg_optim.core.local import device_mesh
 from gradreg_optim.wrapping.engines import _check_shards
 
@@ -27,7 +27,7 @@ from gradreg_optim.wrapping.engines import _check_shards
 ROOT = pathlib.Path(gradreg_optim.__file__).parent
 CORE = [
     *(path for folder in ("core", "drivers", "wrapping") for path in sorted((ROOT / folder).rglob("*.py"))),
-    *(ROOT / name for name in ("config.py", "optimizer.py")),
+    *(ROOT / name for name in ("by_name.py", "config.py", "optimizer.py")),
 ]
 
 
@@ -581,6 +581,41 @@ CASES = {
         "gradreg_method='central' in one parameter group and 'forward' in the first",
         "it holds for the whole optimizer",
         "Give it to the optimizer",
+    ),
+    "a name of nothing": Case(
+        lambda: GradReg([], "torch.optim.AdamX"),
+        ImportError,
+        "base_optimizer='torch.optim.AdamX'",
+        "must be the full name of an installed optimizer",
+        "Write, for example, 'torch.optim.AdamW'",
+    ),
+    "a name of no optimizer": Case(
+        lambda: GradReg([], "torch.nn.Linear"),
+        TypeError,
+        "base_optimizer='torch.nn.Linear'",
+        "must be the full name of the optimizer inside, or its class",
+        "Write, for example, base_optimizer='torch.optim.AdamW'",
+    ),
+    "gradreg that is no mapping": Case(
+        lambda: GradReg([], gradreg=0.1),
+        TypeError,
+        "gradreg=0.1 is a float",
+        "must be a mapping",
+        "gradreg={'strength': 1e-2}",
+    ),
+    "a misspelt name in gradreg": Case(
+        lambda: GradReg([], gradreg={"strenght": 0.1}),
+        TypeError,
+        "'strenght'",
+        "unexpected setting",
+        "Did you mean 'strength'?",
+    ),
+    "a setting beside gradreg": Case(
+        lambda: GradReg([], strength=0.1, lr=0.1),
+        TypeError,
+        "strength=0.1",
+        "is no argument of AdamW",
+        "gradreg={'strength': 0.1}",
     ),
     "two device meshes": Case(
         two_meshes,

@@ -33,10 +33,15 @@ def test_importing_needs_torch_alone():
     assert run(step).strip() == "[]"
 
 
-LIBRARIES = {"attach": "transformers", "detach": "transformers", "ZeroGradRegOptimizer": "deepspeed"}
+LIBRARIES = {
+    "GradRegCallback": "transformers",
+    "attach": "transformers",
+    "detach": "transformers",
+    "ZeroGradRegOptimizer": "deepspeed",
+}
 
 
-@pytest.mark.parametrize("name", sorted({"GradRegConfig", "GradRegOptimizer", *LIBRARIES}))
+@pytest.mark.parametrize("name", sorted({"GradReg", "GradRegConfig", "GradRegOptimizer", *LIBRARIES}))
 def test_public_names(name):
     """Every promised name is there, those of trainers and engines loaded when they are first used."""
     assert name in gradreg_optim.__all__
@@ -48,3 +53,31 @@ def test_public_names(name):
 def test_unknown_names_are_attribute_errors():
     """hasattr and from-imports behave as on any module."""
     assert not hasattr(gradreg_optim, "no_such_name")
+
+
+MISSING = [*((name, library) for name, library in LIBRARIES.items()), ("attach", "accelerate")]
+
+
+@pytest.mark.parametrize(("name", "library"), MISSING)
+def test_a_missing_package_names_its_extra(name, library):
+    """Where a library is not installed, whoever needs it learns which extra brings it; the rest works as before."""
+    script = f"""
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == {library!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Missing())
+import gradreg_optim
+assert gradreg_optim.GradRegOptimizer and gradreg_optim.GradReg
+try:
+    gradreg_optim.{name}
+except ImportError as error:
+    print(error)
+"""
+    extra = "deepspeed" if library == "deepspeed" else "trl"
+    message = run(script)
+    assert f"gradreg_optim.{name} needs packages that are missing" in message
+    assert message.endswith(f"pip install 'gradreg_optim[{extra}]'.\n")

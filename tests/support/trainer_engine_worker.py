@@ -26,7 +26,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import deepspeed as integration
 from trl import SFTTrainer
 
-from gradreg_optim import GradRegOptimizer, attach
+from gradreg_optim import GradRegCallback, GradRegOptimizer, attach
 from gradreg_optim.trainers.replay import Replay
 
 logging.disable(logging.WARNING)
@@ -102,7 +102,7 @@ def token_dataset(count=16):
 
 
 def make(kind, folder, how, settings, *, model=None, optimizer=None, **arguments):
-    """A trainer whose penalty comes with the optimizer (``"optimizers"``), by ``attach()``, or not at all (``"none"``)."""
+    """A trainer whose penalty comes with the optimizer (``"optimizers"``), by ``attach()`` or a callback, or not at all."""
     model = llama() if model is None else model
     if kind == "plain":
         base = optimizer(model) if how == "optimizers" else None
@@ -115,9 +115,13 @@ def make(kind, folder, how, settings, *, model=None, optimizer=None, **arguments
         torch.manual_seed(11)
     else:
         given = {"base": optimizer, "wrapped": settings} if how == "optimizers" else {"base": None}
+        if how == "callback":
+            given["callbacks"] = [GradRegCallback(**settings)]
         trainer = build(kind, folder, model=model, **given, **arguments)
     if how == "attach":
         attach(trainer, **settings)
+    if how == "late callback":
+        trainer.add_callback(GradRegCallback(**settings))
     return trainer
 
 
@@ -251,6 +255,17 @@ def train_with_given_optimizer(folder, name):
             make("sft", folder, "optimizers", REAL, optimizer=lambda model: SGD(model.parameters(), lr=1.0), **settings)
         except RuntimeError as error:
             return str(error)
+
+
+def train_with_late_callback(folder, name):
+    """What a trainer says to a callback that comes after its constructor, and its weights before and after."""
+    with engine(name, folder) as settings:
+        trainer = make("sft", folder, "late callback", REAL, **settings)
+        weights = Weights(trainer)
+        try:
+            trainer.train()
+        except RuntimeError as error:
+            return str(error), len(weights.kept)
 
 
 class Creating(SFTTrainer):

@@ -173,3 +173,19 @@ def test_a_wrapper_that_the_trainer_creates_is_used(world, engine, tmp_path):
     attached = world.run(worker.train, tmp_path, engine, how="attach")
     assert len(figures) == 2
     assert_same(weights, attached[0]["weights"][2])
+
+
+@pytest.mark.parametrize("how", ["callback", "late callback"])
+@on("ddp", "fsdp2", "zero2", "zero3")
+def test_a_callback_attaches(world, engine, how, tmp_path):
+    """From the constructor, and later where no DeepSpeed engine exists: the weights of ``attach``, bit for bit."""
+    if engine.startswith("zero") and how == "late callback":
+        for message, steps in world.run(worker.train_with_late_callback, tmp_path, engine):
+            assert "give it to the constructor" in message
+            assert steps == 0
+        return
+    found, attached = (world.run(worker.train, tmp_path, engine, how=way)[0] for way in (how, "attach"))
+    assert found["engine"] == ENGINES[engine]
+    assert len(found["inputs"]) == len(attached["inputs"]) == 2 * 2
+    for step in (1, 2):
+        assert_same(found["weights"][step], attached["weights"][step])

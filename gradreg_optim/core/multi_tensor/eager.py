@@ -234,7 +234,7 @@ class StochasticRounding:
             self._first.random_(0, 2**16, generator=generator)
         noise = self._room.flat([values], torch.int32)
         torch.bitwise_xor(self._first[: values.numel()], self._keys.getrandbits(16), out=noise)
-        values.view(torch.int32).add_(noise).bitwise_and_(-(2**16))
+        values.view(-1).view(torch.int32).add_(noise).bitwise_and_(-(2**16))
         return values
 
 
