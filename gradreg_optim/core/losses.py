@@ -157,10 +157,12 @@ class Clearing:
         parameter = min(candidates, key=Tensor.numel)
         gradient: Any = parameter.grad
         held, was_cleared, backward = real(gradient), list[bool](), torch.autograd.backward
-        version = held._version
+        version, start = held._version, held if type(gradient) is Tensor else held.clone()
 
         def is_as_before() -> bool:
-            return held._version == version and parameter.grad is gradient
+            if type(gradient) is Tensor:
+                return held._version == version and parameter.grad is gradient
+            return parameter.grad is not None and torch.equal(real(parameter.grad), start)  # DTensors have no version
 
         def compare(*args: Any, **kwargs: Any) -> None:
             torch.autograd.backward = backward

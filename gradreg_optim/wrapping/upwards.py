@@ -34,11 +34,17 @@ class _AfterTrainer(MetaPathFinder):
 
             def execute_both(module: ModuleType) -> None:
                 execute(module)
-                if module.__name__ == _TRAINER:
+                if module.__name__ == _TRAINER and not _is_being_imported("gradreg_optim.trainers."):
                     import_module(_ATTACH)
 
             spec.loader.exec_module = execute_both
         return spec  # type: ignore[no-any-return]
+
+
+def _is_being_imported(prefix: str) -> bool:
+    """Whether a module with such a name is in the middle of its import, and may be what imports the trainer."""
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith(prefix)]
+    return any(getattr(module.__spec__, "_initializing", False) for module in modules)
 
 
 _AFTER_TRAINER = _AfterTrainer()
