@@ -24,10 +24,11 @@ from gradreg_optim.core.storage import Storage
 
 def stand_at(storage: Storage, first: FirstGradient, point: Point, plan: Plan) -> AbstractContextManager[None]:
     """Stand at ``point`` inside the block; at θ' itself, note how much of the step the weights' dtype let through."""
-    steps = [group.eps * (point.value / storage.loss_scale) * first.clip for group in first.groups]
-    # A step to a point nearby would be rounded to nothing: only stochastic rounding lets some of it through.
-    seed = None if plan.rounds_to_nearest and point is not Point.NEARBY else plan.step
-    return storage.moved(first, steps, seed=seed, measured=point is Point.AHEAD)
+    signs = plan.step if point is Point.SIDEWAYS else None
+    distance = point.value if signs is None else 1.0
+    steps = [group.eps * (distance / storage.loss_scale) * first.clip for group in first.groups]
+    seed = None if plan.rounds_to_nearest else plan.step
+    return storage.moved(first, steps, seed=seed, measured=point is Point.AHEAD, signs=signs)
 
 
 def weight_of(group: GroupGradients) -> Scalar:
@@ -100,7 +101,7 @@ def central_difference(storage: Storage, first: FirstGradient, plan: Plan) -> Di
 # second order cancel: at a self-check of 0 it is as good as the forward difference at about 0.5.
 FORWARD = Scheme(
     points=(Point.AHEAD,),
-    checked_points=(Point.NEARBY, Point.BEHIND, Point.AHEAD),
+    checked_points=(Point.SIDEWAYS, Point.BEHIND, Point.AHEAD),
     at=stand_at,
     difference=forward_difference,
     weight=weight_of,
@@ -110,7 +111,7 @@ FORWARD = Scheme(
 """Two gradients a step."""
 CENTRAL = Scheme(
     points=(Point.BEHIND, Point.AHEAD),
-    checked_points=(Point.NEARBY, Point.BEHIND, Point.AHEAD),
+    checked_points=(Point.SIDEWAYS, Point.BEHIND, Point.AHEAD),
     at=stand_at,
     difference=central_difference,
     weight=weight_of,
