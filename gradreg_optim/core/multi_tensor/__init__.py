@@ -25,7 +25,6 @@ from torch import Tensor
 
 from gradreg_optim.core.multi_tensor import blocks, eager
 from gradreg_optim.core.multi_tensor.eager import sampled as sampled
-from gradreg_optim.core.multi_tensor.signs import of_group as of_group
 from gradreg_optim.core.multi_tensor.signs import with_signs
 
 Scalar = float | Tensor
@@ -155,6 +154,11 @@ def inner_of_differences(start: Sequence[Tensor], left: Sequence[Tensor], right:
 
 
 # Weights.
+
+
+def of_group(seed: int | None, number: int) -> int | None:
+    """The seed of a parameter group, given that of a step; ``None`` stays ``None``."""
+    return None if seed is None else (seed << 40) + (number << 24)
 
 
 def save_and_shift_(

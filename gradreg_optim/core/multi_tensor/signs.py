@@ -12,11 +12,6 @@ PIECE = 2**24
 """Elements whose signs are in memory at a time."""
 
 
-def of_group(seed: int | None, number: int) -> int | None:
-    """The seed of a parameter group, given that of a step; ``None`` stays ``None``."""
-    return None if seed is None else (seed << 40) + (number << 24)
-
-
 def with_signs(direction: Sequence[Tensor], *others: Sequence[Tensor], seed: int) -> Iterator[tuple[list[Tensor], int]]:
     """Pieces of the lists, the first with random signs, and a number that is drawn for each.
 
