@@ -21,11 +21,16 @@ from gradreg_optim.core.plan import Plan, Scheme
 from gradreg_optim.core.step import Difference, Figure, FirstGradient, Gradients, GroupGradients, Point, Scalar
 from gradreg_optim.core.storage import Storage
 
+NEARBY = 0.01
+"""The step ahead, in units of the real one, that takes the place of one sideways where all have the bits of float32."""
+
 
 def stand_at(storage: Storage, first: FirstGradient, point: Point, plan: Plan) -> AbstractContextManager[None]:
     """Stand at ``point`` inside the block; at θ' itself, note how much of the step the weights' dtype let through."""
-    signs = plan.step if point is Point.SIDEWAYS else None
-    distance = point.value if signs is None else 1.0
+    distance, signs = point.value, None
+    if point is Point.SIDEWAYS:  # a short step meets no curvature, but few bits round it away
+        is_low = plan.low_dtype is not None or storage.has_low_precision
+        distance, signs = (1.0, plan.step) if is_low else (NEARBY, None)
     steps = [group.eps * (distance / storage.loss_scale) * first.clip for group in first.groups]
     seed = None if plan.rounds_to_nearest else plan.step
     return storage.moved(first, steps, seed=seed, measured=point is Point.AHEAD, signs=signs)

@@ -2,11 +2,13 @@
 
 Each gradient carries the rounding errors of its pass. By them two gradients differ by the *noise floor*, relative to ‖g1‖,
 while the difference that is asked for has the length rel = ‖Δ‖/‖g1‖. What exceeds the noise floor is *signal*, the share
-1 − floor²/rel² of the square. The floor is the smaller of two figures, both of a step as long as the real one, because
-shorter steps round less, or to nothing:
+1 − floor²/rel² of the square. The floor is the smaller of two figures, both of steps as long as the real one, because
+shorter ones are rounded less, or to nothing:
 
     ‖∇L(θ + ε·d̃) − g1‖/‖g1‖              d̃ is d with random signs: rounding, and what curvature there is in all directions
     √(4/3)·‖(g₊ + g₋)/2 − g1‖/‖g1‖       g± = ∇L(θ ± ε·d): rounding, and curvature that changes along d
+
+Where all have the bits of float32, a hundredth of ε·d takes the place of ε·d̃: it arrives, and meets no curvature.
 
 The former is the floor of large models, in which hardly any direction is curved. In small ones, and where each parameter
 has a loss of its own, all are; there the latter leaves out what curvature stays the same. Its factor makes errors of the

@@ -36,7 +36,7 @@ class Point(Enum):
     AHEAD = 1.0
     BEHIND = -1.0
     SIDEWAYS = "θ + ε·(±d)"
-    """As far from θ as the step, the elements of d with random signs: as much is rounded, with hardly any curvature."""
+    """As far as the step, but d has random signs: as much is rounded, and hardly any direction is curved."""
     TWICE = "θ, differentiated twice"
 
 

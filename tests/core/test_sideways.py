@@ -147,6 +147,30 @@ def test_advice_is_followed_by_a_floor():
 
 
 @pytest.mark.parametrize("method", ["forward", "central"])
+@pytest.mark.parametrize("is_low", [True, False])
+def test_the_length_of_the_step_sideways(is_low, method):
+    """That of the real one where passes round to few bits; elsewhere a hundredth, ahead, which arrives as well."""
+    weight, points = nn.Parameter(torch.rand(30, 40)), []
+    optimizer = GradRegOptimizer(torch.optim.SGD([weight], lr=0.0), radius=0.5, check_every=1, method=method)
+
+    def loss():
+        points.append(weight.detach().clone())
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_low):
+            return (weight @ weight.T).float().square().mean()
+
+    optimizer.step(closure_of(optimizer, loss))
+    theta, aside, behind, ahead = points[:4]
+    assert float((ahead - theta).norm()) == pytest.approx(0.5, rel=1e-4)
+    near = {"rtol": 0, "atol": 1e-6}  # θ' is rounded
+    if not is_low:
+        torch.testing.assert_close(aside - theta, 0.01 * (ahead - theta), **near)
+        return
+    torch.testing.assert_close((aside - theta).abs(), (ahead - theta).abs(), **near)
+    cosine = torch.cosine_similarity((aside - theta).flatten(), (ahead - behind).flatten(), dim=0)
+    assert abs(float(cosine)) < 0.15  # five standard deviations
+
+
+@pytest.mark.parametrize("method", ["forward", "central"])
 def test_curvature_in_every_direction_is_no_noise(method):
     """Of a loss whose parameters have nothing to do with each other, all directions are as curved as g1."""
     weight = nn.Parameter(torch.rand(100, dtype=torch.float64))
