@@ -238,7 +238,7 @@ class GradRegOptimizer(OptimizerWrapper):
         """Take in what a step did: its metrics, and what a check found."""
         self._figures = outcome.figures
         self._skipped = self._skipped + outcome.skipped
-        if outcome.check is not None:
+        if outcome.check is not None and not outcome.check.is_swallowed:
             for group in self.param_groups:
                 group["gradreg_floor"] = outcome.check.floor
         self.advice.note(outcome)

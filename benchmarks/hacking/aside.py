@@ -51,12 +51,14 @@ class AsideStorage(LocalStorage):
         self._optimizer = optimizer
 
     @contextmanager
-    def moved(self, first: FirstGradient, steps: list[Scalar], *, seed: int | None, measured: bool) -> Iterator[None]:
+    def moved(
+        self, first: FirstGradient, steps: list[Scalar], *, seed: int | None, measured: bool, signs: int | None = None
+    ) -> Iterator[None]:
         """Inside the block the weights are at θ + step·d."""
         g1 = [group.g1 for group in first.groups]
         _exchange(first, self._optimizer.aside(g1))
         try:
-            with super().moved(first, steps, seed=seed, measured=measured):
+            with super().moved(first, steps, seed=seed, measured=measured, signs=signs):
                 yield
         finally:
             _exchange(first, g1)

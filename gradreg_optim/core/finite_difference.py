@@ -21,13 +21,19 @@ from gradreg_optim.core.plan import Plan, Scheme
 from gradreg_optim.core.step import Difference, Figure, FirstGradient, Gradients, GroupGradients, Point, Scalar
 from gradreg_optim.core.storage import Storage
 
+NEARBY = 0.01
+"""The step ahead, in units of the real one, that takes the place of one sideways where all have the bits of float32."""
+
 
 def stand_at(storage: Storage, first: FirstGradient, point: Point, plan: Plan) -> AbstractContextManager[None]:
     """Stand at ``point`` inside the block; at θ' itself, note how much of the step the weights' dtype let through."""
-    steps = [group.eps * (point.value / storage.loss_scale) * first.clip for group in first.groups]
-    # A step to a point nearby would be rounded to nothing: only stochastic rounding lets some of it through.
-    seed = None if plan.rounds_to_nearest and point is not Point.NEARBY else plan.step
-    return storage.moved(first, steps, seed=seed, measured=point is Point.AHEAD)
+    distance, signs = point.value, None
+    if point is Point.SIDEWAYS:  # a short step meets no curvature, but few bits round it away
+        is_low = plan.low_dtype is not None or storage.has_low_precision
+        distance, signs = (1.0, plan.step) if is_low else (NEARBY, None)
+    steps = [group.eps * (distance / storage.loss_scale) * first.clip for group in first.groups]
+    seed = None if plan.rounds_to_nearest else plan.step
+    return storage.moved(first, steps, seed=seed, measured=point is Point.AHEAD, signs=signs)
 
 
 def weight_of(group: GroupGradients) -> Scalar:
@@ -100,7 +106,7 @@ def central_difference(storage: Storage, first: FirstGradient, plan: Plan) -> Di
 # second order cancel: at a self-check of 0 it is as good as the forward difference at about 0.5.
 FORWARD = Scheme(
     points=(Point.AHEAD,),
-    checked_points=(Point.NEARBY, Point.BEHIND, Point.AHEAD),
+    checked_points=(Point.SIDEWAYS, Point.BEHIND, Point.AHEAD),
     at=stand_at,
     difference=forward_difference,
     weight=weight_of,
@@ -110,7 +116,7 @@ FORWARD = Scheme(
 """Two gradients a step."""
 CENTRAL = Scheme(
     points=(Point.BEHIND, Point.AHEAD),
-    checked_points=(Point.NEARBY, Point.BEHIND, Point.AHEAD),
+    checked_points=(Point.SIDEWAYS, Point.BEHIND, Point.AHEAD),
     at=stand_at,
     difference=central_difference,
     weight=weight_of,

@@ -132,13 +132,15 @@ class LocalStorage:
     # Weights.
 
     @contextmanager
-    def moved(self, first: FirstGradient, steps: list[Scalar], *, seed: int | None, measured: bool) -> Iterator[None]:
+    def moved(
+        self, first: FirstGradient, steps: list[Scalar], *, seed: int | None, measured: bool, signs: int | None = None
+    ) -> Iterator[None]:
         """The weights, moved in place; copied back on the way out, however the block is left."""
         saved: list[list[Tensor]] = []
         try:
             for number, (group, step) in enumerate(zip(first.groups, steps, strict=True)):
-                seed_of_group = None if seed is None else (seed << 40) + (number << 24)
-                theta, arrived = multi_tensor.save_and_shift_(group.weights, group.g1, eps=step, seed=seed_of_group)
+                seeds = {"seed": multi_tensor.of_group(seed, number), "signs": multi_tensor.of_group(signs, number)}
+                theta, arrived = multi_tensor.save_and_shift_(group.weights, group.g1, eps=step, **seeds)
                 saved.append(theta)
                 if measured:
                     self._measure(group, theta, arrived)
@@ -209,8 +211,7 @@ class LocalStorage:
         """Take the gradients out of ``.grad``."""
         taken: _Sum = {}
         for parameter in self._parameters():
-            gradient = detached_from_bucket(self._gradient_of(parameter))
-            if gradient is not None:
+            if (gradient := detached_from_bucket(self._gradient_of(parameter))) is not None:
                 taken[id(parameter)] = gradient
             parameter.grad = None
         return taken

@@ -1,15 +1,18 @@
-"""Are the passes of a step passes of one function? Their losses tell.
+"""Are the passes of a step passes of one function, and in which precision? Their losses tell.
 
     L(θ + ε·d) − L(θ) = ε·⟨g1 + g2, d⟩/2 + O(ε³)
 
 A loss that draws another batch or other masks at each call changes by more, and (g2 − g1)/ε is then the difference of two
 batches, divided by ε. A change that is far off is no proof, since curvature may change within the step. So the last pass is
 repeated where it was: now the loss has to be the same number.
+
+The graph of a loss tells the dtype of each result on the way to it, whether weights, autocast or a cast chose it.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +28,9 @@ from gradreg_optim.core.plan import Plan
 from gradreg_optim.core.step import FirstGradient, PartOfPass, Point
 from gradreg_optim.core.storage import Storage
 
+NODES = 10_000
+"""Nodes of a graph that are looked at, from the loss backwards."""
+
 
 class Losses:
     """Notes what passes differentiate: the arguments of ``backward``, or what a closure returns that does not call it.
@@ -37,6 +43,8 @@ class Losses:
     def __init__(self) -> None:
         self._modules: Iterable[nn.Module] = ()
         self.is_due = True
+        self.low_dtype: torch.dtype | None = None  # in which passes compute, if it has fewer bits than float32
+        self._seen: torch.dtype | None = None  # the same, of this rank's losses
         self._passes: list[list[Tensor]] = []
 
     def __reduce__(self) -> Any:
@@ -58,6 +66,7 @@ class Losses:
         def note(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
             tensors, grad_tensors = _as_tuple(tensors), _as_tuple(grad_tensors)
             losses.append(_differentiated(tensors, grad_tensors))
+            self._seen = self._seen or low_dtype_behind((tensors,) if isinstance(tensors, Tensor) else tensors)
             torch.autograd.backward = backward  # reentrant checkpoints call it in the middle
             try:
                 backward(tensors, grad_tensors, *args, **kwargs)
@@ -75,6 +84,13 @@ class Losses:
         if self._passes and not self._passes[-1] and isinstance(loss, (float, Tensor)):
             self._passes[-1].append(_differentiated((torch.as_tensor(loss),), None))
         return loss
+
+    def are_low(self, storage: Storage) -> bool:
+        """Whether the first pass computed in half precision on any rank."""
+        share, low = self._means(storage, float(self._seen is not None))[0], self._seen
+        if low is not None or share > 0:
+            self.low_dtype = low or torch.bfloat16  # on another rank
+        return self.low_dtype is not None
 
     def are_far(self, storage: Storage, first: FirstGradient, plan: Plan, part: PartOfPass | None) -> bool:
         """Whether the change of the loss between θ and the last point is far from what the gradients tell."""
@@ -187,6 +203,27 @@ class Clearing:
                 "of accumulate_grad_batches)."
             )
         self.is_seen = bool(was_cleared)
+
+
+def low_dtype_behind(roots: Iterable[Any]) -> torch.dtype | None:
+    """A dtype with fewer bits than float32 among the results from which ``roots`` were computed; ``None`` if there is none.
+
+    >>> x = torch.ones(2, requires_grad=True)
+    >>> low_dtype_behind([x.sum()]), low_dtype_behind([x.bfloat16().float().sum()])
+    (None, torch.bfloat16)
+    """
+    todo = deque(root.grad_fn if isinstance(root, Tensor) else getattr(root, "node", None) for root in roots)
+    seen = set[Any]()
+    while todo and len(seen) < NODES:
+        node = todo.popleft()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for result in getattr(node, "_input_metadata", ()):  # private: what forward put out is what backward takes in
+            if result.dtype.is_floating_point and result.dtype.itemsize < torch.float32.itemsize:
+                return result.dtype  # type: ignore[no-any-return]
+        todo.extend(following for following, _ in node.next_functions)
+    return None
 
 
 def _is_dense(gradient: Tensor | None) -> bool:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+import torch
+
 from gradreg_optim.core.step import Difference, FirstGradient, GroupGradients, Point, Scalar
 from gradreg_optim.core.storage import Storage
 
@@ -40,7 +42,9 @@ class Plan:
     ``strengths``, ``eps`` and ``radius`` hold one number a group; a strength already contains the schedule's factor, and
     a group of strength 0 is not regularized. ``points`` are those where gradients are taken after θ, none in a step
     without penalty. ``excluded`` holds the positions of parameters that are left out of their group. ``floor`` is
-    the noise floor last measured. ``step``, the number of the step, seeds stochastic rounding.
+    the noise floor last measured. ``step``, the number of the step, seeds stochastic rounding. ``points_if_low`` take the
+    place of ``points`` if the first pass turns out to compute in half precision; none if that does not matter.
+    ``low_dtype`` is the dtype of the passes, if it is known to have fewer bits than float32.
     """
 
     step: int
@@ -57,6 +61,8 @@ class Plan:
     shrinks: bool
     fraction: float
     floor: float | None
+    points_if_low: tuple[Point, ...] = ()
+    low_dtype: torch.dtype | None = None
 
     @property
     def regularizes(self) -> bool:

@@ -18,6 +18,7 @@ Symbols in the code: ``strength`` is γ, ``eps`` is ε, ``radius`` is ρ = ‖θ
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -53,6 +54,8 @@ def regularized(storage: Storage, plan: Plan, losses: Losses | None = None) -> G
         if not choose_step(storage, first, plan):  # d = clip(g1), ε; False: there is no finite gradient
             storage.put_back(first)
             return Outcome(first.figures, first.skipped)
+        if losses is not None and losses.are_low(storage):
+            plan = replace(plan, points=plan.points_if_low or plan.points, low_dtype=losses.low_dtype)
         for point in plan.points:  # usually one
             with plan.scheme.at(storage, first, point, plan):  # θ' = θ + ε·d inside, θ again after it
                 yield point
@@ -97,14 +100,14 @@ def choose_step(storage: Storage, first: FirstGradient, plan: Plan) -> bool:
 
 
 def collect(storage: Storage, first: FirstGradient, point: Point, part: PartOfPass | None, plan: Plan) -> None:
-    """Take in the gradients of ``point``; of those nearby their distance from g1 is all that is wanted."""
+    """Take in the gradients of ``point``; of those sideways their distance from g1 is all that is wanted."""
     if point is plan.points[-1]:  # last of all, since it may reach parameters that no other point has reached
         first.further[point] = storage.last(first)
         first.further |= {other: storage.laid_out(first, taken) for other, taken in first.taken.items()}
         first.taken.clear()
         for other, gradients in first.further.items():
             complete_(storage, first, gradients, part, other)
-    elif point is Point.NEARBY:
+    elif point is Point.SIDEWAYS:
         gradients = storage.laid_out(first, storage.take_sum())
         complete_(storage, first, gradients, part, point)
         first.noise = _inner_of_differences(first, gradients, gradients)
@@ -131,11 +134,26 @@ def run_check(storage: Storage, first: FirstGradient, plan: Plan) -> Check | Non
         return None
     ahead, behind = first.further[Point.AHEAD], first.further[Point.BEHIND]
     pairs = ((ahead, behind), (ahead, ahead), (behind, behind))
-    products = [*(_inner_of_differences(first, *pair) for pair in pairs), first.noise]
     scale = storage.loss_scale
+    products = [*(_inner_of_differences(first, *pair) for pair in pairs), first.noise]
+    products += _arrived(first, plan.low_dtype, scale)
     sums = [value / scale**2 for value in storage.sum_over_ranks(stack_scalars(products)).tolist()]
     eps = next(float(group.eps) for group in first.groups if group.strength)
     return evaluated(sums, norm=float(first.norm), eps=eps, clip=float(first.clip), scheme=plan.scheme)
+
+
+def _arrived(first: FirstGradient, low_dtype: torch.dtype | None, scale: float) -> list[Tensor]:
+    """⟨what came of the step, step⟩ and ‖step‖²; and the same of float32 matrices as passes in ``low_dtype`` round them."""
+    moments = [(group.eps * group.moved_along, group.eps * group.eps * group.step_squared) for group in first.groups]
+    along, squares = (stack_scalars([pair[i] for pair in moments], first.norm).sum() for i in (0, 1))
+    found = [torch.zeros(2, device=first.norm.device)]
+    for group in first.groups if low_dtype is not None else []:
+        for weight, g1 in zip(group.weights, group.g1, strict=False):  # g1 of a parameter reached later is 0
+            if weight.dtype == torch.float32 and weight.ndim > 1 and weight.numel():
+                start, step = multi_tensor.sampled(weight), multi_tensor.sampled(g1) * (group.eps * (first.clip / scale))
+                seen = (start + step).to(low_dtype).float() - start.to(low_dtype).float()
+                found.append(torch.stack([(seen * step).sum(), step.square().sum()]).to(found[0].device))
+    return [along, squares * (first.clip / scale), *torch.stack(found).sum(0)]
 
 
 def _inner_of_differences(first: FirstGradient, left: Gradients, right: Gradients) -> Tensor:

@@ -30,13 +30,13 @@ def computed(figure: Figure) -> Scalar:
 
 
 class Point(Enum):
-    """Where a gradient is taken; the value is the distance from θ in units of the step ε·d."""
+    """Where a gradient is taken; the number is the distance from θ in units of the step ε·d."""
 
     THETA = 0.0
     AHEAD = 1.0
     BEHIND = -1.0
-    NEARBY = 0.01
-    """So close to θ that the gradients differ by rounding alone."""
+    SIDEWAYS = "θ + ε·(±d)"
+    """As far as the step, but d has random signs: as much is rounded, and hardly any direction is curved."""
     TWICE = "θ, differentiated twice"
 
 
@@ -89,8 +89,8 @@ class FirstGradient:
 
     ``figures`` are what is to be logged about g1 and ε, ``skipped`` is 1 if the penalty is left out. ``norm`` is ‖g1‖ over
     all groups and ranks, before the clip by the factor ``clip``. ``taken`` are gradients of further points as the storage
-    keeps them, ``further`` the same, laid out like g1. ``noise`` is ‖g − g1‖² of the gradients g at :attr:`Point.NEARBY`,
-    over this rank's tensors.
+    keeps them, ``further`` the same, laid out like g1. ``noise`` is ‖g − g1‖² of the gradients g at
+    :attr:`Point.SIDEWAYS`, over this rank's tensors.
     """
 
     groups: list[GroupGradients]
@@ -124,11 +124,15 @@ class Difference:
 
 @dataclass
 class Check:
-    """What the step of a check measured: Python numbers. ``advice`` is what to tell the user if the self-check is low."""
+    """What the step of a check measured: Python numbers. ``advice`` is what to tell the user if the self-check is low.
+
+    ``is_swallowed``: the arithmetic rounded the step away, so that ``floor`` is not that of later steps.
+    """
 
     self_check: float
     floor: float
     advice: str | None
+    is_swallowed: bool = False
 
 
 @dataclass

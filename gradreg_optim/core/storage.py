@@ -44,12 +44,13 @@ class Storage(Protocol):
         """Whether there is anything to regularize; the same answer on every rank."""
 
     def moved(
-        self, first: FirstGradient, steps: list[Scalar], *, seed: int | None, measured: bool
+        self, first: FirstGradient, steps: list[Scalar], *, seed: int | None, measured: bool, signs: int | None = None
     ) -> AbstractContextManager[None]:
         """Inside the block the weights are at θ + step·g1, one step a group; after it they are at θ, or will be.
 
         ``seed`` is that of stochastic rounding, ``None`` rounds to nearest. ``measured``: note in the groups how much of the
-        step arrived.
+        step arrived. With ``signs`` the elements of g1 take random signs, drawn from this seed: alike on ranks that hold
+        the same tensors.
         """
 
     def leaves(self, first: FirstGradient) -> tuple[list[Tensor], list[Tensor]]:

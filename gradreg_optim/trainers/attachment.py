@@ -79,9 +79,9 @@ class Attachment(TrainerCallback):
         return self.adoption.optimizer
 
     @property
-    def computes_in_low_precision(self) -> bool:
-        """Whether the trainer's forward runs in half precision, in whatever dtype the weights are kept."""
-        return str(self.trainer.accelerator.mixed_precision) != "no"
+    def low_dtype(self) -> torch.dtype | None:
+        """The dtype of the trainer's forward if that is half precision, in whatever dtype the weights are kept."""
+        return {"no": None, "fp16": torch.float16}.get(str(self.trainer.accelerator.mixed_precision), torch.bfloat16)
 
     @property
     def _resample(self) -> str:

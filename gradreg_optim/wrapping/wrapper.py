@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
+from gradreg_optim.core.losses import Losses
 from gradreg_optim.core.plan import Plan
 from gradreg_optim.core.self_check import DEFAULT_CHECK_EVERY
 from gradreg_optim.core.storage import Storage
@@ -49,6 +50,7 @@ class OptimizerWrapper(Optimizer):
 
     profile_hook_step = staticmethod(run_hooks_around)  # type: ignore[assignment]
     _is_state_initialization = is_state_initialization
+    _losses: Losses
     _default_exclusion: Callable[[], Iterable[Tensor]] | None = None  # a trainer's, for groups added later
 
     def __init__(
@@ -194,8 +196,12 @@ class OptimizerWrapper(Optimizer):
         since_warmup = step - group["gradreg_warmup_steps"]
         if not any(plan.strengths) or since_warmup % group["gradreg_every"]:
             return replace(plan, step=step, points=())
-        points = plan.scheme.checked_points if self._check_is_due(group, storage) else plan.scheme.points
-        return replace(plan, step=step, points=points, floor=group["gradreg_floor"])
+        usual, floor = plan.scheme.points, group["gradreg_floor"]
+        points = plan.scheme.checked_points if self._check_is_due(group) else usual
+        low = self._losses.low_dtype if self._attachment is None else self._attachment.low_dtype
+        if group["gradreg_check_every"] is None and low is None and not (storage or self.storage()).has_low_precision:
+            return replace(plan, step=step, points=usual, points_if_low=points, floor=floor)
+        return replace(plan, step=step, points=points, floor=floor, low_dtype=low)
 
     def _settle(self) -> tuple[list[Any], Plan]:
         """What :meth:`plan` compares settings with, and what of the plan stays until they change."""
@@ -208,17 +214,11 @@ class OptimizerWrapper(Optimizer):
         """Whether the step to come takes a second gradient."""
         return self.plan().regularizes
 
-    def _check_is_due(self, group: dict[str, Any], storage: Storage | None) -> bool:
-        every = group["gradreg_check_every"]
-        if every is None:
-            every = DEFAULT_CHECK_EVERY if self._precision_is_low(storage) else 0
+    def _check_is_due(self, group: dict[str, Any]) -> bool:
+        """Whether the step to come is one of a check, by default of those in low precision."""
+        every = DEFAULT_CHECK_EVERY if group["gradreg_check_every"] is None else group["gradreg_check_every"]
         # Of ``gradreg_every`` steps in a row one is regularized: it is checked if the round number is among them.
         return bool(every) and (group["gradreg_floor"] is None or self.step_count % every < group["gradreg_every"])
-
-    def _precision_is_low(self, storage: Storage | None) -> bool:
-        """Whether weights, or what a trainer computes with, have fewer bits than float32."""
-        is_low_in_trainer = self._attachment is not None and self._attachment.computes_in_low_precision
-        return is_low_in_trainer or (storage or self.storage()).has_low_precision
 
     def _step_wrapped(self, step: Callable[..., Any], *args: Any) -> None:
         """Call ``step(*args)``, by which the wrapped optimizer steps; in the wrapper's step, without hooks on every one."""

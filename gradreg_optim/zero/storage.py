@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gradreg_optim.core.multi_tensor import shift_, step_moments
+from gradreg_optim.core.multi_tensor import of_group, shift_, step_moments
 from gradreg_optim.core.step import FirstGradient, Gradients, GroupGradients, Scalar
 
 
@@ -177,19 +177,21 @@ class Partitions(ABC):
         return True
 
     @contextmanager
-    def moved(self, first: FirstGradient, steps: list[Scalar], *, seed: int | None, measured: bool) -> Iterator[None]:
+    def moved(
+        self, first: FirstGradient, steps: list[Scalar], *, seed: int | None, measured: bool, signs: int | None = None
+    ) -> Iterator[None]:
         """Write θ' into the model's weights on every rank and leave it there. Rounds to nearest, whatever ``seed`` is."""
         self.is_moved = True
-        self._write(first, steps, measured)  # whose temporaries are gone during the pass
+        self._write(first, steps, measured, signs)  # whose temporaries are gone during the pass
         self._spread()
         yield
 
-    def _write(self, first: FirstGradient, steps: list[Scalar], measured: bool) -> None:
+    def _write(self, first: FirstGradient, steps: list[Scalar], measured: bool, signs: int | None) -> None:
         weights, masters = self._writable(), self._masters()
-        for group, step in zip(first.groups, steps, strict=True):
+        for number, (group, step) in enumerate(zip(first.groups, steps, strict=True)):
             own = [f for f, owner in zip(self.fragments, self._groups, strict=True) if owner is group]
             written, start = ([f.of(flat[f.index]) for f in own] for flat in (weights, masters))
-            arrived = shift_(written, group.g1, eps=step, start=start)
+            arrived = shift_(written, group.g1, eps=step, start=start, signs=of_group(signs, number))
             if measured and own:
                 group.moved_along, group.step_squared = arrived or step_moments(start, written, group.g1)
 

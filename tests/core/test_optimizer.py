@@ -3,6 +3,7 @@
 import copy
 import math
 import random
+from contextlib import nullcontext
 
 import numpy
 import pytest
@@ -268,7 +269,8 @@ def test_fidelity_tells_a_step_that_does_not_arrive():
     for dtype in (torch.bfloat16, torch.float32):
         w = nn.Parameter(torch.ones(8, dtype=dtype))
         optimizer = GradRegOptimizer(torch.optim.SGD([w], lr=0.1), eps=1e-4)
-        optimizer.step(closure_of(optimizer, lambda w=w: 0.5 * w.square().sum()))
+        with pytest.warns(UserWarning, match="equal to the last bit") if dtype == torch.bfloat16 else nullcontext():
+            optimizer.step(closure_of(optimizer, lambda w=w: 0.5 * w.square().sum()))
         fidelity[dtype] = float(optimizer.metrics["perturbation_fidelity"])
     assert fidelity[torch.bfloat16] == 0.0
     assert fidelity[torch.float32] == pytest.approx(1.0, abs=1e-3)  # 1e-4 is 839 ulps of 1

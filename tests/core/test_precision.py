@@ -269,8 +269,11 @@ def test_the_floor_is_saved():
 
 def test_figures_and_remedies():
     """The advice follows from the figures."""
-    assert "Rounding prevails: a longer step helps (radius=0.06), and more do fp16" in advice(0.3, 0.1, 0.1, 1e-3, 0.02)
-    assert "a shorter one helps (radius=0.007)" in advice(0.3, 0.001, 0.1, 1e-3, 0.02)
+    assert "Rounding prevails: a longer step helps (set radius=0.04), and more do fp16" in advice(0.3, 0.1, 0.1, 1e-3, 0.02)
+    assert "longer step helps (set radius=0.2)" in advice(0.3, 1e-4, 1e-4, 1e-3, 0.02)  # ten times, and not sixty
+    assert "a shorter one helps (set radius=0.004)" in advice(0.3, 0.001, 0.1, 1e-3, 0.02)
+    assert "a shorter one helps (set radius=0.01)" in advice(0.3, 0.1, 0.21, 1e-3, 0.02)
+    assert "a shorter one helps" in advice(0.3, 0.9, 1.0, 1e-3, 0.02)  # so much is not rounding
 
 
 def test_signal_fraction_of_nothing():

@@ -205,7 +205,8 @@ def test_lower_precision_follows_the_twin(dtype, tolerance):
         return parameters, lambda: (torch.tanh(inputs @ parameters[0].T + parameters[1]) @ parameters[2].T).square().mean()
 
     (parameters, loss), (twin_parameters, twin_loss) = problem(), problem()
-    optimizer = GradRegOptimizer(torch.optim.SGD(parameters, lr=0.1), strength=0.5, eps=0.25)
+    # The twin does not shrink. In a network this small a step this long meets changing curvature, which counts as noise.
+    optimizer = GradRegOptimizer(torch.optim.SGD(parameters, lr=0.1), strength=0.5, eps=0.25, shrink=False)
     twin = Reference(torch.optim.SGD(twin_parameters, lr=0.1), strength=0.5, eps=0.25)
     optimizer.step(closure_of(optimizer, loss))
     twin.step(closure_of(twin.optimizer, twin_loss))

@@ -95,7 +95,7 @@ def test_a_check_changes_nothing(pair, stage, method):
 
 
 def test_half_precision_is_checked_by_default(pair):
-    """In bf16 the first step measures its noise, from masters that a hundredth of the step still reaches."""
+    """In bf16 the first step measures its noise, by a step from the masters that is as long as the real one."""
     found = pair.run(worker.train, worker.make_config(2, precision="bf16"), SETTINGS, steps=2)[0]
     first, second = found["metrics"]
     assert 0 < first["noise_floor"] < 0.2

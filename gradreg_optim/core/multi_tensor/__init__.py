@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 from gradreg_optim.core.multi_tensor import blocks, eager
+from gradreg_optim.core.multi_tensor.eager import sampled as sampled
+from gradreg_optim.core.multi_tensor.signs import with_signs
 
 Scalar = float | Tensor
 Moments = tuple[Scalar, Scalar]
@@ -154,13 +156,19 @@ def inner_of_differences(start: Sequence[Tensor], left: Sequence[Tensor], right:
 # Weights.
 
 
+def of_group(seed: int | None, number: int) -> int | None:
+    """The seed of a parameter group, given that of a step; ``None`` stays ``None``."""
+    return None if seed is None else (seed << 40) + (number << 24)
+
+
 def save_and_shift_(
-    weights: Sequence[Tensor], direction: Sequence[Tensor], *, eps: Scalar, seed: int | None = None
+    weights: Sequence[Tensor], direction: Sequence[Tensor], *, eps: Scalar, seed: int | None = None, signs: int | None = None
 ) -> tuple[list[Tensor], Moments | None]:
     """``θ ← θ + ε·d`` in place, rounded to the nearest values of the weights' dtype. If it raises, θ is whole.
 
     With a ``seed``, bfloat16 weights are rounded up or down with the probability that is right on average: of steps shorter
-    than half a spacing, which rounding to nearest drops altogether, the right share then arrives.
+    than half a spacing, which rounding to nearest drops altogether, the right share then arrives. With ``signs``, another
+    seed, the elements of d take random signs.
 
     Returns:
         copies of θ; and ⟨θ' − θ, d⟩ and ‖d‖² where they cost nothing, see :func:`step_moments`.
@@ -168,6 +176,13 @@ def save_and_shift_(
     >>> w = torch.tensor([1.0]); save_and_shift_([w], [torch.tensor([2.0])], eps=0.5), w
     (([tensor([1.])], None), tensor([2.]))
     """
+    if signs is not None:
+        saved = [weight.clone() for weight in weights]
+        try:
+            return saved, shift_(weights, direction, eps=eps, seed=seed, signs=signs)
+        except BaseException:
+            restore_(weights, saved)
+            raise
     if weights and blocks.fit(eps, weights, direction):
         return blocks.save_and_shift_(weights, direction, eps=float(eps)), None
     saved = [torch.empty_like(weight) for weight in weights]
@@ -186,15 +201,24 @@ def save_and_shift_(
 
 
 def shift_(
-    weights: Sequence[Tensor], direction: Sequence[Tensor], *, eps: Scalar, start: Sequence[Tensor] | None = None
+    weights: Sequence[Tensor],
+    direction: Sequence[Tensor],
+    *,
+    eps: Scalar,
+    start: Sequence[Tensor] | None = None,
+    seed: int | None = None,
+    signs: int | None = None,
 ) -> Moments | None:
-    """``θ ← start + ε·d``, rounded to nearest; ``start`` may be masters in another dtype or on another device.
+    """``θ ← start + ε·d``, where ``start`` may be masters in another dtype or on another device.
 
-    Returns:
-        as :func:`save_and_shift_`.
+    Seeds and result as in :func:`save_and_shift_`; with ``signs`` nothing is measured.
     """
+    if signs is not None:
+        for (along, moved, origin), key in with_signs(direction, weights, weights if start is None else start, seed=signs):
+            shift_([moved], [along], eps=eps, start=[origin], seed=None if seed is None else seed + key)
+        return None
     parts = _alike(weights, direction) if start is None else _alike(weights, direction, start)
-    return _all_added([back_end.shift_(*alike, eps=eps) for back_end, alike in parts])
+    return _all_added([back_end.shift_(*alike, eps=eps, seed=seed) for back_end, alike in parts])
 
 
 def restore_(weights: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
