@@ -228,6 +228,18 @@ def test_what_the_kernels_cannot_take_goes_elsewhere(interpreted):
     assert_same(moved, start)
 
 
+def test_a_step_sideways_draws_the_same(interpreted, monkeypatch):
+    """Through the kernels as without them: signs do not depend on the back end."""
+    (start, direction), found = random_lists([200, 5], 0, torch.bfloat16, torch.bfloat16), []
+    for is_interpreted in (True, False):
+        monkeypatch.setattr(multi_tensor, "IS_INTERPRETED", is_interpreted)
+        (moved,) = copies(start)
+        multi_tensor.save_and_shift_(moved, direction, eps=0.5, signs=3)
+        found.append(moved)
+    assert "_shift_kernel" in interpreted
+    assert_near(*found, torch.bfloat16)
+
+
 def test_weights_are_whole_if_a_launch_is_interrupted(interpreted, kernels, monkeypatch):
     """Before the kernel has run, and after it."""
     weight = torch.ones(100).bfloat16()
