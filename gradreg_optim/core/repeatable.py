@@ -165,11 +165,11 @@ class Buffers:
 
     def look(self, module: nn.Module, _inputs: object = None) -> None:
         """Note the values of ``module`` and of everything below it: a compiled module calls no hooks of its parts."""
-        if id(module) in self._traced:
-            return
-        if torch.compiler.is_compiling():
-            self._trace(module)
-            return
+        if id(module) not in self._traced:
+            (self._trace if torch.compiler.is_compiling() else self._look_below)(module)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # where code is compiled in parts, this runs between them
+    def _look_below(self, module: nn.Module) -> None:
         with torch.no_grad(), torch._C._DisableFuncTorch():
             todo: list[nn.Module | None] = [module]
             while todo:
