@@ -30,15 +30,13 @@ def no_gradient(groups: list[dict[str, Any]], exclude: tuple[str, ...], excluded
     """The warning about a first pass that left no gradient on any parameter that is to be regularized.
 
     Raises:
-        ValueError: none ever can, because ``exclude`` leaves out every one that requires a gradient.
+        ValueError: there is no such parameter, because ``exclude`` leaves out all.
     """
     parameters = [parameter for group in groups for parameter in group["params"]]
     trainable = sum(parameter.requires_grad for parameter in parameters)
-    pairs = zip(groups, excluded, strict=True)
-    left_out = sum(group["params"][i].requires_grad for group, positions in pairs for i in positions)
-    if trainable == left_out > 0:
+    if len(parameters) == sum(map(len, excluded)):
         raise ValueError(
-            f"exclude={exclude!r} matches every parameter of the optimizer that is trained: nothing is left to regularize. "
+            f"exclude={exclude!r} matches every parameter of the optimizer: nothing is left to regularize. "
             "Pass patterns that match fewer, or strength=0."
         )
     reached = sum(parameter.grad is not None for parameter in parameters)

@@ -361,7 +361,7 @@ CASES = {
         step_without_anything,
         ValueError,
         "exclude=('w',)",
-        "matches every parameter of the optimizer that is trained: nothing is left to regularize",
+        "matches every parameter of the optimizer: nothing is left to regularize",
         "Pass patterns that match fewer",
     ),
     "a loss that draws its data": Case(
