@@ -13,14 +13,16 @@ STRENGTH, EPS, LR = 1e-2, 1e-3, 0.1
 
 
 def check_contents() -> None:
-    """The package comes from the wheel, is marked as typed, carries its license and nothing else."""
+    """The package comes from the wheel, is marked as typed, carries its license, the command and nothing else."""
     installed = Path(gradreg_optim.__file__)
     assert installed.is_relative_to(sys.prefix), f"imported from {installed}, not from the wheel"
     assert resources.files(gradreg_optim).joinpath("py.typed").is_file(), "py.typed is not in the wheel"
 
     files = metadata.files("gradreg_optim") or []
     assert any(file.name == "LICENSE" for file in files), "LICENSE is not in the wheel"
-    strangers = {file.parts[0] for file in files if not file.parts[0].startswith("gradreg_optim")}
+    command = {file for file in files if file.stem == "gradreg" and file.parent.name in ("bin", "Scripts")}
+    assert command, "the command gradreg is not in the wheel"
+    strangers = {file.parts[0] for file in set(files) - command if not file.parts[0].startswith("gradreg_optim")}
     assert not strangers, f"the wheel also installs {sorted(strangers)}"
 
 
