@@ -30,15 +30,17 @@ class Elsewhere(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()]
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         is_copy = "copy" in func.__name__
-        if not is_copy and len({isinstance(x, Elsewhere) for x in tensors}) > 1:
+        if not is_copy and len({isinstance(x, Elsewhere) for x in tensors if x.dim()}) > 1:
             raise RuntimeError(f"{func}: expected all tensors to be on the same device, but found cpu and cuda:0")
         goes_home = func is torch.ops.aten._to_copy.default and torch.device(kwargs.get("device", "cuda")).type == "cpu"
         if func is torch.ops.aten._to_copy.default:
             kwargs.pop("device", None)
         out = func(*tree_map(unwrapped, args), **tree_map(unwrapped, kwargs))
-        if goes_home or not isinstance(args[0], Elsewhere):
+        if goes_home or not (
+            isinstance(tensors[0], Elsewhere) if is_copy else any(isinstance(x, Elsewhere) for x in tensors)
+        ):
             return out
         return tree_map(lambda x: Elsewhere(x) if isinstance(x, Tensor) else x, out)
 
