@@ -156,7 +156,7 @@ def excluded_positions(
     """For each group the positions of the parameters whose names contain one of ``patterns``.
 
     Raises:
-        ValueError: there are patterns but no names, a pattern is part of no name, or the patterns match every name.
+        ValueError: there are patterns but no names, or a pattern is part of no name.
     """
     if not patterns:
         return [[] for _ in groups]

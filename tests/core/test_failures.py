@@ -5,11 +5,11 @@ import warnings
 
 import pytest
 import torch
-from problems import assert_same, closure_of, regression, twin_of, weights
+from problems import assert_same, by_closure, by_loop, by_micro_batches, closure_of, regression, twin_of, weights
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradreg_optim import GradRegOptimizer, MicroBatches
+from gradreg_optim import GradRegOptimizer
 
 
 def failing(closure, error, in_call, before_backward=False):
@@ -233,20 +233,6 @@ class InterruptAt(TorchDispatchMode):
         if self.left == 0:
             raise Interrupt
         return func(*args, **(kwargs or {}))
-
-
-def by_closure(optimizer, loss):
-    optimizer.step(closure_of(optimizer, loss))
-
-
-def by_loop(optimizer, loss):
-    for _ in optimizer.passes():
-        closure_of(optimizer, loss)()
-    optimizer.step()
-
-
-def by_micro_batches(optimizer, loss):
-    optimizer.step(MicroBatches(lambda _: loss().backward(), [0, 1]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

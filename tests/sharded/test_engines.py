@@ -23,13 +23,6 @@ def world(request):
     ranks.close()
 
 
-@pytest.fixture(scope="module")
-def pair():
-    ranks = World(2)
-    yield ranks
-    ranks.close()
-
-
 def said_about(model, steps=1, **settings):
     """The error or warning of some steps, and how often the closure ran."""
     optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.01), **{"strength": 0.1, **settings})

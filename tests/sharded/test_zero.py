@@ -27,13 +27,6 @@ GROUPINGS = {"all": ({}, 1), "exclude": ({"exclude": ("last", "scale")}, 1), "gr
 
 
 @pytest.fixture(scope="module")
-def pair():
-    started = World(2)
-    yield started
-    started.close()
-
-
-@pytest.fixture(scope="module")
 def trio():
     started = World(3)
     yield started

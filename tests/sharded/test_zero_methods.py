@@ -7,17 +7,9 @@ import pytest
 pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
 
 import zero_worker as worker
-from distributed import World
 from test_zero import BF16_OPTIMIZER, OFFLOADED, OLD, SETTINGS, STEPS, largest_error
 
 CENTRAL = SETTINGS | {"method": "central"}
-
-
-@pytest.fixture(scope="module")
-def pair():
-    started = World(2)
-    yield started
-    started.close()
 
 
 @pytest.mark.parametrize("more", [{}, OFFLOADED, {"micro_batches": 2}], ids=["", "offload", "accumulation"])

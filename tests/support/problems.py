@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from gradreg_optim import MicroBatches
+
 # LBFGS brings a closure of its own and SparseAdam wants sparse gradients: test_errors.py sees both refused.
 DENSE_OPTIMIZERS = [
     entry
@@ -60,6 +62,23 @@ def twin_of(model, loss):
     """A copy of ``model`` and the same loss on it."""
     other = copy.deepcopy(model)
     return other, lambda: loss(other)
+
+
+# One step, by each of the ways to drive it.
+
+
+def by_closure(optimizer, loss):
+    optimizer.step(closure_of(optimizer, loss))
+
+
+def by_loop(optimizer, loss):
+    for _ in optimizer.passes():
+        closure_of(optimizer, loss)()
+    optimizer.step()
+
+
+def by_micro_batches(optimizer, loss):
+    optimizer.step(MicroBatches(lambda _: loss().backward(), [0, 1]))
 
 
 def leave_unread(monkeypatch):

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from problems import assert_same, closure_of, regression, twin_of, weights
+from problems import assert_same, by_closure, by_loop, by_micro_batches, closure_of, regression, twin_of, weights
 from torch import nn
 from torch.optim import Optimizer, lr_scheduler, swa_utils
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from gradreg_optim import GradRegOptimizer, MicroBatches
+from gradreg_optim import GradRegOptimizer
 
 SCHEDULERS = {
     "LambdaLR": lambda opt: lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step)),
@@ -165,21 +165,6 @@ def test_hooks_can_be_removed_and_replace_arguments():
     handle.remove()
     with pytest.raises(RuntimeError, match="closure"):
         optimizer.step()
-
-
-def by_closure(optimizer, loss):
-    optimizer.step(closure_of(optimizer, loss))
-
-
-def by_loop(optimizer, loss):
-    for _ in optimizer.passes():
-        closure_of(optimizer, loss)()
-    optimizer.step()
-
-
-def by_micro_batches(optimizer, loss):
-    optimizer.zero_grad()
-    optimizer.step(MicroBatches(lambda _: loss().backward(), [1, 2]))
 
 
 def with_scaler(optimizer, loss):

@@ -9,7 +9,7 @@
 They take any device and dtype, several in one list too. Of the back ends, :mod:`blocks` does several operations in one pass
 over the cache of a CPU, :mod:`triton_kernels` does each in one launch on a GPU, and :mod:`eager` does what is left. Sums
 run in float32 for half-precision tensors and in the tensors' own precision otherwise; results are 0-d tensors on the device
-of the data, which nothing here waits for, and the number
+of the data, which nothing here waits for, and the number 0 for empty lists.
 """
 
 from __future__ import annotations

@@ -132,12 +132,12 @@ def sampled(tensor: Tensor, *, limit: int = 2**12, block: int = 64) -> Tensor:
 
 
 def step_moments(start: Sequence[Tensor], end: Sequence[Tensor], direction: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """⟨end − start, d⟩ and ‖d‖² on samples, ``start`` rounded to the dtype of ``end`` and everything on its device."""
+    """⟨end − start, d⟩ and ‖d‖² on samples, on the device of ``start``, which is rounded to the dtype of ``end``."""
     home, wide = start[0].device, accumulation_dtype(end[0].dtype)
-    end, direction = ([torch.cat([sampled(x).reshape(-1) for x in xs]).to(home)] for xs in (end, direction))
-    origin = torch.cat([sampled(x).reshape(-1) for x in start]).to(end[0].dtype)
-    along = direction[0].to(wide)
-    return torch.dot(end[0].to(wide) - origin.to(wide), along), torch.dot(along, along)
+    lists = (start, end, direction)
+    origin, there, along = (torch.cat([sampled(x).reshape(-1) for x in xs]).to(home) for xs in lists)
+    arrived, along = there.to(wide) - origin.to(there.dtype).to(wide), along.to(wide)
+    return torch.dot(arrived, along), torch.dot(along, along)
 
 
 # In place.
@@ -166,7 +166,7 @@ def save_and_shift_(
     weights: Sequence[Tensor], saved: Sequence[Tensor], direction: Sequence[Tensor], *, eps: Scalar, seed: int | None
 ) -> tuple[Tensor, Tensor] | None:
     """Copy θ to ``saved``, then :func:`shift_`."""
-    torch._foreach_copy_(list(saved), list(weights))
+    copy_(saved, weights)
     try:
         return shift_(weights, direction, eps=eps, seed=seed)
     except BaseException:
