@@ -29,7 +29,8 @@ def _field(setting: Setting) -> tuple[str, Any, Any]:
 
 def from_text(value: Any, kind: Any) -> Any:
     """The number that a text holds, where a number is wanted; anything else as it is."""
-    number = next((number for number in (int, float) if number in (kind, *get_args(kind))), None)
+    kinds = (kind, *get_args(kind))
+    number = next((number for number in (int, float) if number in kinds), float if kinds[1:2] == (str,) else None)
     if isinstance(value, str) and number is not None:
         with suppress(ValueError):  # no number at all: the check names it
             return number(value)

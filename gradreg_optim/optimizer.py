@@ -28,7 +28,7 @@ from gradreg_optim.drivers.refusals import check_driver, no_gradient
 from gradreg_optim.wrapping import upwards
 from gradreg_optim.wrapping.advice import Advice
 from gradreg_optim.wrapping.schedule import Schedule, ScheduleName
-from gradreg_optim.wrapping.settings import DEFAULT_EPS, DEFAULT_STRENGTH, Method, Resample, Rounding, settings_among
+from gradreg_optim.wrapping.settings import DEFAULT_EPS, DEFAULT_STRENGTH, Method, Radius, Resample, Rounding, settings_among
 from gradreg_optim.wrapping.wrapper import OptimizerWrapper
 
 Passes = Generator[Point, PartOfPass | None, None]
@@ -46,7 +46,8 @@ class GradRegOptimizer(OptimizerWrapper):
             ``defaults``. A group may bring its own ``gradreg_strength``, ``gradreg_eps`` or ``gradreg_radius``.
         strength: γ ≥ 0, the weight of the penalty. A group of strength 0 is neither perturbed nor regularized.
         eps: ε > 0; the weights move by ``eps`` times the clipped gradient.
-        radius: ρ > 0, the length ‖θ' − θ‖ over all regularized parameters; each step uses ``eps = radius/‖g1‖``.
+        radius: ρ > 0, the length ‖θ' − θ‖ over all regularized parameters; each step uses ``eps = radius/‖g1‖``. ``"auto"``
+            finds it (:mod:`gradreg_optim.core.radius`): the default in half precision, unless ``eps`` is given.
         warmup_steps: optimizer steps at the beginning without the penalty.
         schedule: ``"constant"``, ``"linear"`` or ``"cosine"`` (both rise from 0 to 1), or a callable that maps the number of
             the step, from 0, to a factor on the strength. Checkpoints do not contain callables.
@@ -102,7 +103,7 @@ class GradRegOptimizer(OptimizerWrapper):
         *,
         strength: float = DEFAULT_STRENGTH,
         eps: float = DEFAULT_EPS,
-        radius: float | None = None,
+        radius: Radius = None,
         warmup_steps: int = 0,
         schedule: ScheduleName | Schedule | None = None,
         schedule_steps: int | None = None,
@@ -238,9 +239,7 @@ class GradRegOptimizer(OptimizerWrapper):
         """Take in what a step did: its metrics, and what a check found."""
         self._figures = outcome.figures
         self._skipped = self._skipped + outcome.skipped
-        if outcome.check is not None and not outcome.check.is_swallowed:
-            for group in self.param_groups:
-                group["gradreg_floor"] = outcome.check.floor
+        self._remember(outcome)
         self.advice.note(outcome)
         if outcome.is_empty and self._attachment is None:  # a trainer's attachment has its own check
             self.advice.tell("empty", no_gradient(self.param_groups, self.exclude, self._excluded))

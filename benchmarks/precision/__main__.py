@@ -1,17 +1,25 @@
-"""How accurate is the penalty γ·H·g1 that the optimizer adds, in each arithmetic and with which settings?
+"""How accurate is the penalty γ·H·g1 that the optimizer adds, in half precision, and does it find its radius?
 
-    python -m benchmarks.precision                        # SmolLM2-135M, policy-gradient batches of 80 and 256 tokens
+    python -m benchmarks.precision                        # SmolLM2-135M, twelve batches of 80 to 1024 tokens: an hour
     python -m benchmarks.precision --model random         # a small random model, in seconds
 
-For every row ``GradRegOptimizer`` takes one real step, with its own rounding and its own checks. The penalty that it adds is
-compared with that of ``method="exact"`` in float32. The other benchmarks in this folder compute the difference themselves,
-for many more schemes.
+Every row is one real step of ``GradRegOptimizer``, with its own rounding. What it adds to g1 is compared with H·g1 by double
+backward in float32, at the weights that the passes see. The rows of a batch in one arithmetic: the published ε, each radius
+of a grid, and ``radius="auto"`` in its fifth step, without and with ``method="central"``. Learning rates are 0, so that all
+steps start from the same weights; after a first step g1, which stays the same, is not computed again.
+
+*Combined* is the whole gradient g1 + k·ε·H·g1 with k = γ/ε of 1 and 10, shrunk by its signal, and beside it g1 alone: both
+by their cosine with the exact one.
+
+The other benchmarks in this folder compute the difference themselves, for many more schemes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import statistics
 import time
 import warnings
 from dataclasses import replace
@@ -20,125 +28,211 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from benchmarks.common.language_models import ARITHMETICS, MODELS, Batch, loss, make_batch
 from benchmarks.common.results import stamp, todays
 from benchmarks.common.tables import markdown_table
-from benchmarks.precision.difference_schemes import jitter_
+from benchmarks.precision.difference_accuracy import sequences_at_once
+from benchmarks.precision.difference_schemes import Passes, jitter_
 from gradreg_optim import GradRegOptimizer
 
 LOSS_SCALE = 4096.0
-RADIUS = 0.005
-SETTINGS: list[tuple[str, dict[str, Any]]] = [
-    ("fp32", {"radius": 0.0025}),
-    ("fp32", {"radius": 0.0025, "method": "central"}),
-    ("autocast fp16", {"radius": RADIUS}),
-    ("fp16 passes over bf16 weights", {"radius": RADIUS}),
-    ("fp16 passes over bf16 weights", {"radius": RADIUS, "method": "central"}),
-    ("autocast bf16", {"radius": RADIUS}),
-    ("bf16", {"radius": RADIUS}),
-    ("bf16", {"radius": RADIUS, "rounding": "nearest"}),
-    ("bf16", {"radius": RADIUS, "method": "central"}),
-    ("bf16", {"method": "exact"}),
-    ("bf16", {"eps": 1e-3, "rounding": "nearest"}),  # as published
-]
+STEPS = 5
+"""How many steps ``radius="auto"`` has to find its radius."""
+GRID = (0.0025, 0.005, 0.01, 0.02, 0.04)
+CENTRAL_GRID = (0.005, 0.01, 0.02, 0.04)
+PASSES = ("autocast bf16", "bf16", "autocast fp16")
+BATCHES = [(kind, size, seed) for seed in (7, 8) for size in (80, 256, 1024) for kind in ("policy", "sharp", "text")]
+"""Of these none was looked at while the rule of ``auto`` was chosen; those of seed 0 were. Seed 8 has no batch of 1024."""
+BATCHES = [batch for batch in BATCHES if batch[1:] not in ((1024, 8), (256, 8))]
+RATIOS = (1, 10)
+"""γ/ε of the combined gradients."""
+
+Row = dict[str, Any]
 
 
-def penalty(model: nn.Module, batch: Batch, arithmetic: str, **settings: Any) -> tuple[list[Tensor], dict[str, float]]:
-    """What one step of ``GradRegOptimizer`` adds to g1 at strength 1, in float32, and its metrics."""
-    how = replace(ARITHMETICS[arithmetic], loss_scale=1.0)
-    for parameter in model.parameters():
-        parameter.data, parameter.grad = parameter.data.to(how.weights), None
-    scaler = torch.amp.GradScaler("cpu", init_scale=LOSS_SCALE) if how.autocast == torch.float16 else None
-    base = torch.optim.SGD(model.parameters(), lr=0.0)
-    unclipped = {"g1_clip": None, "g2_clip": None, "shrink": False}
-    optimizer = GradRegOptimizer(base, strength=1.0, check_every=1, scaler=scaler, **unclipped, **settings)
-    first: list[Tensor] = []
+class Bench:
+    """One batch in one arithmetic: steps of the optimizer at the same weights, compared with the truth."""
 
-    def closure() -> None:
+    def __init__(
+        self, model: nn.Module, weights: list[Tensor], batch: Batch, passes: str, truth: list[list[Tensor]]
+    ) -> None:
+        self.model, self.batch, self.passes, self.truth = model, batch, passes, truth
+        self.how = replace(ARITHMETICS[passes], loss_scale=1.0)
+        for parameter, weight in zip(model.parameters(), weights, strict=True):
+            parameter.grad = None
+            parameter.data = weight.to(self.how.weights, copy=True)
+        self.first: list[Tensor] = []  # g1 as the passes compute it, and its loss
+        self.loss = torch.zeros(())
+
+    def step(self, steps: int = 1, **settings: Any) -> Row:
+        """Take ``steps`` steps and compare what the last one adds."""
+        parameters = list(self.model.parameters())
+        scale = LOSS_SCALE if self.how.autocast == torch.float16 else 1.0
+        scaler = torch.amp.GradScaler("cpu", init_scale=LOSS_SCALE) if scale != 1 else None
+        base = torch.optim.SGD(parameters, lr=0.0)
+        unbounded = {"g1_clip": None, "g2_clip": None, "shrink": False}
+        optimizer = GradRegOptimizer(base, strength=1.0, scaler=scaler, **unbounded, **settings)
+        is_at_start = is_first_step = True
+
+        def closure() -> Tensor:
+            nonlocal is_at_start
+            optimizer.zero_grad()
+            if is_at_start and self.first and not is_first_step:
+                for parameter, gradient in zip(parameters, self.first, strict=True):
+                    parameter.grad = gradient.clone()
+                value = self.loss
+            else:
+                value = loss(self.model, self.batch, self.how)
+                value = value if scaler is None else scaler.scale(value)
+                value.backward()
+            if is_at_start and not self.first:
+                self.first, self.loss = [parameter.grad.clone() for parameter in parameters], value.detach()
+            is_at_start = False
+            return value
+
+        for number in range(steps):
+            is_at_start, is_first_step = True, number == 0
+            optimizer.step(closure)
+            if scaler is not None:
+                scaler.update()
+        metrics = {name: float(value) for name, value in optimizer.metrics.items()}
+        figures = self.compared([p.grad for p in parameters], scale, metrics)
         optimizer.zero_grad()
-        value = loss(model, batch, how)
-        (value if scaler is None else scaler.scale(value)).backward()
-        if not first:
-            first.extend(
-                parameter.grad.float() / (1.0 if scaler is None else LOSS_SCALE) for parameter in model.parameters()
-            )
+        return {
+            "batch": self.batch.name,
+            "passes": self.passes,
+            "settings": settings,
+            **figures,
+            **{name: metrics.get(name) for name in ("noise_floor", "signal", "self_check", "perturbation_fidelity")},
+        }
 
-    optimizer.step(closure)
-    added = [parameter.grad.float().sub_(g1) for parameter, g1 in zip(model.parameters(), first, strict=True)]
-    for parameter in model.parameters():
-        parameter.data, parameter.grad = parameter.data.float(), None
-    return added, {name: float(value) for name, value in optimizer.metrics.items()}
+    def compared(self, combined: list[Tensor], scale: float, metrics: dict[str, float]) -> Row:
+        """Cosine and ratio of the penalty with H·g1, and cosines of the combined gradient with the exact one."""
+        gram = torch.zeros(4, 4, dtype=torch.float64)
+        for found, first, exact_first, exact in zip(combined, self.first, *self.truth, strict=True):
+            g1 = first.float() / scale
+            four = torch.stack([x.float().flatten() for x in (g1, found.float() - g1, exact_first, exact)])
+            gram += (four @ four.T).double()
+        eps, signal = metrics["eps"], metrics.get("signal", 1.0)
+        row = {
+            "cosine": float(gram[1, 3] / (gram[1, 1] * gram[3, 3]).sqrt()),
+            "ratio": float((gram[1, 1] / gram[3, 3]).sqrt()),
+            "radius": eps * metrics["g1_norm"],
+        }
+        for k in RATIOS:
+            exact = torch.tensor([0, 0, 1, k * eps], dtype=torch.float64)
+            for name, weight in ((f"combined_{k}", k * eps * signal), (f"g1_alone_{k}", 0.0)):
+                ours = torch.tensor([1, weight, 0, 0], dtype=torch.float64)
+                row[name] = float(ours @ gram @ exact / ((ours @ gram @ ours) * (exact @ gram @ exact)).sqrt())
+        return row
 
 
-def inner(a: list[Tensor], b: list[Tensor]) -> float:
-    """⟨a, b⟩, summed in float64."""
-    return sum(float((x * y).sum(dtype=torch.float64)) for x, y in zip(a, b, strict=True))
-
-
-def measure(model: nn.Module, batch: Batch) -> list[dict[str, Any]]:
-    """A row for each of ``SETTINGS``."""
-    truth, figures = penalty(model, batch, "fp32", method="exact")
+def measure(model: nn.Module, masters: list[Tensor], batch: Batch, passes: list[str]) -> list[Row]:
+    """The rows of one batch."""
+    rounded = [master.bfloat16().float() for master in masters]
+    reference = Passes(model, masters, ARITHMETICS["fp32"])  # whose θ is ``rounded``
+    truth = [[x.float() for x in part] for part in reference.exact(batch, rows=sequences_at_once(batch))]
     rows = []
-    for arithmetic, settings in SETTINGS:
-        found, metrics = penalty(model, batch, arithmetic, **settings)
-        rows.append(
-            {
-                "batch": batch.name,
-                "passes": arithmetic,
-                "settings": settings,
-                "cosine": inner(found, truth) / (inner(found, found) * inner(truth, truth)) ** 0.5,
-                "ratio": (inner(found, found) / inner(truth, truth)) ** 0.5,
-                "gradient_norm": figures["g1_norm"],
-                **{name: metrics.get(name) for name in ("noise_floor", "self_check", "perturbation_fidelity")},
-            }
-        )
-        print(json.dumps(rows[-1]), flush=True)
+    for name in passes:
+        bench = Bench(model, masters if name == "autocast bf16" else rounded, batch, name, list(truth))
+        settings: list[tuple[int, Row]] = [(STEPS, {"radius": "auto"})]
+        settings += [(1, {"eps": 1e-3, "rounding": "nearest", "check_every": 0})]  # as published
+        settings += [(1, {"radius": radius, "check_every": 0}) for radius in GRID]
+        if batch.size < 1024:
+            settings += [(STEPS, {"radius": "auto", "method": "central"})]
+            settings += [(1, {"radius": radius, "check_every": 0, "method": "central"}) for radius in CENTRAL_GRID]
+        for steps, chosen in settings:
+            rows.append(bench.step(steps, **chosen))
+            tqdm.write(json.dumps(rows[-1]))
     return rows
 
 
-def markdown(rows: list[dict[str, Any]], title: str, stamped: dict[str, str]) -> str:
+def kind_of(row: Row) -> str:
+    """published, fixed, auto; and the same of central."""
+    settings = row["settings"]
+    name = "auto" if settings.get("radius") == "auto" else "fixed" if "radius" in settings else "published"
+    return f"{name}, central" if settings.get("method") == "central" else name
+
+
+def summary(rows: list[Row]) -> list[Row]:
+    """One row for each batch and arithmetic: the published ε, radius 0.005, auto, and the best radius of the grid."""
+    found = []
+    for batch, passes in dict.fromkeys((row["batch"], row["passes"]) for row in rows):
+        of_both = [row for row in rows if (row["batch"], row["passes"]) == (batch, passes)]
+        kinds: dict[str, list[Row]] = {}
+        for row in of_both:
+            kinds.setdefault(kind_of(row), []).append(row)
+        line: Row = {"batch": batch, "passes": passes}
+        for suffix in ("", ", central"):
+            if f"auto{suffix}" not in kinds:
+                continue
+            best = max(kinds[f"fixed{suffix}"], key=lambda row: row["cosine"])
+            [auto] = kinds[f"auto{suffix}"]
+            line |= {f"auto{suffix}": auto["cosine"], f"best{suffix}": best["cosine"]}
+            line |= {f"radius of auto{suffix}": auto["radius"], f"best radius{suffix}": best["settings"]["radius"]}
+            if not suffix:
+                line["fixed 0.005"] = next(r["cosine"] for r in kinds["fixed"] if r["settings"]["radius"] == 0.005)
+                line["published"] = kinds["published"][0]["cosine"]
+                line |= {name: auto[name] for name in auto if name.startswith(("combined", "g1_alone"))}
+                line |= {name: auto[name] for name in ("noise_floor", "signal")}
+        found.append(line)
+    return found
+
+
+def markdown(rows: list[Row], title: str, stamped: dict[str, str]) -> str:
     """The document."""
-    columns = {"cosine": ".2f", "ratio": ".2f", "self_check": ".2f", "noise_floor": ".4f", "perturbation_fidelity": ".2f"}
-    lines = [
-        f"# Precision through the optimizer: {title}",
-        "",
-        *(f"- {name}: {value}" for name, value in stamped.items()),
+    lines = [f"# Precision through the optimizer: {title}", "", *(f"- {k}: {v}" for k, v in stamped.items()), ""]
+    lines += [
+        "Cosines with H·g1, in medians over the batches, and the worst in brackets; without central, two gradients.",
         "",
     ]
-    for name in dict.fromkeys(row["batch"] for row in rows):
-        chosen = [row for row in rows if row["batch"] == name]
-        lines += [f"## {name}, ‖g1‖ = {chosen[0]['gradient_norm']:.1f}", ""]
-        cells = []
-        for row in chosen:
-            given = ", ".join(f"{key}={value!r}" for key, value in row["settings"].items())
-            figures = ("" if row[key] is None else format(row[key], form) for key, form in columns.items())
-            cells.append([row["passes"], f"`{given}`", *figures])
-        lines += [*markdown_table(["passes", "settings", *(name.replace("_", " ") for name in columns)], cells), ""]
+    lines_of = summary(rows)
+    names = ["published", "fixed 0.005", "auto", "best", "auto, central", "best, central"]
+    cells = []
+    for passes in dict.fromkeys(line["passes"] for line in lines_of):
+        found = [[line[name] for line in lines_of if line["passes"] == passes and name in line] for name in names]
+        cells.append([passes, *(f"{statistics.median(x):.3f} ({min(x):.3f})" if x else "" for x in found)])
+    lines += [*markdown_table(["passes", *names], cells), ""]
+    names += ["radius of auto", "best radius", "noise_floor", "signal"]
+    names += [f"{name}_{k}" for k in RATIOS for name in ("combined", "g1_alone")]
+    for passes in dict.fromkeys(line["passes"] for line in lines_of):
+        lines += [f"## {passes}", ""]
+        chosen = [line for line in lines_of if line["passes"] == passes]
+        cells = [[line["batch"], *(_number(line.get(name)) for name in names)] for line in chosen]
+        lines += [*markdown_table(["batch", *(name.replace("_", " ") for name in names)], cells), ""]
     return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:.3g}"
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser("python -m benchmarks.precision", description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="smollm2")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[80, 256], help="sizes of the batches")
-    parser.add_argument("--kind", choices=["policy", "sharp", "text"], default="policy", help="of the batches")
+    names = ["-".join(map(str, batch)) for batch in BATCHES]
+    parser.add_argument("--batches", nargs="+", default=names, metavar="NAME", help="kind-tokens-seed, as policy-80-0")
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES, metavar="NAME", help="arithmetics")
     parser.add_argument("--output", type=Path, default=todays("precision"), help="path without suffix")
     arguments = parser.parse_args(argv)
-    warnings.filterwarnings("ignore", "Gradient regularization: the self-check")  # it is a column of the table
+    warnings.filterwarnings("ignore", "Gradient regularization: ")  # figures of the table
+    warnings.filterwarnings("ignore", ".*create_graph|The AccumulateGrad node")
     model = MODELS[arguments.model]()
-    jitter_(model)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.bfloat16().float()
-    start, rows = time.perf_counter(), []
-    for size in arguments.tokens:
-        rows += measure(model, make_batch(model, arguments.kind, size, seed=0))
-    stamped = {**stamp(), "seconds": f"{time.perf_counter() - start:.0f}"}
-    path: Path = arguments.output
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".md").write_text(markdown(rows, arguments.model, stamped), encoding="utf-8")
-    path.with_suffix(".json").write_text(json.dumps({**stamped, "rows": rows}, indent=1), encoding="utf-8")
+    masters = jitter_(model)
+    start, rows = time.perf_counter(), list[Row]()
+    for name in tqdm(arguments.batches, unit="batch"):
+        kind, size, seed = name.split("-")
+        batch = make_batch(Passes(model, masters, ARITHMETICS["fp32"]).model, kind, int(size), int(seed))
+        rows += measure(model, masters, batch, arguments.passes)
+        stamped = {**stamp(), "seconds": f"{time.perf_counter() - start:.0f}"}
+        path: Path = arguments.output
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".md").write_text(markdown(rows, arguments.model, stamped), encoding="utf-8")
+        path.with_suffix(".json").write_text(json.dumps({**stamped, "rows": rows}, indent=1), encoding="utf-8")
+    print(markdown(rows, arguments.model, stamped))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from gradreg_optim.core.radius import START
 from gradreg_optim.core.step import Difference, FirstGradient, GroupGradients, Point, Scalar
 from gradreg_optim.core.storage import Storage
 
@@ -39,19 +40,20 @@ class Scheme:
 class Plan:
     """The settings of one step, read from the parameter groups and validated once.
 
-    ``strengths``, ``eps`` and ``radius`` hold one number a group; a strength already contains the schedule's factor, and
-    a group of strength 0 is not regularized. ``points`` are those where gradients are taken after θ, none in a step
-    without penalty. ``excluded`` holds the positions of parameters that are left out of their group. ``floor`` is
-    the noise floor last measured. ``step``, the number of the step, seeds stochastic rounding. ``points_if_low`` take the
-    place of ``points`` if the first pass turns out to compute in half precision; none if that does not matter.
-    ``low_dtype`` is the dtype of the passes, if it is known to have fewer bits than float32.
+    ``strengths``, ``eps`` and ``radius`` hold one value a group; a strength already contains the schedule's factor, and a
+    group of strength 0 is not regularized. A radius of ``"auto"`` is ``auto_radius`` in this step; in full precision only
+    where there is no ``eps``, as ``is_always_auto`` tells. ``points`` are those where gradients are taken after θ, none in a
+    step without penalty. ``excluded`` holds the positions of parameters that are left out of their group. ``floor`` is the
+    noise floor last measured. ``step``, the number of the step, seeds stochastic rounding. ``points_if_low`` take the place
+    of ``points`` if the first pass turns out to compute in half precision; none if that does not matter. ``low_dtype`` is
+    the dtype of the passes, if it is known to have fewer bits than float32.
     """
 
     step: int
     strengths: tuple[float, ...]
     excluded: tuple[frozenset[int], ...]
     eps: tuple[float | None, ...]
-    radius: tuple[float | None, ...]
+    radius: tuple[float | str | None, ...]
     g1_clip: float | None
     g2_clip: float | None
     max_penalty_ratio: float | None
@@ -61,6 +63,8 @@ class Plan:
     shrinks: bool
     fraction: float
     floor: float | None
+    auto_radius: Scalar = START
+    is_always_auto: bool = False
     points_if_low: tuple[Point, ...] = ()
     low_dtype: torch.dtype | None = None
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from gradreg_optim.core import multi_tensor
 from gradreg_optim.core.finite_difference import clip_coefficient, is_finite, item_on_cpu, ratio, stack_scalars
 from gradreg_optim.core.losses import Losses
 from gradreg_optim.core.plan import Plan
+from gradreg_optim.core.radius import AUTO, following, longer
 from gradreg_optim.core.self_check import evaluated, signal_fraction
 from gradreg_optim.core.step import Check, Difference, Figure, FirstGradient, Gradients, Outcome, PartOfPass, Point, Scalar
 from gradreg_optim.core.storage import Storage
@@ -51,11 +53,11 @@ def regularized(storage: Storage, plan: Plan, losses: Losses | None = None) -> G
         if not storage.has_gradient(first):
             storage.put_back(first)
             return Outcome(first.figures, is_empty=True)
+        if losses is not None and losses.are_low(storage):
+            plan = replace(plan, points=plan.points_if_low or plan.points, low_dtype=losses.low_dtype)
         if not choose_step(storage, first, plan):  # d = clip(g1), ε; False: there is no finite gradient
             storage.put_back(first)
             return Outcome(first.figures, first.skipped)
-        if losses is not None and losses.are_low(storage):
-            plan = replace(plan, points=plan.points_if_low or plan.points, low_dtype=losses.low_dtype)
         for point in plan.points:  # usually one
             with plan.scheme.at(storage, first, point, plan):  # θ' = θ + ε·d inside, θ again after it
                 yield point
@@ -71,7 +73,8 @@ def regularized(storage: Storage, plan: Plan, losses: Losses | None = None) -> G
     except BaseException:
         storage.abandon(first)
         raise
-    return Outcome(first.figures | delta.figures | figures, first.skipped, check)
+    figures = first.figures | delta.figures | figures
+    return Outcome(figures, first.skipped, check, auto_radius=first.next_radius)
 
 
 def choose_step(storage: Storage, first: FirstGradient, plan: Plan) -> bool:
@@ -91,11 +94,18 @@ def choose_step(storage: Storage, first: FirstGradient, plan: Plan) -> bool:
         first.skipped = 1
         return False
     first.norm, first.clip = norm, item_on_cpu(coefficient)
+    is_low = plan.low_dtype is not None or storage.has_low_precision
     for group, square, eps, radius in zip(first.groups, squares, plan.eps, plan.radius, strict=True):
         group.g1_squared = square * coefficient**2
-        group.eps = eps if radius is None else item_on_cpu(ratio(radius, norm * coefficient))  # type: ignore[assignment]
+        length: Any = radius
+        if radius == AUTO:
+            length = plan.auto_radius if is_low or eps is None else None
+            first.auto_radius = length if group.strength else first.auto_radius
+        group.eps = eps if length is None else item_on_cpu(ratio(length, norm * coefficient))  # type: ignore[assignment]
     if Point.TWICE not in plan.points:
         first.figures["eps"] = next(group.eps for group in first.groups if group.strength)
+        if first.auto_radius is not None:
+            first.figures["radius"] = first.auto_radius
     return True
 
 
@@ -139,7 +149,10 @@ def run_check(storage: Storage, first: FirstGradient, plan: Plan) -> Check | Non
     products += _arrived(first, plan.low_dtype, scale)
     sums = [value / scale**2 for value in storage.sum_over_ranks(stack_scalars(products)).tolist()]
     eps = next(float(group.eps) for group in first.groups if group.strength)
-    return evaluated(sums, norm=float(first.norm), eps=eps, clip=float(first.clip), scheme=plan.scheme)
+    is_settled = None if first.auto_radius is None else plan.floor is not None
+    return evaluated(
+        sums, norm=float(first.norm), eps=eps, clip=float(first.clip), scheme=plan.scheme, is_settled=is_settled
+    )
 
 
 def _arrived(first: FirstGradient, low_dtype: torch.dtype | None, scale: float) -> list[Tensor]:
@@ -174,7 +187,12 @@ def penalty(
     weights = [plan.scheme.weight(group) for group in first.groups]
     floor = plan.floor if check is None else check.floor
     if floor is not None and plan.scheme.noise is not None:
-        signal = signal_fraction(delta.squares.sum() / g1_squared.sum(), floor * plan.scheme.noise)
+        relative_square = delta.squares.sum() / g1_squared.sum()
+        signal = signal_fraction(relative_square, floor * plan.scheme.noise)
+        if first.auto_radius is not None:
+            is_swallowed = check is not None and check.is_swallowed
+            found = following(first.auto_radius, relative_square, floor * plan.scheme.noise)
+            first.next_radius = longer(first.auto_radius) if is_swallowed else item_on_cpu(found)
         figures |= {"noise_floor": floor, "signal": signal}
         if plan.shrinks:
             weights = [item_on_cpu(weight * signal) for weight in weights]

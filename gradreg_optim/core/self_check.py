@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from gradreg_optim.core.plan import Scheme
+from gradreg_optim.core.radius import MOST, balanced
 from gradreg_optim.core.step import Check, Point
 
 DEFAULT_CHECK_EVERY = 100
@@ -45,7 +46,9 @@ def signal_fraction(relative_square: Tensor, floor: float) -> Tensor:
     return torch.where(relative_square > 0, (1 - explained).clamp(min=0), torch.zeros_like(relative_square))
 
 
-def evaluated(sums: list[float], *, norm: float, eps: float, clip: float, scheme: Scheme) -> Check | None:
+def evaluated(
+    sums: list[float], *, norm: float, eps: float, clip: float, scheme: Scheme, is_settled: bool | None = None
+) -> Check | None:
     """What a check says, from sums over all ranks; ``None`` if a gradient overflowed or g1 is 0: the next step checks again.
 
     Args:
@@ -56,6 +59,7 @@ def evaluated(sums: list[float], *, norm: float, eps: float, clip: float, scheme
         eps: ε of the first regularized group.
         clip: the factor by which g1 is clipped.
         scheme: what Δ is.
+        is_settled: where the radius finds itself, whether it has had time to; ``None`` where it is the user's.
     """
     product, ahead, behind, noise, *shares = sums
     if not all(map(math.isfinite, sums[:4])) or not norm:
@@ -66,23 +70,25 @@ def evaluated(sums: list[float], *, norm: float, eps: float, clip: float, scheme
         if min(in_weights, in_passes) >= 0.5:
             return Check(0.0, 0.0, None)  # the loss is linear
         text = "The gradients at both points are equal to the last bit"
-        return Check(0.0, 0.0, too_short(text, eps, radius), is_swallowed=True)
+        return Check(0.0, 0.0, too_short(text, eps, radius, is_settled), is_swallowed=True)
     self_check = -product / math.sqrt(ahead) / math.sqrt(behind)
     steady = max(0.0, ahead + behind + 2 * product) / 3
     floor = math.sqrt(min(noise or steady, steady)) / norm  # no noise at all: what the step sideways moved was rounded away
     if in_passes < 0.5:
         text = f"Of the step, the share {in_passes:.2f} arrives in the passes, which round weights to half precision"
-        return Check(min(self_check, in_passes), floor, too_short(text, eps, radius), is_swallowed=True)
+        return Check(min(self_check, in_passes), floor, too_short(text, eps, radius, is_settled), is_swallowed=True)
     if self_check >= scheme.sufficient:
         return Check(self_check, floor, None)
     is_two_sided = Point.BEHIND in scheme.points
     relative = math.sqrt((ahead + behind - 2 * product) / 4 if is_two_sided else ahead) / norm
     noise_of_delta = floor * (scheme.noise or 0.0)
-    return Check(self_check, floor, advice(self_check, noise_of_delta, relative, eps, radius))
+    return Check(self_check, floor, advice(self_check, noise_of_delta, relative, eps, radius, is_settled))
 
 
-def too_short(found: str, eps: float, radius: float) -> str:
-    """What to tell a user whose step the arithmetic swallows."""
+def too_short(found: str, eps: float, radius: float, is_settled: bool | None = None) -> str | None:
+    """What to tell a user whose step the arithmetic swallows; nothing while a radius that finds itself can still grow."""
+    if is_settled is not None and radius < MOST / 2:
+        return None
     return (
         f"Gradient regularization: {found}: the difference of the two gradients is no measure of curvature. A step "
         f"{radius:.2g} long (eps {eps:.2g}) is too short for the precision of the weights or of the passes, unless the loss "
@@ -90,18 +96,23 @@ def too_short(found: str, eps: float, radius: float) -> str:
     )
 
 
-def advice(self_check: float, floor: float, relative: float, eps: float, radius: float) -> str:
-    """What to tell a user whose self-check is low."""
+def advice(
+    self_check: float, floor: float, relative: float, eps: float, radius: float, is_settled: bool | None = None
+) -> str | None:
+    """What to tell a user whose self-check is low; nothing where a radius that finds itself will mend it."""
     figures = (
         f"Gradient regularization: the self-check is {self_check:.2f}, too low: the difference of the two gradients is no "
         f"reliable measure of curvature. It is {relative:.2g} of the gradient, the rounding noise {floor:.2g}, the step "
         f"{radius:.2g} long (eps {eps:.2g}). "
     )
-    # Errors by rounding and by changing curvature were found to balance at 0.65·√floor.
-    factor = 0.65 * math.sqrt(floor) / max(relative, 1e-9)
+    factor = balanced(floor) / max(relative, 1e-9)
     # Where each parameter has a loss of its own, a step that is too long changes the gradient as much sideways as ahead.
     # Half of the gradient, however, rounding does not change.
-    if relative < min(2 * floor, 0.5):
+    is_noise = relative < min(2 * floor, 0.5)
+    if is_settled is not None:
+        remedies = "The radius has been adapted to it. What is left: fp16 in place of bf16 in the passes, method='central', "
+        return figures + remedies + "method='exact'." if is_noise and is_settled else None
+    if is_noise:
         return figures + (
             f"Rounding prevails: a longer step helps (set radius={min(10.0, max(2.0, factor)) * radius:.1g}), and more do "
             "fp16 or fp32 in place of bf16 in the passes, method='central' and method='exact'."

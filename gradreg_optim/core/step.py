@@ -90,7 +90,8 @@ class FirstGradient:
     ``figures`` are what is to be logged about g1 and ε, ``skipped`` is 1 if the penalty is left out. ``norm`` is ‖g1‖ over
     all groups and ranks, before the clip by the factor ``clip``. ``taken`` are gradients of further points as the storage
     keeps them, ``further`` the same, laid out like g1. ``noise`` is ‖g − g1‖² of the gradients g at
-    :attr:`Point.SIDEWAYS`, over this rank's tensors.
+    :attr:`Point.SIDEWAYS`, over this rank's tensors. ``auto_radius`` is the radius, if it found
+    itself, and ``next_radius`` that of the next step.
     """
 
     groups: list[GroupGradients]
@@ -101,6 +102,8 @@ class FirstGradient:
     taken: dict[Point, Any] = field(default_factory=dict)
     further: dict[Point, Gradients] = field(default_factory=dict)
     noise: Scalar | None = None
+    auto_radius: Scalar | None = None
+    next_radius: Scalar | None = None
 
 
 @dataclass
@@ -139,10 +142,12 @@ class Check:
 class Outcome:
     """What a step did: its figures for ``metrics``, whether the penalty was left out, and what a check found.
 
-    ``is_empty``: the first pass left no gradient on any parameter that is to be regularized.
+    ``is_empty``: the first pass left no gradient on any parameter that is to be regularized. ``auto_radius``: that of the
+    next step, if it is found.
     """
 
     figures: dict[str, Figure]
     skipped: Scalar = 0
     check: Check | None = None
     is_empty: bool = False
+    auto_radius: Scalar | None = None

@@ -3,7 +3,8 @@
 Living there, hyperparameters are saved with the optimizer, can differ between groups and can be scheduled. ``strength``,
 ``eps`` and ``radius`` are read group by group; the other settings and the step count hold for the whole optimizer, are
 written to every group and read from the first. ``gradreg_excluded`` lists positions in ``group["params"]``: positions
-survive FSDP2 and tensor parallelism, which put other tensors there. ``gradreg_floor`` is the noise floor last measured.
+survive FSDP2 and tensor parallelism, which put other tensors there. ``gradreg_floor`` is the noise floor last measured, and
+``gradreg_auto_radius`` the radius of the next step, where it finds itself; both are ``None`` until there is one.
 """
 
 from __future__ import annotations
@@ -18,19 +19,29 @@ from torch.optim import Optimizer
 from gradreg_optim.core.exact import exact
 from gradreg_optim.core.finite_difference import CENTRAL, FORWARD
 from gradreg_optim.core.plan import Plan
-from gradreg_optim.wrapping.settings import PER_GROUP, SETTINGS, SHARED, check_settings, plain, suggestion
+from gradreg_optim.core.radius import AUTO
+from gradreg_optim.wrapping.settings import (
+    DEFAULT_EPS,
+    PER_GROUP,
+    SETTINGS,
+    SHARED,
+    Default,
+    check_settings,
+    plain,
+    suggestion,
+)
 
 Group = dict[str, Any]
 
 SETTING_KEYS = tuple(f"gradreg_{name}" for name in (*PER_GROUP, *SHARED))
-KEYS = (*SETTING_KEYS, "gradreg_step", "gradreg_floor", "gradreg_excluded")
+KEYS = (*SETTING_KEYS, "gradreg_step", "gradreg_floor", "gradreg_auto_radius", "gradreg_excluded")
 DELETED = ("gradreg_memory", "gradreg_between", "gradreg_along")
 """Keys that checkpoints of earlier versions hold."""
 
 
 def missing_keys(group: Group) -> list[str]:
     """The ``gradreg_*`` keys that ``group`` lacks."""
-    return [key for key in KEYS if key not in group and key != "gradreg_excluded"]
+    return [key for key in KEYS if key not in group and key not in ("gradreg_excluded", "gradreg_auto_radius")]
 
 
 def drop_keys(group: Group, keys: Iterable[str]) -> None:
@@ -73,13 +84,16 @@ def adopt_group(group: Group, settings: dict[str, Any], *, step: int) -> None:
     values |= own
     if values["radius"] is not None:
         values["eps"] = None
+    elif isinstance(values["eps"], Default):  # nothing is given: in low precision the radius finds itself
+        values["radius"] = AUTO
     # A checkpoint holds plain numbers: no type of this package, as the defaults have, and none of NumPy.
-    values = {name: None if value is None else float(value) for name, value in values.items()}
+    values = {name: value if value is None or value == AUTO else float(value) for name, value in values.items()}
     group.update({f"gradreg_{name}": value for name, value in values.items()})
     for name in SHARED:
         group.setdefault(f"gradreg_{name}", settings[name])
     group.setdefault("gradreg_step", step)
     group.setdefault("gradreg_floor", None)
+    group.setdefault("gradreg_auto_radius", None)
 
 
 def warn_of_replaced(groups: list[Group], before: list[Group], settings: dict[str, Any]) -> None:
@@ -103,12 +117,18 @@ def check_group(group: Group) -> None:
     """Raise ``ValueError`` if the settings a user or a scheduler wrote into ``group`` since break their rules."""
     check_keys(group)
     group.update({key: plain(group[key]) for key in SETTING_KEYS})
-    check_settings(**{key.removeprefix("gradreg_"): group[key] for key in SETTING_KEYS})
+    radius = {"radius": None} if is_set_by_eps(group) else {}
+    check_settings(**{key.removeprefix("gradreg_"): group[key] for key in SETTING_KEYS} | radius)
     if group["gradreg_eps"] is None and group["gradreg_radius"] is None:
         raise ValueError(
             "gradreg_eps=None and gradreg_radius=None: one of them must set the length of the step. "
             "Write a number into group['gradreg_eps'] or group['gradreg_radius']."
         )
+
+
+def is_set_by_eps(group: Group) -> bool:
+    """Whether an ``eps`` that was written into the group since has taken the place of the default radius."""
+    return group["gradreg_radius"] == AUTO and group["gradreg_eps"] not in (None, DEFAULT_EPS)
 
 
 def settled_plan(groups: list[Group], excluded: list[list[int]], model: nn.Module | None) -> Plan:
@@ -121,7 +141,7 @@ def settled_plan(groups: list[Group], excluded: list[list[int]], model: nn.Modul
         strengths=tuple(group["gradreg_strength"] for group in groups),
         excluded=tuple(map(frozenset, excluded)),
         eps=tuple(group["gradreg_eps"] for group in groups),
-        radius=tuple(group["gradreg_radius"] for group in groups),
+        radius=tuple(None if is_set_by_eps(group) else group["gradreg_radius"] for group in groups),
         g1_clip=shared["gradreg_g1_clip"],
         g2_clip=shared["gradreg_g2_clip"],
         max_penalty_ratio=shared["gradreg_max_penalty_ratio"],
@@ -131,6 +151,7 @@ def settled_plan(groups: list[Group], excluded: list[list[int]], model: nn.Modul
         shrinks=shared["gradreg_shrink"],
         fraction=shared["gradreg_fraction"],
         floor=None,
+        is_always_auto=any(group["gradreg_radius"] == AUTO and group["gradreg_eps"] is None for group in groups),
     )
 
 

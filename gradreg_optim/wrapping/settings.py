@@ -15,19 +15,21 @@ from typing import Any, Literal, TypedDict, get_args
 import torch
 from torch import nn
 
+from gradreg_optim.core.radius import AUTO
 from gradreg_optim.wrapping.schedule import NAMES, Schedule, ScheduleName
 
 Method = Literal["forward", "central", "exact"]
 Rounding = Literal["nearest", "stochastic"]
 Resample = Literal["reuse", "importance", "sequence"]
+Radius = float | Literal["auto"] | None
 
 
-class _Default(float):
+class Default(float):
     """A default that can be told from the same number given by hand."""
 
 
-DEFAULT_STRENGTH = _Default(1e-3)
-DEFAULT_EPS = _Default(1e-3)
+DEFAULT_STRENGTH = Default(1e-3)
+DEFAULT_EPS = Default(1e-3)
 
 
 class Settings(TypedDict, total=False):
@@ -35,7 +37,7 @@ class Settings(TypedDict, total=False):
 
     strength: float
     eps: float
-    radius: float | None
+    radius: Radius
     warmup_steps: int
     schedule: ScheduleName | Schedule | None
     schedule_steps: int | None
@@ -92,7 +94,7 @@ class Setting:
 
     def is_given(self, value: Any) -> bool:
         """Whether ``value`` is not the default, or is the same number given by hand where that can be told."""
-        return not isinstance(value, _Default) if isinstance(self.default, _Default) else bool(value != self.default)
+        return not isinstance(value, Default) if isinstance(self.default, Default) else bool(value != self.default)
 
 
 def _number(value: Any) -> bool:
@@ -118,7 +120,7 @@ def _one_of(kind: Any) -> Rule:
 
 NOT_NEGATIVE = Rule("a finite number >= 0", float, lambda value: _number(value) and 0 <= value < math.inf)
 POSITIVE = Rule("a finite number > 0", float, _positive)
-POSITIVE_OR_NONE = Rule("None or a finite number > 0", float | None, _positive)
+RADIUS = Rule("None, 'auto' or a finite number > 0", str | None, lambda value: value == AUTO or _positive(value))
 CLIP = Rule("None or a number > 0", float, _above_zero)
 BOUND = Rule("None or a number > 0", float | None, _above_zero)
 FRACTION = Rule("a number > 0 and <= 1", float, lambda value: _number(value) and 0 < value <= 1)
@@ -140,8 +142,8 @@ SETTINGS = (
             "Weight γ of the penalty (γ/2)·‖∇L‖². 0 switches it off.", is_per_group=True),
     Setting("eps", DEFAULT_EPS, POSITIVE, "The published value is 1e-3.",
             "Finite-difference step ε, in units of the gradient.", is_per_group=True),
-    Setting("radius", None, POSITIVE_OR_NONE, "Leave it out to use eps; fp32 wants about 0.0025, fp16 and bf16 0.005.",
-            "Length of the finite-difference step, instead of ε; 0.0025 in fp32, 0.005 in fp16 and bf16.",
+    Setting("radius", None, RADIUS, "Leave it out to use eps, or in half precision 'auto'; fp32 wants about 0.0025.",
+            "Length of the finite-difference step, instead of ε; `auto` finds it, as by default in half precision.",
             is_per_group=True),
     Setting("warmup_steps", 0, COUNT, "It counts optimizer steps without the penalty.",
             "Optimizer steps before the penalty starts.", flag="warmup"),
@@ -210,7 +212,7 @@ def check_settings(**settings: Any) -> None:
         if setting is not None and not setting.rule.holds(plain(value)):
             raise ValueError(f"{name}={shown(value)}: {name} must be {setting.rule.text}. {setting.remedy}")
     eps, radius = settings.get("eps", DEFAULT_EPS), settings.get("radius")
-    if radius is not None and eps is not None and not isinstance(eps, _Default):
+    if radius is not None and eps is not None and not isinstance(eps, Default) and (radius, eps) != (AUTO, DEFAULT_EPS):
         raise ValueError(
             f"eps={shown(eps)} and radius={shown(radius)}: both set the length of the same step. "
             "Give eps (a multiple of the gradient) or radius (the length itself), not both."

@@ -18,7 +18,9 @@ from torch.optim import Optimizer
 
 from gradreg_optim.core.losses import Losses
 from gradreg_optim.core.plan import Plan
+from gradreg_optim.core.radius import START
 from gradreg_optim.core.self_check import DEFAULT_CHECK_EVERY
+from gradreg_optim.core.step import Outcome
 from gradreg_optim.core.storage import Storage
 from gradreg_optim.wrapping import upwards
 from gradreg_optim.wrapping.engines import EngineCheck
@@ -196,18 +198,29 @@ class OptimizerWrapper(Optimizer):
         since_warmup = step - group["gradreg_warmup_steps"]
         if not any(plan.strengths) or since_warmup % group["gradreg_every"]:
             return replace(plan, step=step, points=())
-        usual, floor = plan.scheme.points, group["gradreg_floor"]
+        radius = START if group["gradreg_auto_radius"] is None else group["gradreg_auto_radius"]
+        plan = replace(plan, step=step, floor=group["gradreg_floor"], auto_radius=radius)
+        usual = plan.scheme.points
         points = plan.scheme.checked_points if self._check_is_due(group) else usual
         low = self._losses.low_dtype if self._attachment is None else self._attachment.low_dtype
-        if group["gradreg_check_every"] is None and low is None and not (storage or self.storage()).has_low_precision:
-            return replace(plan, step=step, points=usual, points_if_low=points, floor=floor)
-        return replace(plan, step=step, points=points, floor=floor, low_dtype=low)
+        is_checked = group["gradreg_check_every"] is not None or plan.is_always_auto
+        if not is_checked and low is None and not (storage or self.storage()).has_low_precision:
+            return replace(plan, points=usual, points_if_low=points)
+        return replace(plan, points=points, low_dtype=low)
 
     def _settle(self) -> tuple[list[Any], Plan]:
         """What :meth:`plan` compares settings with, and what of the plan stays until they change."""
         self._adopt_new_groups()
         plan = settled_plan(self.param_groups, self._excluded, self._model)
         return _read(self.param_groups), plan
+
+    def _remember(self, outcome: Outcome) -> None:
+        """Keep in the groups what a step found out for those to come."""
+        found: dict[str, Any] = {} if outcome.auto_radius is None else {"gradreg_auto_radius": outcome.auto_radius}
+        if outcome.check is not None and not outcome.check.is_swallowed:
+            found["gradreg_floor"] = outcome.check.floor
+        for group in self.param_groups if found else []:
+            group.update(found)
 
     @property
     def regularizes(self) -> bool:

@@ -23,7 +23,7 @@ from gradreg_optim.core.storage import Storage
 from gradreg_optim.optimizer import GradRegOptimizer
 from gradreg_optim.wrapping.groups import KEYS
 from gradreg_optim.wrapping.schedule import Schedule, ScheduleName
-from gradreg_optim.wrapping.settings import DEFAULT_EPS, DEFAULT_STRENGTH, Method, Resample, settings_among
+from gradreg_optim.wrapping.settings import DEFAULT_EPS, DEFAULT_STRENGTH, Method, Radius, Resample, settings_among
 from gradreg_optim.wrapping.wrapper import OptimizerWrapper
 from gradreg_optim.zero.bf16 import BF16Partitions
 from gradreg_optim.zero.refusals import check_engine
@@ -93,7 +93,7 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
         *,
         strength: float = DEFAULT_STRENGTH,
         eps: float = DEFAULT_EPS,
-        radius: float | None = None,
+        radius: Radius = None,
         warmup_steps: int = 0,
         schedule: ScheduleName | Schedule | None = None,
         schedule_steps: int | None = None,

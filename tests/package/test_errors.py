@@ -47,7 +47,7 @@ def stepped(**settings):
 
 def neither_eps_nor_radius():
     optimizer = GradRegOptimizer(sgd())
-    optimizer.param_groups[0]["gradreg_eps"] = None
+    optimizer.param_groups[0]["gradreg_eps"] = optimizer.param_groups[0]["gradreg_radius"] = None
     optimizer.step(lambda: None)
 
 
@@ -292,7 +292,7 @@ CASES = {
     "strength, NaN": setting("strength", math.nan, "must be a finite number >= 0", "Published values are 1e-2 and 1e-3"),
     "eps": setting("eps", 0.0, "must be a finite number > 0", "published value is 1e-3"),
     "eps, infinite": setting("eps", math.inf, "must be a finite number > 0", "published value is 1e-3"),
-    "radius": setting("radius", -0.1, "must be None or a finite number > 0", "Leave it out to use eps"),
+    "radius": setting("radius", -0.1, "must be None, 'auto' or a finite number > 0", "Leave it out to use eps"),
     "warmup_steps": setting("warmup_steps", 1.5, "must be an integer >= 0", "optimizer steps without the penalty"),
     "schedule": setting("schedule", "exponential", "one of ('constant', 'linear', 'cosine')", "callable of the step"),
     "schedule_steps": setting("schedule_steps", 0, "must be None or an integer > 0", "over which the strength rises"),
@@ -319,7 +319,7 @@ CASES = {
         lambda: GradRegOptimizer(sgd(gradreg_radius=-1.0)),
         ValueError,
         "radius=-1.0",
-        "must be None or a finite number > 0",
+        "must be None, 'auto' or a finite number > 0",
         "Leave it out to use eps",
     ),
     "exclude": Case(
