@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gradreg_optim.core.repeatable import RandomState
+from gradreg_optim.trainers.snapshot import copied
 
 _TRAINER = "OnlineDPOTrainer"
 _METHODS = (
@@ -53,21 +53,13 @@ class Generations:
         if self.repeated is not None:
             result, random = next(self.repeated)
             random.restore()
-            return _cloned(result)
+            return copied(result, with_tensors=True)
         recorded, self.recorded = self.recorded, None  # the methods call one another: record the outermost call only
         try:
             result = method(*args, **kwargs)
         finally:
             self.recorded = recorded
         if recorded is not None:
-            recorded.append((_cloned(result), RandomState(self._devices())))
+            # Tensors too: trainers subtract penalties from rewards in place.
+            recorded.append((copied(result, with_tensors=True), RandomState(self._devices())))
         return result
-
-
-def _cloned(value: Any) -> Any:
-    """Copy containers and tensors: trainers subtract penalties from rewards in place."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {key: _cloned(item) for key, item in value.items()}
-    return type(value)(map(_cloned, value)) if type(value) in (list, tuple) else value

@@ -14,8 +14,7 @@ from transformers import Trainer
 from gradreg_optim.core.repeatable import RandomState
 from gradreg_optim.drivers.micro_batches import SplitGradient
 from gradreg_optim.trainers.generations import Recorded
-from gradreg_optim.trainers.isolation import copied
-from gradreg_optim.trainers.snapshot import Snapshot
+from gradreg_optim.trainers.snapshot import Snapshot, copied
 
 
 @dataclass

@@ -18,9 +18,9 @@ from transformers import Trainer
 from gradreg_optim.core.repeatable import RandomState
 from gradreg_optim.trainers.generations import Generations
 from gradreg_optim.trainers.hooks import Hooks
-from gradreg_optim.trainers.isolation import copied, untouched
 from gradreg_optim.trainers.old_policy import LOG_P_METHOD, OldPolicy, clipped_so_far, has_old_policy
 from gradreg_optim.trainers.recorder import MicroBatch
+from gradreg_optim.trainers.snapshot import copied, untouched
 from gradreg_optim.trainers.unfused import unfused
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from gradreg_optim import GradRegOptimizer
 from gradreg_optim.core import multi_tensor
-from gradreg_optim.core.multi_tensor import signs
+from gradreg_optim.core.multi_tensor import eager
 from gradreg_optim.core.self_check import too_short
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -26,7 +26,7 @@ def moved(start, direction, drawn, **settings):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_each_element_moves_as_far_as_ahead(dtype, monkeypatch):
     """With either sign half of the time, in pieces and layouts of all kinds; other steps draw other signs."""
-    monkeypatch.setattr(signs, "PIECE", 1000)
+    monkeypatch.setattr(eager, "SIGNED", 1000)
     start = [torch.zeros(50, 70, dtype=dtype), torch.zeros(70, 50, dtype=dtype).t(), torch.zeros(0, dtype=dtype)]
     direction = [torch.rand(50, 70).to(dtype), torch.rand(70, 50).to(dtype).t(), torch.zeros(0, dtype=dtype)]
     there = moved(start, direction, 3 << 40)

@@ -3,6 +3,7 @@
 import collections
 import itertools
 import random
+import sys
 import types
 import warnings
 from typing import ClassVar
@@ -234,6 +235,42 @@ def test_attributes_of_the_models_modules(tmp_path):
         results.append((model.model.layers[0].mlp.calls, model.model.layers[0].mlp.sizes))
     assert results[0] == results[1]
     assert results[0][0] == 6
+
+
+class Drawing(nn.Module):
+    """A layer whose mask comes from a generator of its own."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.random = inner, torch.Generator().manual_seed(3)
+
+    def forward(self, *args, **kwargs):
+        output = self.inner(*args, **kwargs)
+        return output * torch.rand(output.shape, generator=self.random)
+
+
+def test_generators_of_the_models_modules(tmp_path):
+    """The second pass draws what the first one drew, and the generator goes on from there."""
+    results = []
+    for wrapped in (None, AT_THETA):
+        model = llama()
+        layer = model.model.layers[0]
+        layer.mlp = Drawing(layer.mlp)
+        _, found, _ = trained(tmp_path, [Meter()], wrapped=wrapped, model=model)
+        results.append({**found, "random": layer.mlp.random.get_state()})
+    assert_same(*results)
+
+
+def test_a_snapshot_costs_little_a_module(tmp_path):
+    """It is taken for each micro-batch: three calls for each module, and fewer than three hundred for all the rest."""
+    trainer, calls = build("sft", tmp_path, wrapped=REAL, model=llama(num_hidden_layers=30)), []
+    snapshot.Snapshot(trainer)
+    sys.setprofile(lambda _frame, event, _argument: calls.append(event) if event == "call" else None)
+    try:
+        snapshot.Snapshot(trainer)
+    finally:
+        sys.setprofile(None)
+    assert len(calls) < 3 * len(list(trainer.model.modules())) + 300
 
 
 def test_large_state_is_named_once(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from gradreg_optim.core.multi_tensor import blocks, eager
 from gradreg_optim.core.multi_tensor.eager import sampled as sampled
-from gradreg_optim.core.multi_tensor.signs import with_signs
+from gradreg_optim.core.multi_tensor.eager import with_signs
 
 Scalar = float | Tensor
 Moments = tuple[Scalar, Scalar]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,15 +30,16 @@ def block_size() -> int:
     return BLOCK * min(4, torch.get_num_threads())
 
 
-def split(tensor: Tensor) -> Sequence[Tensor]:
-    """Flat views of a contiguous tensor, one a block."""
-    flat, size = tensor.view(-1), block_size()
-    return [flat] if flat.numel() <= size else torch.split(flat, size)
+def cut(tensors: Sequence[Tensor], size: int) -> Iterable[Sequence[Tensor]]:
+    """Flat views of ``size`` elements of each of the tensors, which have one shape; themselves if one is not contiguous."""
+    if not all(x.is_contiguous() for x in tensors):
+        return [tensors]
+    return zip(*(torch.split(x.view(-1), size) for x in tensors), strict=True)
 
 
 def norm_squared(tensors: Sequence[Tensor]) -> Tensor:
     """On all cores, where torch._foreach_norm runs on one."""
-    return torch.stack([torch.dot(block, block) for x in tensors for block in split(x)]).sum()
+    return torch.stack([torch.dot(block, block) for x in tensors for (block,) in cut([x], block_size())]).sum()
 
 
 def save_and_shift_(weights: Sequence[Tensor], direction: Sequence[Tensor], *, eps: float) -> list[Tensor]:
@@ -47,7 +48,7 @@ def save_and_shift_(weights: Sequence[Tensor], direction: Sequence[Tensor], *, e
     done = []
     try:
         for tensors in zip(weights, saved, direction, strict=True):
-            for weight, copy, along in zip(*map(split, tensors), strict=True):
+            for weight, copy, along in cut(tensors, block_size()):
                 copy.copy_(weight)
                 done.append((weight, copy))
                 weight.add_(along, alpha=eps)
@@ -66,7 +67,7 @@ def combine_and_measure_(g1: Sequence[Tensor], g2: Sequence[Tensor], *, weight: 
     """
     inner, squares = [], []
     room = torch.empty(block_size(), dtype=g2[0].dtype)
-    for a, b in ((a, b) for tensors in zip(g1, g2, strict=True) for a, b in zip(*map(split, tensors), strict=True)):
+    for a, b in (views for tensors in zip(g1, g2, strict=True) for views in cut(tensors, block_size())):
         delta = torch.sub(b, a, out=room[: b.numel()])
         inner.append(torch.dot(delta, a))
         squares.append(torch.dot(delta, delta))

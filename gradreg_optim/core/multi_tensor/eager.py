@@ -18,6 +18,8 @@ Scalar = float | Tensor
 
 CHUNK = 2**27
 """Elements a chunk on an accelerator. Larger chunks need fewer launches, and more memory for intermediate results."""
+SIGNED = 2**24
+"""Elements that get random signs at a time."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -33,12 +35,10 @@ def chunks(*lists: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
     ([2], 1000002)
     """
     size = blocks.block_size() if lists[0][0].device.type == "cpu" else CHUNK
-    pending: list[tuple[Tensor, ...]] = []
+    pending: list[Sequence[Tensor]] = []
     count = 0
     for tensors in zip(*lists, strict=True):
-        can_be_cut = tensors[0].numel() > size and all(x.is_contiguous() for x in tensors)
-        cut = zip(*(torch.split(x.view(-1), size) for x in tensors), strict=True) if can_be_cut else [tensors]
-        for views in cut:
+        for views in blocks.cut(tensors, size) if tensors[0].numel() > size else [tensors]:
             if pending and count + views[0].numel() > size:
                 yield tuple(map(list, zip(*pending, strict=True)))
                 pending, count = [], 0
@@ -46,6 +46,23 @@ def chunks(*lists: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
             count += views[0].numel()
     if pending:
         yield tuple(map(list, zip(*pending, strict=True)))
+
+
+def with_signs(direction: Sequence[Tensor], *others: Sequence[Tensor], seed: int) -> Iterator[tuple[list[Tensor], int]]:
+    """A direction of the same length that leads elsewhere: pieces of the lists, those of the first with random signs.
+
+    The signs of a tensor depend on the seed, its place in the list and its shape: ranks whose other tensors differ draw the
+    same for the one that they share. With each piece comes a seed that is drawn for it.
+
+    >>> [(pieces, _)] = with_signs([torch.ones(6)], [torch.zeros(6)], seed=0); pieces[0].abs(), pieces[1]
+    (tensor([1., 1., 1., 1., 1., 1.]), tensor([0., 0., 0., 0., 0., 0.]))
+    """
+    for place, tensors in enumerate(zip(direction, *others, strict=True)):
+        draws = random.Random(seed + place)  # torch's generator on a CPU takes 32 bits of a seed alone
+        for along, *rest in blocks.cut(tensors, SIGNED):
+            generator = torch.Generator(along.device).manual_seed(draws.getrandbits(32))
+            signs = torch.empty_like(along).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+            yield [signs.mul_(along), *rest], draws.getrandbits(24)
 
 
 class Room:
