@@ -53,7 +53,8 @@ def forward_difference(storage: Storage, first: FirstGradient, plan: Plan) -> Di
     found = []
     for group, g2 in zip(first.groups, second, strict=True):
         if group.counts is None or all(group.counts):
-            found.append(multi_tensor.moments_(group.g1, g2, scale=first.clip, likely_weight=weight_of(group)))
+            likely = None if isinstance(group.eps, Tensor) else weight_of(group)
+            found.append(multi_tensor.moments_(group.g1, g2, scale=first.clip, likely_weight=likely))
         else:
             multi_tensor.scale_(group.g1, first.clip)
             found.append(multi_tensor.moments_(group.counted(group.g1), group.counted(g2)))
@@ -122,6 +123,7 @@ CENTRAL = Scheme(
     weight=weight_of,
     noise=0.5,  # halved in Δ
     sufficient=0.0,
+    order=2,
 )
 """Three gradients a step."""
 
@@ -205,7 +207,7 @@ def stack_scalars(values: Sequence[Scalar], like: Tensor | None = None) -> Tenso
 
 def ratio(numerator: Scalar, denominator: Tensor) -> Tensor:
     """``numerator / denominator``, and 0 where the denominator is 0 (a vanishing gradient has no direction)."""
-    return numerator / torch.where(denominator == 0, torch.inf, denominator)
+    return numerator / denominator.masked_fill(denominator == 0, torch.inf)
 
 
 def is_finite(norm: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ class Scheme:
         weight: the factor with which a group's Δ is added to its g1.
         noise: the rounding errors of Δ, in units of those of a difference of two gradients; ``None`` if it is none.
         sufficient: the self-check below which a user is warned.
+        order: the power of ε in the error that changing curvature makes in Δ/ε.
     """
 
     points: tuple[Point, ...]
@@ -34,6 +35,7 @@ class Scheme:
     weight: Callable[[GroupGradients], Scalar]
     noise: float | None = None
     sufficient: float = 0.0
+    order: int = 1
 
 
 @dataclass(frozen=True)

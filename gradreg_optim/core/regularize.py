@@ -184,21 +184,22 @@ def penalty(
     """The weight of Δ in each group, shrunk by its share of signal and bounded, and what is to be logged about it."""
     figures: dict[str, Figure] = {}
     g1_squared = stack_scalars([group.g1_squared for group in first.groups])
+    total = g1_squared.sum()
     weights = [plan.scheme.weight(group) for group in first.groups]
     floor = plan.floor if check is None else check.floor
     if floor is not None and plan.scheme.noise is not None:
-        relative_square = delta.squares.sum() / g1_squared.sum()
+        relative_square = delta.squares.sum() / total
         signal = signal_fraction(relative_square, floor * plan.scheme.noise)
         if first.auto_radius is not None:
             is_swallowed = check is not None and check.is_swallowed
-            found = following(first.auto_radius, relative_square, floor * plan.scheme.noise)
+            found = following(first.auto_radius, relative_square, floor * plan.scheme.noise, plan.scheme.order)
             first.next_radius = longer(first.auto_radius) if is_swallowed else item_on_cpu(found)
         figures |= {"noise_floor": floor, "signal": signal}
         if plan.shrinks:
             weights = [item_on_cpu(weight * signal) for weight in weights]
     if plan.max_penalty_ratio is not None:
-        limit, length = plan.max_penalty_ratio * g1_squared.sum().sqrt(), _length(weights, delta.squares)
-        bound = torch.where(length > limit, limit / length, 1.0)
+        limit, square = plan.max_penalty_ratio**2 * total, _square(weights, delta.squares)
+        bound = torch.where(square > limit, (limit / square).sqrt(), 1.0)
         weights = [item_on_cpu(weight * bound) for weight in weights]
     steps = [1.0 if Point.TWICE in plan.points else group.eps for group in first.groups]
     figures |= {
@@ -210,13 +211,13 @@ def penalty(
     return weights, figures
 
 
-def _length(weights: list[Scalar], squares: Tensor) -> Tensor:
-    """‖penalty‖ over all groups."""
-    return (stack_scalars(weights, squares).square() * squares).sum().sqrt()
+def _square(weights: list[Scalar], squares: Tensor) -> Tensor:
+    """‖penalty‖² over all groups."""
+    return (stack_scalars(weights, squares).square() * squares).sum()
 
 
 def _penalty_ratio(weights: list[Scalar], squares: Tensor, g1_squared: Tensor) -> Tensor:
-    return ratio(_length(weights, squares), g1_squared.sum().sqrt())
+    return ratio(_square(weights, squares), g1_squared.sum()).sqrt()
 
 
 def _curvature(steps: list[Scalar], inner: Tensor, g1_squared: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ while the difference that is asked for has the length rel = ‖Δ‖/‖g1‖. W
 1 − floor²/rel² of the square. The floor is the smaller of two figures, both of steps as long as the real one, because
 shorter ones are rounded less, or to nothing:
 
-    ‖∇L(θ + ε·d̃) − g1‖/‖g1‖              d̃ is d with random signs: rounding, and what curvature there is in all directions
+    ‖∇L(θ + ε·d̃) − g1‖/‖g1‖              d̃ is d with its elements elsewhere: rounding, and curvature in all directions
     √(4/3)·‖(g₊ + g₋)/2 − g1‖/‖g1‖       g± = ∇L(θ ± ε·d): rounding, and curvature that changes along d
 
 Where all have the bits of float32, a hundredth of ε·d takes the place of ε·d̃: it arrives, and meets no curvature.
@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from gradreg_optim.core.plan import Scheme
@@ -39,11 +38,11 @@ DEFAULT_CHECK_EVERY = 100
 def signal_fraction(relative_square: Tensor, floor: float) -> Tensor:
     """max(0, 1 − floor²/rel²): the share of the squared difference that rounding does not explain.
 
+    >>> import torch
     >>> signal_fraction(torch.tensor(0.04), 0.1)
     tensor(0.7500)
     """
-    explained = floor**2 / relative_square
-    return torch.where(relative_square > 0, (1 - explained).clamp(min=0), torch.zeros_like(relative_square))
+    return ((relative_square - max(floor**2, 1e-30)) / relative_square).clamp(min=0)
 
 
 def evaluated(
@@ -74,7 +73,7 @@ def evaluated(
     self_check = -product / math.sqrt(ahead) / math.sqrt(behind)
     steady = max(0.0, ahead + behind + 2 * product) / 3
     floor = math.sqrt(min(noise or steady, steady)) / norm  # no noise at all: what the step sideways moved was rounded away
-    if in_passes < 0.5:
+    if in_passes < 0.1:
         text = f"Of the step, the share {in_passes:.2f} arrives in the passes, which round weights to half precision"
         return Check(min(self_check, in_passes), floor, too_short(text, eps, radius, is_settled), is_swallowed=True)
     if self_check >= scheme.sufficient:
@@ -82,7 +81,8 @@ def evaluated(
     is_two_sided = Point.BEHIND in scheme.points
     relative = math.sqrt((ahead + behind - 2 * product) / 4 if is_two_sided else ahead) / norm
     noise_of_delta = floor * (scheme.noise or 0.0)
-    return Check(self_check, floor, advice(self_check, noise_of_delta, relative, eps, radius, is_settled))
+    told = advice(self_check, noise_of_delta, relative, eps, radius, order=scheme.order, is_settled=is_settled)
+    return Check(self_check, floor, told)
 
 
 def too_short(found: str, eps: float, radius: float, is_settled: bool | None = None) -> str | None:
@@ -97,18 +97,25 @@ def too_short(found: str, eps: float, radius: float, is_settled: bool | None = N
 
 
 def advice(
-    self_check: float, floor: float, relative: float, eps: float, radius: float, is_settled: bool | None = None
+    self_check: float,
+    noise: float,
+    relative: float,
+    eps: float,
+    radius: float,
+    *,
+    order: int = 1,
+    is_settled: bool | None = None,
 ) -> str | None:
     """What to tell a user whose self-check is low; nothing where a radius that finds itself will mend it."""
     figures = (
         f"Gradient regularization: the self-check is {self_check:.2f}, too low: the difference of the two gradients is no "
-        f"reliable measure of curvature. It is {relative:.2g} of the gradient, the rounding noise {floor:.2g}, the step "
+        f"reliable measure of curvature. It is {relative:.2g} of the gradient, the rounding noise {noise:.2g}, the step "
         f"{radius:.2g} long (eps {eps:.2g}). "
     )
-    factor = balanced(floor) / max(relative, 1e-9)
+    factor = balanced(noise, order) / max(relative, 1e-9)
     # Where each parameter has a loss of its own, a step that is too long changes the gradient as much sideways as ahead.
     # Half of the gradient, however, rounding does not change.
-    is_noise = relative < min(2 * floor, 0.5)
+    is_noise = relative < min(2 * noise, 0.5)
     if is_settled is not None:
         remedies = "The radius has been adapted to it. What is left: fp16 in place of bf16 in the passes, method='central', "
         return figures + remedies + "method='exact'." if is_noise and is_settled else None

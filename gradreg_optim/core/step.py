@@ -36,7 +36,7 @@ class Point(Enum):
     AHEAD = 1.0
     BEHIND = -1.0
     SIDEWAYS = "θ + ε·(±d)"
-    """As far as the step, but d has random signs: as much is rounded, and hardly any direction is curved."""
+    """As far as the step, by elements of d in other places: as much is rounded, and hardly any direction is curved."""
     TWICE = "θ, differentiated twice"
 
 

@@ -49,7 +49,7 @@ class Storage(Protocol):
         """Inside the block the weights are at θ + step·g1, one step a group; after it they are at θ, or will be.
 
         ``seed`` is that of stochastic rounding, ``None`` rounds to nearest. ``measured``: note in the groups how much of the
-        step arrived. With ``signs`` the elements of g1 take random signs, drawn from this seed: alike on ranks that hold
+        step arrived. With ``signs`` the elements of g1 take random signs and places, by this seed: alike on ranks that hold
         the same tensors.
         """
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import HfArgumentParser
 
 from gradreg_optim import GradRegConfig, GradRegOptimizer
-from gradreg_optim.core.radius import BALANCE, MOST, START, balanced, following, longer
+from gradreg_optim.core.radius import MOST, START, balanced, following, longer
 from gradreg_optim.core.self_check import advice, too_short
 
 
@@ -101,7 +101,7 @@ def test_it_finds_the_balance(low, method):
         radii.append(float(optimizer.metrics["radius"]))
     floor = optimizer.metrics["noise_floor"] * (0.5 if method == "central" else 1.0)
     relative = floor / math.sqrt(1 - float(optimizer.metrics["signal"]))
-    assert relative == pytest.approx(balanced(floor), rel=0.15)
+    assert relative == pytest.approx(balanced(floor, 2 if method == "central" else 1), rel=0.15)
     factors = [b / a for a, b in itertools.pairwise(radii)]
     assert all(0.5 <= factor <= 2 for factor in factors)
 
@@ -187,26 +187,32 @@ def test_a_step_that_is_swallowed_grows():
 
 def test_what_is_said():
     """Nothing while the radius can mend it; once it had time to, the remedies that are left."""
-    assert advice(0.1, 0.1, 0.12, 1e-3, 0.01, False) is None
-    message = advice(0.1, 0.1, 0.12, 1e-3, 0.01, True)
+    assert advice(0.1, 0.1, 0.12, 1e-3, 0.01, is_settled=False) is None
+    message = advice(0.1, 0.1, 0.12, 1e-3, 0.01, is_settled=True)
     assert "fp16 in place of bf16 in the passes, method='central', method='exact'" in message
     assert "set radius" not in message
-    assert advice(0.1, 0.01, 0.5, 1e-3, 0.01, True) is None
+    assert advice(0.1, 0.01, 0.5, 1e-3, 0.01, is_settled=True) is None
     assert too_short("", 1e-3, 0.01, False) is None
     assert "A step 1 long" in too_short("", 1e-3, MOST, True)
 
 
 def test_the_rule():
     """In the balance nothing changes; far from it by a factor of two; where nothing is known, nothing."""
-    square = torch.tensor(BALANCE**2 * 0.04)
-    assert float(following(0.01, square, 0.04)) == pytest.approx(0.01)
-    assert float(following(0.01, square * 100**2, 0.04)) == pytest.approx(0.005)
-    assert float(following(0.01, square / 100**2, 0.04)) == pytest.approx(0.02)
-    assert float(following(0.01, square / 2**2, 0.04)) == pytest.approx(0.01 * math.sqrt(2))
-    assert float(following(0.01, torch.tensor(math.nan), 0.04)) == pytest.approx(0.01)
-    assert float(following(0.01, torch.tensor(0.0), 0.04)) == pytest.approx(0.02)
-    assert float(following(0.01, torch.tensor(math.inf), 0.04)) == pytest.approx(0.005)
-    assert float(following(0.9, square / 100**2, 0.04)) == longer(0.9) == MOST
+    wanted, noise = balanced(0.04, 1) ** 2 - 0.04**2, 0.04**2
+
+    def after(square, radius=0.01):
+        return float(following(radius, torch.as_tensor(square), 0.04, 1))
+
+    assert after(wanted + noise) == pytest.approx(0.01)
+    assert after(4 * wanted + noise) == pytest.approx(0.01 / math.sqrt(2))
+    assert after(wanted / 4 + noise) == pytest.approx(0.01 * math.sqrt(2))
+    assert after(math.inf) == pytest.approx(0.005)
+    assert after(1.0) == pytest.approx(0.005, rel=0.3)
+    assert [after(square) for square in (noise, noise / 2, 0.0)] == pytest.approx([0.02] * 3)
+    assert after(math.nan) == pytest.approx(0.01)
+    assert after(0.0, 0.9) == longer(0.9) == MOST
+    assert [balanced(0.04, order) for order in (1, 2)] == pytest.approx([0.14, 0.239], abs=1e-3)
+    assert balanced(0.5, 1) == 0.75
 
 
 def test_not_a_number_leaves_the_radius_as_it_is():

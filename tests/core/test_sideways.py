@@ -30,7 +30,8 @@ def test_each_element_moves_as_far_as_ahead(dtype, monkeypatch):
     start = [torch.zeros(50, 70, dtype=dtype), torch.zeros(70, 50, dtype=dtype).t(), torch.zeros(0, dtype=dtype)]
     direction = [torch.rand(50, 70).to(dtype), torch.rand(70, 50).to(dtype).t(), torch.zeros(0, dtype=dtype)]
     there = moved(start, direction, 3 << 40)
-    assert_same([x.abs() for x in there], direction)
+    assert_same([x.abs().flatten().sort().values for x in there], [x.flatten().sort().values for x in direction])
+    assert all(float((x.abs() == y).float().mean()) < 0.2 for x, y in zip(there[:2], direction, strict=False))
     assert_same(moved(start, direction, 3 << 40), there)
     drawn = [*torch.cat([x.reshape(-1) for x in there])[:7000].sign().split(1000)]
     drawn += [x.reshape(-1)[:1000].sign() for x in moved(start, direction, 4 << 40)[:2]]
@@ -57,7 +58,7 @@ def test_stochastic_rounding_sideways():
 
 def test_masters_of_another_dtype():
     """As ZeRO writes: the start is in float32 and stays."""
-    masters, direction, written = torch.rand(100), torch.rand(100), torch.zeros(100).bfloat16()
+    masters, direction, written = torch.rand(100), torch.full((100,), 0.7), torch.zeros(100).bfloat16()
     before = masters.clone()
     multi_tensor.shift_([written], [direction], eps=0.5, start=[masters], signs=1)
     assert_same(masters, before)
@@ -165,7 +166,7 @@ def test_the_length_of_the_step_sideways(is_low, method):
     if not is_low:
         torch.testing.assert_close(aside - theta, 0.01 * (ahead - theta), **near)
         return
-    torch.testing.assert_close((aside - theta).abs(), (ahead - theta).abs(), **near)
+    torch.testing.assert_close(*((x - theta).abs().flatten().sort().values for x in (aside, ahead)), **near)
     cosine = torch.cosine_similarity((aside - theta).flatten(), (ahead - behind).flatten(), dim=0)
     assert abs(float(cosine)) < 0.15  # five standard deviations
 

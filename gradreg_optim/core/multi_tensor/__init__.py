@@ -168,7 +168,7 @@ def save_and_shift_(
 
     With a ``seed``, bfloat16 weights are rounded up or down with the probability that is right on average: of steps shorter
     than half a spacing, which rounding to nearest drops altogether, the right share then arrives. With ``signs``, another
-    seed, the elements of d take random signs.
+    seed, the elements of d take random signs and other places.
 
     Returns:
         copies of θ; and ⟨θ' − θ, d⟩ and ‖d‖² where they cost nothing, see :func:`step_moments`.

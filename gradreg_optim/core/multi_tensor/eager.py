@@ -49,20 +49,25 @@ def chunks(*lists: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
 
 
 def with_signs(direction: Sequence[Tensor], *others: Sequence[Tensor], seed: int) -> Iterator[tuple[list[Tensor], int]]:
-    """A direction of the same length that leads elsewhere: pieces of the lists, those of the first with random signs.
+    """A direction of the same length that leads elsewhere: pieces of the lists, those of the first from other places.
 
-    The signs of a tensor depend on the seed, its place in the list and its shape: ranks whose other tensors differ draw the
-    same for the one that they share. With each piece comes a seed that is drawn for it.
+    The elements of a tensor of ``direction`` are turned about, as in :func:`torch.roll`, and take random signs. In their own
+    places they would still lead where the loss is curved most. Both depend on the seed, the tensor's place in the list and
+    its shape: ranks whose other tensors differ draw the same for the one that they share. With each piece comes a seed.
 
     >>> [(pieces, _)] = with_signs([torch.ones(6)], [torch.zeros(6)], seed=0); pieces[0].abs(), pieces[1]
     (tensor([1., 1., 1., 1., 1., 1.]), tensor([0., 0., 0., 0., 0., 0.]))
     """
     for place, tensors in enumerate(zip(direction, *others, strict=True)):
         draws = random.Random(seed + place)  # torch's generator on a CPU takes 32 bits of a seed alone
+        flat, begin = tensors[0].reshape(-1), draws.randrange(tensors[0].numel() or 1)
         for along, *rest in blocks.cut(tensors, SIGNED):
             generator = torch.Generator(along.device).manual_seed(draws.getrandbits(32))
             signs = torch.empty_like(along).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
-            yield [signs.mul_(along), *rest], draws.getrandbits(24)
+            end = begin + along.numel()
+            turned = torch.cat([flat[begin:end], flat[: max(0, end - flat.numel())]])
+            begin = end % (flat.numel() or 1)
+            yield [signs.mul_(turned.view_as(along)), *rest], draws.getrandbits(24)
 
 
 class Room:
