@@ -172,7 +172,10 @@ def test_launches_without_triton(settings):
     ids=str,
 )
 def test_launches_with_triton(settings, bound, monkeypatch):
-    """At most 60, and six more if the radius finds itself, whose five operations are counted as what they launch: a kernel, and what fills and adds its sums."""
+    """At most 60, and six more if the radius finds itself.
+
+    The five operations are counted as what they launch: a kernel, and what fills and adds its sums.
+    """
     leave_unread(monkeypatch)
 
     class Kernels:
