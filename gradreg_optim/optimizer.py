@@ -24,9 +24,9 @@ from gradreg_optim.core.repeatable import Buffers, SameStart
 from gradreg_optim.core.step import Figure, Outcome, PartOfPass, Point, Scalar, computed
 from gradreg_optim.core.storage import Storage
 from gradreg_optim.drivers.micro_batches import MicroBatches
-from gradreg_optim.drivers.refusals import check_driver, no_gradient
 from gradreg_optim.wrapping import upwards
 from gradreg_optim.wrapping.advice import Advice
+from gradreg_optim.wrapping.refusals import check_driver, no_gradient
 from gradreg_optim.wrapping.schedule import Schedule, ScheduleName
 from gradreg_optim.wrapping.settings import DEFAULT_EPS, DEFAULT_STRENGTH, Method, Resample, Rounding, settings_among
 from gradreg_optim.wrapping.wrapper import OptimizerWrapper
