@@ -20,13 +20,13 @@ from gradreg_optim.core.local import LocalStorage
 from gradreg_optim.core.losses import Clearing, Losses
 from gradreg_optim.core.plan import Plan
 from gradreg_optim.core.regularize import regularized
-from gradreg_optim.core.repeatable import Buffers, SameStart
+from gradreg_optim.core.repeatable import Buffers, same_start
 from gradreg_optim.core.step import Figure, Outcome, PartOfPass, Point, Scalar, computed
 from gradreg_optim.core.storage import Storage
 from gradreg_optim.drivers.micro_batches import MicroBatches
-from gradreg_optim.drivers.refusals import check_driver, no_gradient
 from gradreg_optim.wrapping import upwards
 from gradreg_optim.wrapping.advice import Advice
+from gradreg_optim.wrapping.refusals import check_driver, no_gradient
 from gradreg_optim.wrapping.schedule import Schedule, ScheduleName
 from gradreg_optim.wrapping.settings import DEFAULT_EPS, DEFAULT_STRENGTH, Method, Radius, Resample, Rounding, settings_among
 from gradreg_optim.wrapping.wrapper import OptimizerWrapper
@@ -256,7 +256,7 @@ class GradRegOptimizer(OptimizerWrapper):
             return lambda _point: nullcontext()
         parameters = (parameter for group in self.param_groups for parameter in group["params"])
         first = nullcontext() if self._clearing.is_seen else self._clearing.required(parameters)
-        return SameStart(storage.devices, self._model, self._buffers, self._noting, first)
+        return same_start(storage.devices, self._model, self._buffers, self._noting, first)
 
     def _base_step(self) -> None:
         """The wrapped optimizer's step on the combined gradient; under a scaler, unless a pass overflowed."""

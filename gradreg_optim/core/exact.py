@@ -8,7 +8,7 @@ own ∇s, and DistributedDataParallel averages ∇s as it averages gradients, in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradreg_optim.core.finite_difference import clip_first_, is_finite, item_on_cpu, moments_of_delta, summed
+from gradreg_optim.core.losses import backward_replaced
 from gradreg_optim.core.plan import Plan, Scheme
 from gradreg_optim.core.step import Difference, FirstGradient, GroupGradients, Point, Scalar
 from gradreg_optim.core.storage import Storage
@@ -64,22 +65,14 @@ def hessian_products(
 ) -> Iterator[None]:
     """Inside the block, ``backward`` adds H·(scale·d) to ``.grad`` of its ``inputs``, or of all that the loss depends on.
 
-    PyTorch's own fused attention is replaced by its mathematical form, which can be differentiated twice.
-
-    Args:
-        parameters: those along which d points.
-        direction: d, tensors of the same shapes.
-        scale: a factor on d.
-        model: for error messages, which name its attention implementation.
-
-    Raises:
-        RuntimeError: something in the model cannot be differentiated twice, or a loss may depend on gradients in ``.grad``.
+    ``direction`` is d, with the shapes of ``parameters``. PyTorch's own fused attention is replaced by its mathematical
+    form, which can be differentiated twice. Error messages name the attention implementation of ``model``.
     """
-    backward = torch.autograd.backward
     unreached = {id(parameter) for parameter in parameters}
     with_graph: list[bool] = []  # of each backward so far
 
     def twice(
+        backward: Callable[..., None],
         tensors: Any,
         grad_tensors: Any = None,
         retain_graph: bool | None = None,
@@ -96,7 +89,6 @@ def hessian_products(
         with_graph.append(create_graph)
         if grad_tensors is None:
             grad_tensors = grad_variables  # its old name
-        torch.autograd.backward = backward  # reentrant checkpoints call it while they are differentiated themselves
         with torch.enable_grad():
             try:
                 gradients = torch.autograd.grad(
@@ -113,15 +105,9 @@ def hessian_products(
                 backward(product, retain_graph=retain_graph, create_graph=create_graph, inputs=inputs)
             except RuntimeError as error:
                 raise _explained(error, model) from error.__cause__
-            finally:
-                torch.autograd.backward = twice
 
-    torch.autograd.backward = twice
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.autograd.backward = backward
+    with backward_replaced(twice), sdpa_kernel(SDPBackend.MATH):
+        yield
     if unreached:
         raise RuntimeError(
             f"method='exact': {len(unreached)} of {len(parameters)} parameters that had a gradient had none that can be "

@@ -14,16 +14,10 @@ NO_SECOND_GRADIENT = (
 
 
 def refuse_foreign(trainable: Sequence[Tensor], moved: Sequence[Tensor]) -> None:
-    """Raise if weights were stepped in the first backward, or their gradients taken there.
+    """Raise if ``trainable`` weights were stepped in hooks of the first backward, or their gradients taken there.
 
-    Hooks alone prove nothing, nor do weights that a forward writes: an embedding with ``max_norm`` does, a codebook too.
-
-    Args:
-        trainable: the parameters that require gradients.
-        moved: those of them that something has written to since the pass began.
-
-    Raises:
-        RuntimeError: an optimizer, or something that takes gradients away, runs in hooks of the backward.
+    Hooks alone prove nothing, nor do weights that have ``moved``: an embedding with ``max_norm`` writes them in its forward,
+    a codebook too.
     """
     is_gone = all(parameter.grad is None for parameter in trainable)
     if any(map(_is_stepped_by_hook, moved)) or (is_gone and (moved or any(map(_has_hooks, trainable)))):

@@ -158,11 +158,7 @@ class LocalStorage:
         group.moved_along, group.step_squared = arrived
 
     def leaves(self, first: FirstGradient) -> tuple[list[Tensor], list[Tensor]]:
-        """The parameters and g1.
-
-        Raises:
-            RuntimeError: they are distributed over ranks.
-        """
+        """The parameters and g1, unless they are distributed over ranks."""
         if self._mesh is not None:
             raise RuntimeError(
                 "method='exact': no second derivatives are taken of parameters that are distributed over ranks (DTensor). "
@@ -255,11 +251,7 @@ class LocalStorage:
 
 
 def device_mesh(parameters: Iterable[Tensor]) -> DeviceMesh | None:
-    """The mesh over which distributed parameters (FSDP2, tensor parallelism) are spread; ``None`` if all are local.
-
-    Raises:
-        ValueError: there are several meshes.
-    """
+    """The one mesh over which distributed parameters (FSDP2, tensor parallelism) are spread; ``None`` if all are local."""
     meshes = {parameter.device_mesh for parameter in parameters if hasattr(parameter, "device_mesh")}
     if len(meshes) > 1:
         raise ValueError(

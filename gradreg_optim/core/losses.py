@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +30,25 @@ from gradreg_optim.core.storage import Storage
 
 NODES = 10_000
 """Nodes of a graph that are looked at, from the loss backwards."""
+
+
+@contextmanager
+def backward_replaced(stand_in: Callable[..., None]) -> Iterator[None]:
+    """In the block each backward is ``stand_in(backward, …)``, but for those that it runs: reentrant checkpoints do."""
+    backward = torch.autograd.backward
+
+    def replaced(*args: Any, **kwargs: Any) -> None:
+        torch.autograd.backward = backward
+        try:
+            stand_in(backward, *args, **kwargs)
+        finally:
+            torch.autograd.backward = replaced
+
+    torch.autograd.backward = replaced
+    try:
+        yield
+    finally:
+        torch.autograd.backward = backward
 
 
 class Losses:
@@ -56,28 +75,18 @@ class Losses:
         self._passes, self._modules = [], modules
         return self
 
-    @contextmanager
-    def noted(self) -> Iterator[None]:
-        """Run the block, which is one pass."""
+    def noted(self) -> AbstractContextManager[None]:
+        """Around one pass."""
         losses: list[Tensor] = []
         self._passes.append(losses)
-        backward: Callable[..., None] = torch.autograd.backward
 
-        def note(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
+        def note(backward: Callable[..., None], tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
             tensors, grad_tensors = _as_tuple(tensors), _as_tuple(grad_tensors)
             losses.append(_differentiated(tensors, grad_tensors))
             self._seen = self._seen or low_dtype_behind((tensors,) if isinstance(tensors, Tensor) else tensors)
-            torch.autograd.backward = backward  # reentrant checkpoints call it in the middle
-            try:
-                backward(tensors, grad_tensors, *args, **kwargs)
-            finally:
-                torch.autograd.backward = note
+            backward(tensors, grad_tensors, *args, **kwargs)
 
-        torch.autograd.backward = note
-        try:
-            yield
-        finally:
-            torch.autograd.backward = backward
+        return backward_replaced(note)
 
     def returned(self, loss: Any) -> Any:
         """Note what a closure returned, if it called no ``backward``; return it."""
@@ -117,11 +126,7 @@ class Losses:
         return bool(abs(change - expected) > abs(expected) + slack)
 
     def require_same(self, storage: Storage) -> None:
-        """Compare the last pass with the one before, which was at the same point.
-
-        Raises:
-            RuntimeError: on every rank, if their losses differ on one.
-        """
+        """Raise on every rank if on one the loss of the last pass is not that of the one before, at the same point."""
         loss, again = _sum(self._passes[-2]), _sum(self._passes[-1])
         tolerance = _tolerance(self._passes[-1])
         is_same = math.isclose(loss, again, rel_tol=tolerance, abs_tol=tolerance * storage.loss_scale / 100)
@@ -161,18 +166,15 @@ class Clearing:
 
     @contextmanager
     def required(self, parameters: Iterable[Tensor]) -> Iterator[None]:
-        """Run the block, which is a first pass.
-
-        Raises:
-            RuntimeError: the gradients were not cleared.
-        """
-        candidates = [] if self.is_seen else [p for p in parameters if p.requires_grad and _is_dense(p.grad)]
+        """Run the block, which is a first pass; raise if it did not clear gradients."""
+        with_gradient = (p for p in parameters if p.requires_grad and p.grad is not None)
+        candidates = [p for p in with_gradient if p.grad.layout is torch.strided]  # type: ignore[union-attr]
         if not candidates:
             yield
             return
         parameter = min(candidates, key=Tensor.numel)
         gradient: Any = parameter.grad
-        held, was_cleared, backward = real(gradient), list[bool](), torch.autograd.backward
+        held, was_cleared = real(gradient), list[bool]()
         version, start = held._version, held if type(gradient) is Tensor else held.clone()
 
         def is_as_before() -> bool:
@@ -180,22 +182,14 @@ class Clearing:
                 return held._version == version and parameter.grad is gradient
             return parameter.grad is not None and torch.equal(real(parameter.grad), start)  # DTensors have no version
 
-        def compare(*args: Any, **kwargs: Any) -> None:
-            torch.autograd.backward = backward
-            before = held.clone() if is_as_before() else None
+        def compare(backward: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+            before = held.clone() if not was_cleared and is_as_before() else None
             backward(*args, **kwargs)
-            if before is None:
-                was_cleared.append(True)
-            elif is_as_before():  # the backward of something else
-                torch.autograd.backward = compare
-            else:
-                was_cleared.append(not bool(before.any()))
+            if not was_cleared and (before is None or not is_as_before()):  # else it was the backward of something else
+                was_cleared.append(before is None or not bool(before.any()))
 
-        torch.autograd.backward = compare
-        try:
+        with backward_replaced(compare):
             yield
-        finally:
-            torch.autograd.backward = backward
         if was_cleared and not was_cleared[0]:
             raise RuntimeError(
                 "The closure added to gradients from before it was called: its second call would lack them. Clear gradients "
@@ -224,10 +218,6 @@ def low_dtype_behind(roots: Iterable[Any]) -> torch.dtype | None:
                 return result.dtype  # type: ignore[no-any-return]
         todo.extend(following for following, _ in node.next_functions)
     return None
-
-
-def _is_dense(gradient: Tensor | None) -> bool:
-    return gradient is not None and gradient.layout is torch.strided
 
 
 def _as_tuple(tensors: Any) -> Any:

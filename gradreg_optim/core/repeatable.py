@@ -15,6 +15,7 @@ import random
 import sys
 import warnings
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -44,40 +45,28 @@ SMALL = 2**22
 """Bytes up to which a copy of a buffer is kept although the buffer does not move."""
 
 
-class SameStart:
-    """Around each pass of one step: all start where the first did, and all but the first leave things as they found them.
+def same_start(
+    devices: Iterable[torch.device],
+    model: nn.Module | None,
+    buffers: Buffers,
+    losses: Losses | None,
+    first: AbstractContextManager[None],
+) -> Callable[[Point], AbstractContextManager[None]]:
+    """What is around each pass of one step: all start where the first did, and all but the first leave things as they were.
 
-    Args:
-        devices: those whose random numbers a loss may draw.
-        model: a module whose parts run; others are found when they are called.
-        buffers: what is known of the buffers of modules.
-        losses: notes the losses of all passes, if there is one.
-        first: what else is around the first pass.
+    ``devices`` are those whose random numbers a loss may draw. ``model`` is a module whose parts run; others are found when
+    they are called. ``losses`` notes the losses of all passes. ``first`` is what else is around the first pass.
     """
-
-    def __init__(
-        self,
-        devices: Iterable[torch.device],
-        model: nn.Module | None,
-        buffers: Buffers,
-        losses: Losses | None,
-        first: AbstractContextManager[None],
-    ) -> None:
-        self._model = model
-        self._buffers = buffers
-        self._noted: Callable[[], AbstractContextManager[None]] = nullcontext if losses is None else losses.noted
-        self._first = first
-        self._start = RandomState(devices)
+    noted: Callable[[], AbstractContextManager[None]] = nullcontext if losses is None else losses.noted
+    start = RandomState(devices)
 
     @contextmanager
-    def __call__(self, point: Point) -> Iterator[None]:
-        """Run the block, which is the pass at ``point``."""
-        if point is Point.THETA:
-            with self._first, self._buffers.first(self._model), self._noted():
-                yield
-        else:
-            with self._start.replayed(), self._buffers.repeated(), self._noted():
-                yield
+    def around(point: Point) -> Iterator[None]:
+        is_first = point is Point.THETA
+        with first if is_first else start.replayed(), buffers.first(model) if is_first else buffers.repeated(), noted():
+            yield
+
+    return around
 
 
 class RandomState:
@@ -86,18 +75,17 @@ class RandomState:
     def __init__(self, devices: Iterable[torch.device] = ()) -> None:
         """Record the generators of the host and of ``devices``."""
         self._devices = {device for device in devices if device.type not in ("cpu", "meta")}
-        self._restorers: list[Callable[[], object]] = []
-        self._keep(random.getstate(), random.setstate)
+        states: list[tuple[Callable[[Any], object], object]] = [
+            (random.setstate, random.getstate()),
+            (torch.set_rng_state, torch.get_rng_state()),
+        ]
         if "numpy" in sys.modules:
-            numpy_random = sys.modules["numpy"].random
-            self._keep(numpy_random.get_state(), numpy_random.set_state)
-        self._keep(torch.get_rng_state(), torch.set_rng_state)
+            of_numpy = sys.modules["numpy"].random
+            states.append((of_numpy.set_state, of_numpy.get_state()))
         for device in self._devices:
             module = torch.get_device_module(device)
-            self._keep(module.get_rng_state(device), partial(module.set_rng_state, device=device))
-
-    def _keep(self, state: object, restore: Callable[[Any], object]) -> None:
-        self._restorers.append(partial(restore, state))
+            states.append((partial(module.set_rng_state, device=device), module.get_rng_state(device)))
+        self._restorers = [partial(restore, state) for restore, state in states]
 
     def restore(self) -> None:
         """Put every generator back to the recorded state."""
@@ -187,8 +175,7 @@ class Buffers:
 
     def _look_at(self, part: nn.Module) -> None:
         known = self._known_of(part)
-        has_names = known.is_new or known.moving or part._buffers
-        names = names_of(part, known) if has_names else {}
+        names = names_of(part, known)
         self.modules[part] = known, names
         for name, value in names.items():
             tensor = writable(value)
@@ -205,11 +192,7 @@ class Buffers:
                 held.before = copied(tensor, is_sure=moves is True)
 
     def _known_of(self, part: nn.Module) -> Known:
-        modes = self._known.get(part)
-        if modes is None or part.training not in modes:
-            modes = self._known.setdefault(part, {})
-            modes[part.training] = Known()
-        return modes[part.training]
+        return self._known.setdefault(part, defaultdict(Known))[part.training]
 
     def end(self) -> None:
         """The first pass has ended: find out what moved."""

@@ -60,8 +60,13 @@ def writable(value: Any) -> Tensor | None:
     is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_quantized
     if not is_plain or tensor.device.type == "meta" or tensor.is_inference():
         return None
-    is_expanded = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
-    return None if is_expanded else tensor
+    return None if is_expanded(tensor) else tensor
+
+
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether elements share memory, so that nothing writes them in place."""
+    is_strided = tensor.layout is torch.strided
+    return is_strided and any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def copied(tensor: Tensor, *, is_sure: bool) -> Tensor:

@@ -69,9 +69,7 @@ class MicroBatches:
         if not self.batches:
             raise ValueError("batches=[]: a step needs at least one micro-batch. Skip the step, or give it data.")
 
-    def drive(
-        self, points: Generator[Point, PartOfPass | None, None], storage: Storage, plan: Plan, buffers: Buffers
-    ) -> Any:
+    def drive(self, points: Generator[Point, PartOfPass | None, Any], storage: Storage, plan: Plan, buffers: Buffers) -> Any:
         """Run what each of ``points`` wants: all micro-batches at θ, and those of the part at further points.
 
         Returns:
@@ -89,17 +87,14 @@ class MicroBatches:
                 starts[position] = RandomState(storage.devices).restore, buffers.mark()
             losses.append(self._run(storage, position, is_summed=split.ends_after(position)))
             split.close(position)
-        answer = split.joined()
-        while True:
-            try:
-                points.send(answer)
-            except StopIteration:
-                break
-            answer = None  # ``.grad`` is empty now: the storage has taken all gradients
+
+        def repeat() -> None:
             for position in sorted(split.part):
                 for restore in starts.get(position, ()):
                     restore()
                 self._run(storage, position, is_summed=position == max(split.part))
+
+        further_passes(points, split.joined(), repeat)
         losses = [loss.detach() if isinstance(loss, Tensor) else loss for loss in losses]
         return None if any(loss is None for loss in losses) else sum(losses[1:], losses[0])
 
@@ -108,6 +103,20 @@ class MicroBatches:
         storage.announce(is_summed=is_summed)
         with nullcontext() if is_summed else self.no_sync():
             return self.backward(self.batches[position])
+
+
+def further_passes(points: Generator[Point, PartOfPass | None, Any], part: PartOfPass | None, run: Callable[[], Any]) -> Any:
+    """After a first pass call ``run``, which repeats all of it or ``part``, at each further one of ``points``.
+
+    Returns what ``points`` return.
+    """
+    while True:
+        try:
+            points.send(part)
+        except StopIteration as end:
+            return end.value
+        part = None  # ``.grad`` is empty now: the storage has taken all gradients
+        run()
 
 
 def chosen_part(count: int, fraction: float, step: int) -> frozenset[int]:

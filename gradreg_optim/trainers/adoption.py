@@ -118,11 +118,9 @@ class Adoption:
         self._connect(ZeroGradRegOptimizer.taking_over(engine, wrapper, self._settings, self._excluded))
 
     def check_trains(self) -> None:
-        """Check that the optimizer holds what the trainer trains, after the first backward of a window.
+        """Raise if the optimizer holds nothing that the trainer trains, after the first backward of a window.
 
-        Raises:
-            RuntimeError: it holds no trainable parameter of the model, and none of its parameters has got a gradient; or
-                the model has adapters of PEFT, and it holds none of those.
+        That is no trainable parameter of the model, and none that has got a gradient; or none of PEFT's adapters.
         """
         model: Any = self._trainer.model
         groups = self.optimizer._groups_with_names()

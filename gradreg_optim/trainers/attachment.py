@@ -17,15 +17,16 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
+from gradreg_optim.core.regularize import regularized
 from gradreg_optim.core.step import Outcome, computed
-from gradreg_optim.drivers.further_passes import further_passes
+from gradreg_optim.drivers.micro_batches import further_passes
 from gradreg_optim.optimizer import GradRegOptimizer
 from gradreg_optim.trainers.adoption import Adoption, find_wrapper
 from gradreg_optim.trainers.generations import Generations
@@ -207,7 +208,9 @@ class Attachment(TrainerCallback):
             for micro_batch in self.replay.run(self.optimizer, repeated):
                 self._note_ratios(micro_batch)
 
-        self.optimizer.note(further_passes(recorder.storage, recorder.plan, run, part))
+        with closing(regularized(recorder.storage, recorder.plan)) as points:
+            next(points)
+            self.optimizer.note(further_passes(points, part, run))
         self._note("second_pass_time", time.perf_counter() - start)
         self._was_regularized = True
 

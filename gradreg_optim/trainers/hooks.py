@@ -11,7 +11,7 @@ from typing import Any
 class Hooks(ExitStack):
     """What was replaced on a trainer and its parts. ``close()``, or the end of a ``with`` block, restores it, last first."""
 
-    def answer(self, owner: Any, name: str, listener: Callable[..., Any]) -> None:
+    def answer(self, owner: Any, name: str, listener: Callable[..., Any]) -> Hooks:
         """Replace the method ``owner.name`` by ``listener``, which gets the original as its first argument."""
         original = getattr(owner, name)
 
@@ -19,12 +19,13 @@ class Hooks(ExitStack):
         def method(*args: Any, **kwargs: Any) -> Any:
             return listener(original, *args, **kwargs)
 
-        self.set(owner, name, method)
+        return self.set(owner, name, method)
 
-    def set(self, owner: Any, name: str, value: Any) -> None:
-        """Set an attribute on the object itself."""
+    def set(self, owner: Any, name: str, value: Any) -> Hooks:
+        """Set an attribute on the object itself; return the hooks, for a ``with``."""
         if name in vars(owner):
             self.callback(setattr, owner, name, vars(owner)[name])
         else:
             self.callback(delattr, owner, name)
         setattr(owner, name, value)
+        return self

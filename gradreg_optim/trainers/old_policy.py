@@ -51,18 +51,14 @@ class OldPolicy:
 
     @contextmanager
     def keeping(self, resample: str, inputs: Mapping[str, Any], kept: list[Tensor]) -> Iterator[None]:
-        """Around the first pass of a loss on ``inputs``: append to ``kept`` what the second pass needs.
-
-        Raises:
-            RuntimeError: the loss has no ratio to an old policy, or none that can be replaced.
-        """
+        """Around the first pass of a loss on ``inputs``: append to ``kept`` what the second pass needs, or refuse."""
         if resample != "reuse" and getattr(self._trainer, "loss_type", None) == "vespo":
             raise self.refusal(resample, "loss_type='vespo' weighs completions by a function that is not their ratio")
         if resample == "reuse" or has_old_policy(inputs, _OLD_LOG_P if resample == "importance" else (_OF_COMPLETIONS,)):
             yield
             return
-        with Hooks() as replaced:  # in the loss's own dtype, so that at θ itself the ratio is 1 bit for bit
-            replaced.set(self, "_listener", lambda log_p: kept.append(log_p.detach().clone()))
+        # In the loss's own dtype, so that at θ itself the ratio is 1 bit for bit.
+        with Hooks().set(self, "_listener", lambda log_p: kept.append(log_p.detach().clone())):
             yield
         if not kept:
             raise self.refusal(resample, "its loss computed no log-probabilities of completions")
@@ -83,8 +79,7 @@ class OldPolicy:
             # The loss computes log p − old for each token. Make that log w plus its value in the first pass.
             inputs[_OLD] = log_p.detach() - log_w - (0 if given is None else kept[0] - given)
 
-        with Hooks() as replaced:
-            replaced.set(self, "_listener", replace_old)
+        with Hooks().set(self, "_listener", replace_old):
             yield
 
     def refusal(self, resample: str, why: str) -> RuntimeError:

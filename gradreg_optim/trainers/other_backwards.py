@@ -7,7 +7,6 @@ repeated with it, and ``accelerator.backward`` is recorded; one that reaches no 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -27,24 +26,13 @@ class OtherBackwards:
         self._optimizer = optimizer
         self._are_allowed = False
 
-    def refused(self) -> AbstractContextManager[Any]:
-        """Around ``training_step``.
+    def refused(self) -> Hooks:
+        """Around ``training_step``: raise before such a backward runs."""
+        return Hooks().answer(torch.autograd, "backward", self._check)
 
-        Raises:
-            RuntimeError: from the backward, before it runs.
-        """
-        hooks = Hooks()
-        hooks.answer(torch.autograd, "backward", self._check)
-        return hooks
-
-    @contextmanager
-    def allowed(self) -> Iterator[None]:
+    def allowed(self) -> Hooks:
         """Around what is repeated."""
-        before, self._are_allowed = self._are_allowed, True
-        try:
-            yield
-        finally:
-            self._are_allowed = before
+        return Hooks().set(self, "_are_allowed", True)
 
     def _check(self, backward: Callable[..., Any], tensors: Any, *args: Any, **kwargs: Any) -> Any:
         if not self._are_allowed and (optimizer := self._optimizer()) is not None:

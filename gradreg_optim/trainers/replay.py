@@ -99,12 +99,9 @@ class Replay:
             step(micro_batch.model, inputs, micro_batch.num_items_in_batch)
 
     def check(self, optimizer: Any, micro_batch: MicroBatch) -> None:
-        """Repeat the loss of ``micro_batch`` at θ and compare it with the recorded one. Costs one forward on every rank.
+        """Repeat the loss of ``micro_batch`` at θ; raise on every rank if it differs from the recorded one on one of them.
 
-        A loss that differentiates by itself, or looks whether it may, needs a second forward, with gradients enabled.
-
-        Raises:
-            RuntimeError: on every rank, if the losses differ on one of them: g2 would be the gradient of another loss.
+        Costs one forward, and a second, with gradients, for a loss that differentiates by itself or looks whether it may.
         """
         accelerator: Any = self.trainer.accelerator
         recorded = repeated = equal = cast(Tensor, micro_batch.loss)

@@ -32,6 +32,8 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase, Trainer
 
+from gradreg_optim.core.values import is_expanded
+
 LARGE = 2**22
 
 _READ_ONLY = {
@@ -144,7 +146,7 @@ class Snapshot:
         modules: list[Any] = [root]
         for module in modules:  # the loop appends to it
             attributes = vars(module)
-            for part in attributes["_modules"].values():
+            for part in module._modules.values():
                 if part is not None and id(part) not in self._seen:
                     self._seen.add(id(part))
                     modules.append(part)
@@ -154,7 +156,7 @@ class Snapshot:
             if names := _worth_visiting(module):
                 self._visit([(f"{name}.{key}", attributes[key]) for key in names])
             if root is not self._trainer.model:  # which is visited first
-                self._visit([(name, attributes["_buffers"])])
+                self._visit([(name, module._buffers)])
 
     def _keep_container(self, container: Any, name: str) -> None:
         if not isinstance(container, tuple):
@@ -165,7 +167,7 @@ class Snapshot:
             self._visit((f"{name}[{number}]", value) for number, value in enumerate(values))
 
     def _keep_tensor(self, tensor: Tensor, name: str) -> None:
-        if tensor.requires_grad:
+        if tensor.requires_grad or is_expanded(tensor):
             return
         if tensor.numel() <= LARGE:
             kept = tensor.clone()

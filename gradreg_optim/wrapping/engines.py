@@ -25,11 +25,7 @@ class EngineCheck:
         self._warned_of: set[str] = set()
 
     def __call__(self, groups: list[dict[str, Any]], step: int) -> None:
-        """Look at what holds the parameters of ``groups``, unless this step has been looked at, or enough others.
-
-        Raises:
-            ValueError: shards of FSDP1, or PowerSGD.
-        """
+        """Look at what holds the parameters of ``groups``, unless this step has been looked at, or enough others."""
         if len(self._steps) == LOOKS or step in self._steps or not any(group["gradreg_strength"] for group in groups):
             return
         parameters = [parameter for group in groups for parameter in group["params"]]

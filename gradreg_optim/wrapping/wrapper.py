@@ -142,11 +142,7 @@ class OptimizerWrapper(Optimizer):
         return () if self.exclude == NOTHING else self.exclude
 
     def leave_out(self, parameters: Iterable[Tensor]) -> None:
-        """Exclude ``parameters`` as ``exclude`` does.
-
-        Raises:
-            ValueError: no trainable parameter would be left to regularize.
-        """
+        """Exclude ``parameters`` as ``exclude`` does; raise if no trainable parameter would be left to regularize."""
         self._adopt_new_groups()
         groups, trainable, left = self._groups_with_names(), 0, 0
         for number, positions in enumerate(positions_of(parameters, groups)):

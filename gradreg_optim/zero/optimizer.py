@@ -17,7 +17,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
 from gradreg_optim.core.plan import Plan
-from gradreg_optim.core.repeatable import SameStart
+from gradreg_optim.core.repeatable import same_start
 from gradreg_optim.core.step import Point
 from gradreg_optim.core.storage import Storage
 from gradreg_optim.optimizer import GradRegOptimizer
@@ -154,8 +154,8 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
 
     def surroundings(self, storage: Storage, plan: Plan) -> Callable[[Point], AbstractContextManager[Any]]:
         """An accumulation window around each pass. The engine clears gradients itself."""
-        same_start = SameStart(storage.devices, self._model, self._buffers, self._noting, nullcontext())
-        return accumulation_windows(self._storage, self.held_step, same_start)
+        around = same_start(storage.devices, self._model, self._buffers, self._noting, nullcontext())
+        return accumulation_windows(self._storage, self.held_step, around)
 
     def _base_step(self) -> None:
         """Take the engine's step that was held back, on the combined gradient."""

@@ -274,7 +274,7 @@ def test_a_snapshot_costs_little_a_module(tmp_path):
 
 
 def test_large_state_is_named_once(tmp_path, monkeypatch):
-    """A tensor or an array that is too large for copies is named, if the loss changes it, and only then, and once."""
+    """What is too large for copies is named, if the loss changes it, and only then, and once; what is expanded never is."""
     monkeypatch.setattr(snapshot, "LARGE", 100)
 
     class Large(Keeping):
@@ -284,7 +284,7 @@ def test_large_state_is_named_once(tmp_path, monkeypatch):
             return super().compute_loss(*args, **kwargs)
 
     trainer = build("sft", tmp_path, wrapped=REAL, trainer_class=Large)
-    trainer.meters, trainer.still = [Meter()], torch.zeros(101)
+    trainer.meters, trainer.still, trainer.spread = [Meter()], torch.zeros(101), torch.ones(()).expand(5)
     trainer.moved, trainer.counted, trainer.table = torch.zeros(101), numpy.zeros(5000), numpy.zeros(5000)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
