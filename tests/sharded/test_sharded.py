@@ -17,6 +17,7 @@ SETTINGS = {
     "clipped": {"strength": 0.1, "radius": 0.05, "g1_clip": 0.1, "g2_clip": 0.2},
     "central": {"strength": 0.1, "eps": 0.05, "method": "central"},
     "checked": {"strength": 0.1, "eps": 0.05, "check_every": 2, "shrink": True},
+    "auto": {"strength": 0.1, "radius": "auto"},
     "bounded": {"strength": 5.0, "radius": 0.05, "max_penalty_ratio": 0.3, "exclude": "0."},
 }
 EVERY = {"strength": 0.1, "radius": 0.05, "every": 2}

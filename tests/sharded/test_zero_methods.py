@@ -9,6 +9,8 @@ pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
 import zero_worker as worker
 from test_zero import BF16_OPTIMIZER, OFFLOADED, OLD, SETTINGS, STEPS, largest_error
 
+from gradreg_optim.core.radius import START
+
 CENTRAL = SETTINGS | {"method": "central"}
 
 
@@ -94,6 +96,17 @@ def test_half_precision_is_checked_by_default(pair):
     assert math.isfinite(first["self_check"])
     assert "self_check" not in second
     assert second["noise_floor"] == first["noise_floor"]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_radius_finds_itself(pair, stage):
+    """In bf16 if nothing is given: the same one on all ranks, found anew in each step."""
+    settings = {name: value for name, value in SETTINGS.items() if name not in ("eps", "radius")}
+    ranks = pair.run(worker.train, worker.make_config(stage, precision="bf16"), settings, steps=4)
+    radii = [entry["radius"] for entry in ranks[0]["metrics"]]
+    assert radii[0] == START
+    assert len(set(radii)) == 4
+    assert ranks[0]["metrics"] == ranks[1]["metrics"]
 
 
 def test_exact_is_refused(pair):
