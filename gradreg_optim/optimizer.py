@@ -140,11 +140,12 @@ class GradRegOptimizer(OptimizerWrapper):
     def metrics(self) -> dict[str, Scalar]:
         """Figures of the last step: Python numbers, or 0-d tensors; only reading a tensor waits for the device.
 
-        ``strength`` and ``eps`` of the first regularized group; ``g1_norm``, ``g2_norm`` before clipping; ``g1_clipped``,
-        ``g2_clipped``: 1 if the clip engaged; ``penalty_ratio`` = ‖penalty‖/‖g1‖; ``curvature`` = g1·(g2−g1)/(ε‖g1‖²);
-        ``cosine`` of g1 and g2; ``perturbation_fidelity`` = ⟨θ'_real − θ, εd⟩/‖εd‖²; ``skipped``: steps so far whose penalty
-        was left out because a gradient was not finite. With checks (:mod:`gradreg_optim.core.self_check`) ``noise_floor``,
-        ``signal`` and ``self_check``. A step without penalty has ``strength`` and ``skipped`` alone.
+        ``strength`` and ``eps`` of the first regularized group; ``radius``, if it finds itself; ``g1_norm``, ``g2_norm``
+        before clipping; ``g1_clipped``, ``g2_clipped``: 1 if the clip engaged; ``penalty_ratio`` = ‖penalty‖/‖g1‖;
+        ``curvature`` = g1·(g2−g1)/(ε‖g1‖²); ``cosine`` of g1 and g2; ``perturbation_fidelity`` = ⟨θ'_real − θ, εd⟩/‖εd‖²;
+        ``skipped``: steps so far whose penalty was left out because a gradient was not finite. With checks
+        (:mod:`gradreg_optim.core.self_check`) ``noise_floor``, ``signal`` and ``self_check``. A step without penalty has
+        ``strength`` and ``skipped`` alone.
         """
         return {name: computed(figure) for name, figure in self.figures().items()}
 
