@@ -175,7 +175,7 @@ class Buffers:
 
     def _look_at(self, part: nn.Module) -> None:
         known = self._known_of(part)
-        names = names_of(part, known)
+        names = names_of(part, known) if known.is_new or known.moving or part._buffers else {}
         self.modules[part] = known, names
         for name, value in names.items():
             tensor = writable(value)
