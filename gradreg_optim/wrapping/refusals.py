@@ -30,7 +30,9 @@ def check_wrappable(optimizer: Any) -> None:
         remedy = "Pass, for example, torch.optim.AdamW(model.parameters())."
         if type(optimizer).__module__.startswith("deepspeed."):
             remedy = "The engine holds the parameters by now: use ZeroGradRegOptimizer(engine), or attach(trainer) earlier."
-        raise TypeError(f"optimizer={shown(optimizer)} is a {name}: an instance of torch.optim.Optimizer is wrapped. {remedy}")
+        raise TypeError(
+            f"optimizer={shown(optimizer)} is a {name}: an instance of torch.optim.Optimizer is wrapped. {remedy}"
+        )
     if TAKES_GRADIENTS.search(name) or _insists_on_closure(inspect.unwrap(type(optimizer).step)):
         raise ValueError(
             f"optimizer={name}: its step needs a closure of its own, but the combined gradient "
