@@ -17,6 +17,13 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 # What the development environment holds. `EXTRAS=dev` leaves DeepSpeed out; its tests are then skipped.
 EXTRAS ?= dev,deepspeed
+# Pythons and torches for `make test-matrix`.
+PAIRS ?= python3.10-2.6.0 python3.13-2.15.0
+# What `make optimizers` tests beside torch, transformers and pytorch_optimizer; without what they require, since that is
+# another torch or nothing that their steps use.
+OPTIMIZERS := bitsandbytes==0.50.2 torchao==0.18.0 schedulefree==1.4.1 prodigyopt==1.1.2 lion-pytorch==0.2.5 galore-torch==1.0 \
+    apollo-torch==1.0.3 muon-optimizer==0.1.0 heavyball==3.2.1 torch-optimi==0.3.3 grokadamw==0.1.2 came-pytorch==0.1.3 \
+    adam-mini==1.1.1
 # Processes that share the tests; 0 runs them in one, where a debugger can be attached.
 WORKERS ?= 2
 PYTEST_ARGS ?=
@@ -60,6 +67,20 @@ test: $(DEV)  ## Run the tests (PYTEST_ARGS="...", WORKERS=2)
 .PHONY: test-pinned
 test-pinned:  ## Run the tests with the library versions that the published implementation recommends
 	$(MAKE) test VENV=.venv-pinned CONSTRAINTS=constraints-published.txt
+
+# Each pair gets an environment of its own, which holds torch and what tests of the core need.
+.PHONY: test-matrix
+test-matrix: $(PAIRS:%=.venv-%/.stamp-core)  ## Run the core tests with the oldest and the newest Python and torch (PAIRS="...")
+	for pair in $(PAIRS); do \
+	    HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-$$pair/bin/python -m pytest -n $(WORKERS) --dist loadfile \
+	        tests/core tests/wrapping tests/package $(PYTEST_ARGS); \
+	done
+
+.PHONY: optimizers
+optimizers:  ## Test every optimizer that people wrap, and write the table of docs/optimizers.md
+	$(MAKE) env VENV=.venv-optimizers EXTRAS=dev
+	.venv-optimizers/bin/python -m pip install -qq --disable-pip-version-check --no-deps $(OPTIMIZERS)
+	.venv-optimizers/bin/python -m benchmarks.optimizers
 
 .PHONY: lint
 lint: $(DEV)  ## Check style (ruff)
@@ -132,6 +153,15 @@ $(VENV)/.stamp-torch: $(CONSTRAINTS)
 	@echo "Building $(VENV), which takes some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) torch
+	@touch $@
+
+# The stem is a pair. Locks hold for any Python, but name one torch.
+.venv-%/.stamp-core: pyproject.toml constraints.txt
+	$(firstword $(subst -, ,$*)) -m venv .venv-$*
+	grep -Ev '^(torch|triton)==' constraints.txt >.venv-$*/constraints.txt
+	.venv-$*/bin/python -m pip install -qq --disable-pip-version-check torch==$(lastword $(subst -, ,$*))
+	.venv-$*/bin/python -m pip install -qq --disable-pip-version-check -c .venv-$*/constraints.txt --editable . \
+	    hypothesis numpy pytest pytest-timeout pytest-xdist pytorch_optimizer
 	@touch $@
 
 # The stem is the list of extras. The dev extra contains the demo extra, so it serves both.

@@ -23,6 +23,7 @@ from gradreg_optim.core.regularize import regularized
 from gradreg_optim.core.repeatable import Buffers, same_start
 from gradreg_optim.core.step import Figure, Outcome, PartOfPass, Point, Scalar, computed
 from gradreg_optim.core.storage import Storage
+from gradreg_optim.drivers.closure import call_in_each
 from gradreg_optim.drivers.micro_batches import MicroBatches
 from gradreg_optim.wrapping import upwards
 from gradreg_optim.wrapping.advice import Advice
@@ -129,9 +130,7 @@ class GradRegOptimizer(OptimizerWrapper):
         self._skipped: Scalar = 0
         self._figures: dict[str, Figure] = {}
         self.advice = Advice()
-        self._clearing = Clearing()
-        self._buffers = Buffers()
-        self._losses = Losses()
+        self._clearing, self._buffers, self._losses = Clearing(), Buffers(), Losses()
         self._noting: Losses | None = None  # the same, in steps in which it has something to do
         self._running: weakref.ref[Passes] | None = None  # of the loop over passes() that began last
         self._pending: Callable[[], None] | None = None  # what a step() after that loop does
@@ -175,10 +174,12 @@ class GradRegOptimizer(OptimizerWrapper):
             check_driver(plan, self.resample, "" if isinstance(closure, MicroBatches) else "this closure runs them all")
         with closing(self._passes(plan, storage)) as passes:
             if isinstance(closure, MicroBatches):
-                loss = closure.drive(passes, storage, plan, self._buffers)
+                loss, is_whole = closure.drive(passes, storage, plan, self._buffers), True
             else:
-                call = torch.enable_grad()(closure)
-                loss, *_ = [call() if self._noting is None else self._noting.returned(call()) for _ in passes]
+                loss, is_whole = call_in_each(closure, passes, self._noting, upwards.calling_scaler)
+        if not is_whole:
+            self.note(Outcome({"strength": 0.0}, 1))
+            return self._advance()
         self._base_step()
         return loss
 
@@ -244,8 +245,6 @@ class GradRegOptimizer(OptimizerWrapper):
         self.advice.note(outcome)
         if outcome.is_empty and self._attachment is None:  # a trainer's attachment has its own check
             self.advice.tell("empty", no_gradient(self.param_groups, self.exclude, self._excluded))
-
-    # What another engine does differently.
 
     def storage(self) -> Storage:
         """Where gradients and weights are in the step to come: ``.grad`` and the parameters."""

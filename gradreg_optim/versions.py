@@ -26,8 +26,8 @@ def warn_outside_range(*packages: str) -> None:
         allowed = declared_range(package)
         if not allowed.contains(installed, prereleases=True):  # a build from a repository is a .dev0 of the next version
             warnings.warn(
-                f"{package} {installed} is outside the range that gradreg_optim supports and is tested with ({allowed}): "
-                f"steps may fail or run without the penalty. Install a version inside it: pip install '{package}{allowed}'.",
+                f"{package} {installed} is outside the range that gradreg_optim is tested with ({allowed}). It may work, "
+                "and a step that would lose its penalty raises an error. If another package needs this version, keep it.",
                 stacklevel=3,
             )
 

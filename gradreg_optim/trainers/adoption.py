@@ -111,7 +111,7 @@ class Adoption:
 
         engine: Any = self._trainer.model_wrapped
         wrapper = self.optimizer
-        if wrapper is engine.optimizer.optimizer and isinstance(wrapper, ZeroGradRegOptimizer):
+        if isinstance(wrapper, ZeroGradRegOptimizer) and wrapper.engine is engine:
             return
         if wrapper is None and not self._settings.get("exclude"):  # the optimizer comes from DeepSpeed's configuration
             self._excluded = list(default_exclusion(self._trainer.model))

@@ -28,9 +28,11 @@ def check_wrappable(optimizer: Any) -> None:
     """Refuse what cannot be wrapped, before anything is changed."""
     name = type(optimizer).__name__
     if not isinstance(optimizer, Optimizer):
+        remedy = "Pass, for example, torch.optim.AdamW(model.parameters())."
+        if type(optimizer).__module__.startswith("deepspeed."):
+            remedy = "The engine holds the parameters by now: use ZeroGradRegOptimizer(engine), or attach(trainer) earlier."
         raise TypeError(
-            f"optimizer={shown(optimizer)} is a {name}: an instance of torch.optim.Optimizer is wrapped. "
-            "Pass, for example, torch.optim.AdamW(model.parameters())."
+            f"optimizer={shown(optimizer)} is a {name}: an instance of torch.optim.Optimizer is wrapped. {remedy}"
         )
     if TAKES_GRADIENTS.search(name) or _insists_on_closure(inspect.unwrap(type(optimizer).step)):
         raise ValueError(

@@ -64,14 +64,21 @@ def attach_to_caller(optimizer: Any) -> None:
         import_module(_ATTACH).attach_to_caller(optimizer)
 
 
+def calling_scaler() -> Any:
+    """The enabled ``GradScaler`` that calls the step; ``None`` if there is none."""
+    frame, depth = sys._getframe(1), 0
+    while frame is not None and depth < 12:  # torch has two frames of hooks in between, and each LR scheduler one
+        scaler = frame.f_locals.get("self")
+        if isinstance(scaler, GradScaler) and scaler.is_enabled():
+            return scaler
+        frame, depth = frame.f_back, depth + 1  # type: ignore[assignment]
+    return None
+
+
 def check_scaler(known: Any) -> None:
     """Raise ``RuntimeError`` if a ``GradScaler`` calls the step and is not the one that is known: gradients were scaled."""
-    frame, depth = sys._getframe(1), 0
-    while frame is not None and depth < 10:  # torch has two frames of hooks in between, and each LR scheduler one
-        scaler = frame.f_locals.get("self")
-        if isinstance(scaler, GradScaler) and scaler is not known and scaler.is_enabled():
-            raise RuntimeError(
-                "scaler.step(optimizer): the optimizer does not know this scaler, and took scaled gradients for gradients. "
-                "Pass GradRegOptimizer(..., scaler=scaler), and call optimizer.step() and scaler.update()."
-            )
-        frame, depth = frame.f_back, depth + 1  # type: ignore[assignment]
+    if calling_scaler() not in (None, known):
+        raise RuntimeError(
+            "scaler.step(optimizer): the optimizer does not know this scaler, and took scaled gradients for gradients. "
+            "Pass GradRegOptimizer(..., scaler=scaler), and call optimizer.step() and scaler.update()."
+        )

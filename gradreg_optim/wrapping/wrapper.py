@@ -52,6 +52,7 @@ class OptimizerWrapper(Optimizer):
 
     profile_hook_step = staticmethod(run_hooks_around)  # type: ignore[assignment]
     _is_state_initialization = is_state_initialization
+    _step_supports_amp_closure = True  # Composer's trainer (0.32) asks in fp16, and then unscales in the closure
     _losses: Losses
     _default_exclusion: Callable[[], Iterable[Tensor]] | None = None  # a trainer's, for groups added later
 

@@ -15,6 +15,7 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
+from torch.optim import Optimizer
 
 from gradreg_optim.core.plan import Plan
 from gradreg_optim.core.repeatable import same_start
@@ -27,6 +28,7 @@ from gradreg_optim.wrapping.settings import DEFAULT_EPS, DEFAULT_STRENGTH, Metho
 from gradreg_optim.wrapping.wrapper import OptimizerWrapper
 from gradreg_optim.zero.bf16 import BF16Partitions
 from gradreg_optim.zero.refusals import check_engine
+from gradreg_optim.zero.stage0 import WholeGradients
 from gradreg_optim.zero.stage3 import Stage3Partitions
 from gradreg_optim.zero.stage12 import Stage12Partitions
 from gradreg_optim.zero.storage import Partitions
@@ -35,7 +37,14 @@ from gradreg_optim.zero.window import HeldStep, accumulation_windows
 PLAIN_ONLY = ("model", "scaler", "rounding")  # the engine has the model, the loss scale, and fp32 masters to round from
 
 
-def _partitions(engine: Any) -> Partitions:
+def _holder(engine: Any) -> Any:
+    """What has the client optimizer as its ``optimizer``: DeepSpeed's own optimizer, or the engine if there is none."""
+    return engine if isinstance(engine.optimizer, Optimizer) else engine.optimizer
+
+
+def _storage_of(engine: Any) -> Partitions | WholeGradients:
+    if engine.zero_optimization_stage() == 0:
+        return WholeGradients(engine)
     if isinstance(engine.optimizer, BF16_Optimizer):
         return BF16Partitions(engine)
     is_stage_3 = isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3)
@@ -43,7 +52,7 @@ def _partitions(engine: Any) -> Partitions:
 
 
 class ZeroGradRegOptimizer(GradRegOptimizer):
-    """Gradient regularization under DeepSpeed's ZeRO stages 1, 2 and 3. Whatever DeepSpeed shards stays sharded.
+    """Gradient regularization under DeepSpeed's ZeRO stages 0 to 3. Whatever DeepSpeed shards stays sharded.
 
     Args:
         engine: the engine that ``deepspeed.initialize`` returned. Its client optimizer, stage, precision, clipping, loss
@@ -55,18 +64,18 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
 
     Raises:
         TypeError: ``engine`` is no DeepSpeed engine.
-        ValueError: the engine keeps weights or gradients where a second gradient cannot be taken (no ZeRO stage, pipeline,
-            experts, NVMe, …), or a setting breaks its rule.
+        ValueError: the engine keeps weights or gradients where a second gradient cannot be taken (pipeline, experts,
+            NVMe, …), or a setting breaks its rule.
 
     Memory beyond plain DeepSpeed: g1, one partition in the dtype in which gradients are accumulated. On N ranks that is 4/N
-    bytes a parameter in fp32 and 2/N in bf16 or fp16.
+    bytes a parameter in fp32 and 2/N in bf16 or fp16. Stage 0 has no partitions: g1 is whole, and θ is copied.
 
     Communication beyond two backward passes and one step: two all_reduces of a few float32 numbers (norms, before and after
     the second pass), and that of :class:`~gradreg_optim.zero.gathered.GatheredPartitions` (stages 1 and 2),
     :class:`~gradreg_optim.zero.bf16.BF16Partitions` or :class:`~gradreg_optim.zero.stage3.Stage3Partitions`.
 
-    The perturbed weights are round(fp32 master + ε·d). Only the engine's step writes to the masters. It then copies them to
-    the model, which also moves the weights from θ' to the new θ.
+    The perturbed weights are round(fp32 master + ε·d); in stage 0 they are round(weight + ε·d). Only the engine's step
+    writes to the masters. It then copies them to the model, which also moves the weights from θ' to the new θ.
 
     Example::
 
@@ -115,14 +124,14 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
                 "method='exact': second derivatives cannot be taken of weights that DeepSpeed partitions and of gradients "
                 "that it reduces in hooks. Use method='forward', or method='central' for more accuracy."
             )
-        zero = engine.optimizer
-        if isinstance(zero.optimizer, OptimizerWrapper):  # this object replaces that wrapper and shares its groups
-            zero.optimizer = engine.basic_optimizer = zero.optimizer.optimizer
-        self._storage = _partitions(engine)
+        holder = _holder(engine)
+        if isinstance(holder.optimizer, OptimizerWrapper):  # this object replaces that wrapper and shares its groups
+            holder.optimizer = engine.basic_optimizer = holder.optimizer.optimizer
+        self._storage = _storage_of(engine)
         self.held_step = HeldStep(engine)
         self._is_stepping = False
         named_groups = self._storage.named_groups
-        self._set_up(zero.optimizer, settings, exclude=exclude, model=engine.module, named_groups=named_groups)
+        self._set_up(holder.optimizer, settings, exclude=exclude, model=engine.module, named_groups=named_groups)
 
     @classmethod
     def taking_over(
@@ -143,13 +152,20 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
         for group, values in zip(optimizer.param_groups, groups, strict=False):
             group.update(values)
         optimizer.leave_out(excluded)
-        engine.optimizer.optimizer = engine.basic_optimizer = optimizer
+        _holder(engine).optimizer = engine.basic_optimizer = optimizer
         return optimizer
 
     # Overridden phases of the step.
 
-    def storage(self) -> Partitions:
-        """The engine's partitions."""
+    @property
+    def engine(self) -> DeepSpeedEngine:
+        """The engine whose steps are regularized."""
+        return self._storage.engine
+
+    def storage(self) -> Partitions | WholeGradients:
+        """The engine's partitions; in stage 0 its whole gradients, as they are seen in one step."""
+        if isinstance(self._storage, WholeGradients):
+            self._storage = WholeGradients(self._storage.engine)
         return self._storage
 
     def surroundings(self, storage: Storage, plan: Plan) -> Callable[[Point], AbstractContextManager[Any]]:

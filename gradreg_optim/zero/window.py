@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from gradreg_optim.core.step import Point
+from gradreg_optim.zero.stage0 import WholeGradients
 from gradreg_optim.zero.storage import Partitions
 
 
@@ -61,7 +62,7 @@ class HeldStep:
 
 
 def accumulation_windows(
-    storage: Partitions, held_step: HeldStep, same_start: Callable[[Point], AbstractContextManager[None]]
+    storage: Partitions | WholeGradients, held_step: HeldStep, same_start: Callable[[Point], AbstractContextManager[None]]
 ) -> Callable[[Point], AbstractContextManager[None]]:
     """The context of each pass of one step: all passes start from the engine's counters as they are now."""
     engine, first_micro_step = storage.engine, storage.engine.micro_steps

@@ -261,3 +261,50 @@ def test_autocast_to_half_precision():
         scaler.update()
     assert losses[-1] < 0.9 * losses[0]
     assert optimizer.metrics["skipped"] == 0
+
+
+class ClosureScaler(torch.amp.GradScaler):
+    """The protocol of Composer 0.32: the scaler's closure clears, unscales, and returns ``None`` after an overflow."""
+
+    def step(self, optimizer, *, closure):
+        def unscaling():
+            state = self._per_optimizer_states[id(optimizer)]
+            state["stage"] = torch.amp.grad_scaler.OptState.READY
+            optimizer.zero_grad()
+            value = closure()
+            self.unscale_(optimizer)
+            return None if any(found.item() for found in state["found_inf_per_device"].values()) else value
+
+        return optimizer.step(closure=unscaling)
+
+
+@pytest.mark.parametrize("in_pass", [None, 0, 1])
+def test_a_scaler_that_unscales_in_the_closure(in_pass):
+    """Both gradients come unscaled: the bits of a step without scaler. An overflow in either pass skips the step."""
+    model, loss = regression()
+    other, other_loss = twin_of(model, loss)
+    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), **SETTINGS)
+    plain = GradRegOptimizer(torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9), **SETTINGS)
+    scaler, calls = ClosureScaler("cpu", init_scale=SCALE), []
+    assert optimizer._step_supports_amp_closure  # Composer asks for it under this name
+
+    def closure():
+        value = loss()
+        calls.append(math.inf if len(calls) == failing else 1.0)
+        scaler.scale(value * calls[-1]).backward()
+        return value
+
+    for number in range(4):
+        failing, before = (in_pass if number == 2 else None), weights(model)
+        calls.clear()
+        scaler.step(optimizer, closure=closure)
+        scaler.update()
+        if failing is None:
+            plain.step(closure_of(plain, other_loss))
+            assert_same(weights(model), weights(other))
+        else:
+            assert len(calls) == failing + 1
+            assert_same(weights(model), before)
+    assert scaler.get_scale() == SCALE * (1.0 if in_pass is None else 0.5)
+    assert optimizer.step_count == 4
+    assert float(optimizer.metrics["skipped"]) == (in_pass is not None)

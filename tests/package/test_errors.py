@@ -406,6 +406,13 @@ CASES = {
         "an instance of torch.optim.Optimizer is wrapped",
         "Pass, for example, torch.optim.AdamW(model.parameters())",
     ),
+    "an optimizer of DeepSpeed's": Case(
+        lambda: GradRegOptimizer(type("DeepSpeedZeroOptimizer", (), {"__module__": "deepspeed.runtime.zero"})()),
+        TypeError,
+        "is a DeepSpeedZeroOptimizer",
+        "The engine holds the parameters by now",
+        "use ZeroGradRegOptimizer(engine)",
+    ),
     "wrapped twice": Case(
         lambda: GradRegOptimizer(GradRegOptimizer(sgd())),
         ValueError,

@@ -52,14 +52,14 @@ def test_inside_the_range_nothing_is_said(version, pretend):
 
 @pytest.mark.parametrize("version", ["0.26.9", "2.0.0", "2.0.0.dev0"])
 def test_outside_the_range_package_version_and_range_are_named(version, pretend):
-    """One line with what is installed, what is supported, and the command that helps; the caller's caller is blamed."""
+    """One line with what is installed and what is tested, without advice that may break the pins of another package."""
     pretend(RANGE, trl=version)
     with pytest.warns(UserWarning, match="outside the range") as caught:
         (lambda: gradreg_optim.versions.warn_outside_range("trl"))()
     message = str(caught[0].message)
     assert f"trl {version} " in message
     assert "<2,>=0.27" in message
-    assert "pip install 'trl<2,>=0.27'" in message
+    assert "pip install" not in message
     assert "\n" not in message
     assert caught[0].filename == __file__
 

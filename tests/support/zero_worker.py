@@ -198,7 +198,8 @@ def make_engine(
 
     # DeepSpeed's answer (0.18 and 0.19) is whether oneDNN has fp16 kernels for this CPU; where it has none, torch uses its
     # own. Goes when DeepSpeed asks torch.
-    deepspeed.get_accelerator().is_fp16_supported = computes_fp16
+    is_supported = computes_fp16()  # found now: DeepSpeed asks in the middle of a pass, which notes every backward
+    deepspeed.get_accelerator().is_fp16_supported = lambda: is_supported
     with quiet():
         model = make_model(**(kinds or {}))
         optimizer = make_optimizer(model, groups, kind)
@@ -210,6 +211,9 @@ def masters(engine: Any) -> dict[str, Tensor]:
     """The whole fp32 masters, by parameter name."""
     from deepspeed.utils import safe_get_full_fp32_param
 
+    if engine.zero_optimization_stage() == 0:
+        names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+        return {names[id(p)]: master.detach().clone() for p, master in zip(*of_stage_0(engine), strict=True)}
     found = {}
     for name, parameter in engine.module.named_parameters():
         value = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
@@ -220,8 +224,19 @@ def masters(engine: Any) -> dict[str, Tensor]:
 
 def local_masters(engine: Any) -> list[Tensor]:
     names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+    if engine.zero_optimization_stage() == 0:
+        weights, masters = of_stage_0(engine)
+        return [] if weights is masters else [master.detach().clone() for master in masters]
     flat = next(getattr(engine.optimizer, name) for name in names if hasattr(engine.optimizer, name))
     return [partition.detach().clone() for partition in flat]
+
+
+def of_stage_0(engine: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """The weights that are trained, and their masters: the weights themselves in fp32."""
+    trained = [p for group in engine.optimizer.param_groups for p in group["params"]]
+    if isinstance(engine.optimizer, torch.optim.Optimizer):
+        return trained, trained
+    return [p for group in engine.optimizer.fp16_groups for p in group], trained
 
 
 def local_weights(engine: Any) -> list[Tensor]:
