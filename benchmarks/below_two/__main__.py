@@ -36,6 +36,7 @@ from benchmarks.below_two.parts import part_figures, parts_of_real_batches
 from benchmarks.below_two.report import document, picture
 from benchmarks.below_two.trainers import WHOLE, arms, seconds_in_trainer
 from benchmarks.below_two.windows import windows_of_run
+from benchmarks.common.arguments import at_least
 from benchmarks.common.results import stamp, todays
 
 Study = Callable[[argparse.Namespace], Any]
@@ -121,7 +122,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--studies", nargs="*", choices=STUDIES, default=list(STUDIES), help="without a name: write the document only"
     )
-    parser.add_argument("--seeds", type=int, default=8, help="of the reward-hacking runs, from 10 on")
+    parser.add_argument("--seeds", type=at_least(1), default=8, help="of the reward-hacking runs, from 10 on")
     parser.add_argument("--toy", action="store_true", help="small models and few steps")
     parser.add_argument("--folder", type=Path, default=Path("runs/below-two"), help="for figures and runs")
     parser.add_argument("--output", type=Path, default=None, help="path of the result, without suffix")
