@@ -104,7 +104,7 @@ wheel-check: $(DEV)  ## Build wheel and source distribution; try the one beside 
 	mkdir $(CHECK)/sdist
 	tar -xzf $(CHECK)/*.tar.gz -C $(CHECK)/sdist --strip-components 1
 	git ls-files | (cd $(CHECK)/sdist && xargs ls >/dev/null)  # names what is missing
-	cd $(CHECK)/sdist && PYTHONPATH=. $(abspath $(PY)) -m pytest -q $(SDIST_TESTS)
+	cd $(CHECK)/sdist && PYTHONPATH=$(abspath $(CHECK))/sdist $(abspath $(PY)) -m pytest -q $(SDIST_TESTS)
 
 .PHONY: ci
 ci:  ## Everything that has to pass: lint, types, test, wheel-check

@@ -51,9 +51,9 @@ DEMO = {
     # Defaults of this script that differ from TRL's. A flag overrides each of them.
     "output_dir": "runs/demo",
     "grad_reg_strength": 3e-3,
-    "learning_rate": 4e-6,
+    "learning_rate": 1e-5,
     "lr_scheduler_type": "constant",
-    "max_steps": 32,
+    "max_steps": 24,
     "per_device_train_batch_size": 24,
     "num_generations": 4,
     "max_completion_length": 5,

@@ -48,9 +48,9 @@ class Sums:
         return {"question": f"State the answer: {first} + {second} =", "answer": str(first + second)}
 
     def score_answer(self, answer: str | None, entry: dict[str, Any]) -> float:
-        """1 for the right number alone, its share of the text where more follows, 0 where the first number is another."""
+        """1 for the right number alone, its share of a longer text, and 0 for a text without it."""
         numbers = re.findall(r"\d+", answer or "")
-        return len(entry["answer"]) / len(str(answer)) if numbers[:1] == [entry["answer"]] else 0.0
+        return len(entry["answer"]) / len(str(answer)) if entry["answer"] in numbers else 0.0
 
 
 @dataclass

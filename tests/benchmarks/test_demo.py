@@ -233,12 +233,11 @@ def test_the_reward_is_the_score_of_the_task(name: str) -> None:
     assert tasks.reward(drawn)([[{"role": "assistant", "content": answer}]], [0]) == [1]
 
 
-def test_a_sum_is_right_by_its_first_number() -> None:
-    """A longer number that contains the answer, or the answer after another number, earns nothing."""
+def test_a_sum_is_right_as_a_whole_number() -> None:
+    """A number that merely contains the digits of the answer earns nothing, and an answer among others its share."""
     drawn = tasks.Sums(seed=0, size=1)
-    entry = {"answer": "3"}
-    scores = [drawn.score_answer(text, entry) for text in ("3", "3.", "13", "1 or 3", "", None)]
-    assert scores == [1, 0.5, 0, 0, 0, 0]
+    scores = [drawn.score_answer(text, {"answer": "3"}) for text in ("3", "3.", "1 or 3", "13", "", None)]
+    assert scores == [1, 1 / 2, 1 / 6, 0, 0, 0]
     first, second = map(int, re.findall(r"\d", drawn[0]["question"]))
     assert drawn[0]["answer"] == str(first + second)
 
