@@ -31,6 +31,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from tqdm import tqdm
+
 from benchmarks.below_two.known import convergence
 from benchmarks.below_two.parts import part_figures, parts_of_real_batches
 from benchmarks.below_two.report import document, picture
@@ -51,7 +53,7 @@ def fraction(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.toy:
         return list(parts_of_real_batches("random", [("policy", 1024, 0)]))
     batches = [(kind, 1024, seed) for seed in (0, 1) for kind in ("policy", "text")]
-    found = list(parts_of_real_batches("smollm2", batches))
+    found = list(tqdm(parts_of_real_batches("smollm2", batches), "batches", len(batches)))
     for name, windows in _hacking_windows(args.folder, 16):
         found += [{"problem": name, "batch": str(at), **part_figures(windows[at], 1.0)} for at in range(9, len(windows), 10)]
     return found
@@ -108,7 +110,7 @@ def cost(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def known(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Distances from the known solution."""
-    return list(convergence(*((1, 8) if args.toy else (4, 3000))))
+    return list(tqdm(convergence(*((1, 8) if args.toy else (4, 3000))), "runs", unit=""))
 
 
 STUDIES: dict[str, Study] = {"fraction": fraction, "cost": cost, "convergence": known, "hacking": hacking}

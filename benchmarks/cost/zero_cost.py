@@ -29,6 +29,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from tqdm import tqdm
 
 from benchmarks.common.arguments import at_least
 from benchmarks.common.results import stamp, todays
@@ -85,7 +86,8 @@ def measure(args: argparse.Namespace, stage: int, precision: str, listener: List
 
     seconds: dict[str, list[float]] = {"window": [], "step": [], "regularized": []}
     counts: dict[str, Counter[str]] = {}
-    for round_number in range(args.rounds + args.warmup):
+    rounds = range(args.rounds + args.warmup)
+    for round_number in tqdm(rounds, f"{precision}, stage {stage}", leave=False, disable=dist.get_rank() > 0):
         dist.barrier()
         listener.since_last()
         times = [time.perf_counter()]
