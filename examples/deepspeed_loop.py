@@ -13,8 +13,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import deepspeed
 import torch
+
+try:
+    import deepspeed
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"The package {missing.name!r} is not installed: pip install -e '.[deepspeed]'") from missing
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
@@ -87,6 +91,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--local_rank", type=int, help="given by DeepSpeed's launcher")
     args = parser.parse_args()
+    if args.strength < 0 or args.steps < 1:
+        parser.error("--strength must be at least 0, and --steps at least 1")
     deepspeed.init_distributed()
     found = train(args.stage, args.strength, args.steps)
     # The rounding error of a difference of two float32 gradients, divided by ε = 1e-3 and multiplied by γ.

@@ -80,6 +80,8 @@ def main() -> None:
     parser.add_argument("--strength", type=float, default=0.1, help="γ, the weight of the penalty")
     parser.add_argument("--steps", type=int, default=40)
     args = parser.parse_args()
+    if args.strength < 0 or args.steps < 1:
+        parser.error("--strength must be at least 0, and --steps at least 1")
     for train, max_norm in ((train_with_passes, MAX_NORM), (train_with_closure, None)):
         expected = train_in_closed_form(args.strength, args.steps, max_norm)
         # The rounding error of a difference of two float64 gradients, divided by ε = 1e-3.

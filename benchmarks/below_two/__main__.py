@@ -31,11 +31,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from tqdm import tqdm
+
 from benchmarks.below_two.known import convergence
 from benchmarks.below_two.parts import part_figures, parts_of_real_batches
 from benchmarks.below_two.report import document, picture
 from benchmarks.below_two.trainers import WHOLE, arms, seconds_in_trainer
 from benchmarks.below_two.windows import windows_of_run
+from benchmarks.common.arguments import at_least
 from benchmarks.common.results import stamp, todays
 
 Study = Callable[[argparse.Namespace], Any]
@@ -50,7 +53,7 @@ def fraction(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.toy:
         return list(parts_of_real_batches("random", [("policy", 1024, 0)]))
     batches = [(kind, 1024, seed) for seed in (0, 1) for kind in ("policy", "text")]
-    found = list(parts_of_real_batches("smollm2", batches))
+    found = list(tqdm(parts_of_real_batches("smollm2", batches), "batches", len(batches)))
     for name, windows in _hacking_windows(args.folder, 16):
         found += [{"problem": name, "batch": str(at), **part_figures(windows[at], 1.0)} for at in range(9, len(windows), 10)]
     return found
@@ -107,7 +110,7 @@ def cost(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def known(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Distances from the known solution."""
-    return list(convergence(*((1, 8) if args.toy else (4, 3000))))
+    return list(tqdm(convergence(*((1, 8) if args.toy else (4, 3000))), "runs", unit=""))
 
 
 STUDIES: dict[str, Study] = {"fraction": fraction, "cost": cost, "convergence": known, "hacking": hacking}
@@ -121,7 +124,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--studies", nargs="*", choices=STUDIES, default=list(STUDIES), help="without a name: write the document only"
     )
-    parser.add_argument("--seeds", type=int, default=8, help="of the reward-hacking runs, from 10 on")
+    parser.add_argument("--seeds", type=at_least(1), default=8, help="of the reward-hacking runs, from 10 on")
     parser.add_argument("--toy", action="store_true", help="small models and few steps")
     parser.add_argument("--folder", type=Path, default=Path("runs/below-two"), help="for figures and runs")
     parser.add_argument("--output", type=Path, default=None, help="path of the result, without suffix")

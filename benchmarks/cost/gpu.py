@@ -122,7 +122,7 @@ def cost(report: Report, device: torch.device, shape: gpu_cost.Shape, deadline: 
 def parse_arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks.cost.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="toy sizes; the result goes to runs/quick")
-    parser.add_argument("--device", default="cuda", help="cuda or cpu")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--minutes", type=float, default=5.5, help="for everything; each cell takes at least four rounds")
     parser.add_argument("--only", choices=["checks", "costs"], help="leave out the other half")
     parser.add_argument("--output", type=Path, help="path without suffix; default: results/<date>-gpu-cost/result")

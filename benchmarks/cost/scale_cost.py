@@ -29,6 +29,7 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from benchmarks.common.arguments import require_match
 from benchmarks.common.results import same_commit, stamp, todays
 from benchmarks.common.tables import markdown_table
 from benchmarks.cost import zero_bytes, zero_cost
@@ -256,7 +257,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--series", nargs="+", help="measure the series whose names contain one of these")
     parser.add_argument("--fresh", action="store_true", help="measure again what the file has")
     parser.add_argument("--output", type=Path, help="path without suffix; default: results/<date>-scale-cost/result")
-    return parser.parse_args()
+    args = parser.parse_args()
+    require_match(parser, "--series", args.series, series(quick=args.quick))
+    return args
 
 
 def main() -> None:

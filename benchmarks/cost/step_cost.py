@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from benchmarks.common.arguments import at_least, require_match
 from benchmarks.common.results import same_commit, stamp, todays
 from benchmarks.cost.measuring import keep_freed_memory, peak_bytes, quartiles, timed
 from benchmarks.cost.peers import PEERS, missing, present
@@ -182,14 +183,18 @@ def plan(cells: list[Cell], *, wanted: list[str] | None, seconds: float, device:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny models")
-    parser.add_argument("--tokens", type=int, default=512, help="of a micro-batch; a multiple of 256")
+    tokens = at_least(256, multiple_of=256)
+    parser.add_argument("--tokens", type=tokens, default=512, help="of a micro-batch; a multiple of 256")
     parser.add_argument("--cells", nargs="+", help="measure the cells whose names contain one of these")
     parser.add_argument("--variants", nargs="+", help="besides base and floor, those whose names contain one of these")
     parser.add_argument("--minutes", type=float, default=12.0, help="for all cells; each takes at least four rounds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--fresh", action="store_true", help="measure again what the file has")
     parser.add_argument("--output", type=Path, help="path without suffix; default: results/<date>-step-cost/result")
-    return parser.parse_args()
+    args = parser.parse_args()
+    require_match(parser, "--cells", args.cells, (cell.name for cell in matrix(quick=args.quick, tokens=args.tokens)))
+    require_match(parser, "--variants", args.variants, ["base", "floor", *OURS, *present()])
+    return args
 
 
 def is_measured(cell: Cell, found: dict[str, Any] | None) -> bool:

@@ -29,7 +29,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from tqdm import tqdm
 
+from benchmarks.common.arguments import at_least
 from benchmarks.common.results import stamp, todays
 from benchmarks.common.tables import markdown_table
 from benchmarks.cost.listening import Listener, bytes_alive
@@ -84,7 +86,8 @@ def measure(args: argparse.Namespace, stage: int, precision: str, listener: List
 
     seconds: dict[str, list[float]] = {"window": [], "step": [], "regularized": []}
     counts: dict[str, Counter[str]] = {}
-    for round_number in range(args.rounds + args.warmup):
+    rounds = range(args.rounds + args.warmup)
+    for round_number in tqdm(rounds, f"{precision}, stage {stage}", leave=False, disable=dist.get_rank() > 0):
         dist.barrier()
         listener.since_last()
         times = [time.perf_counter()]
@@ -218,15 +221,17 @@ def for_readme(rows: list[dict[str, Any]]) -> str:
 
 def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3], choices=[1, 2, 3])
     parser.add_argument("--precisions", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--width", type=int, default=192, help="a multiple of 64")
-    parser.add_argument("--batch", type=int, default=4, help="sequences on a rank")
-    parser.add_argument("--length", type=int, default=256, help="tokens in a sequence")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--warmup", type=int, default=4, help="uncounted rounds; ZeRO-3 needs two to record its traces")
+    parser.add_argument("--ranks", type=at_least(1), default=2)
+    parser.add_argument("--layers", type=at_least(1), default=6)
+    parser.add_argument("--width", type=at_least(64, multiple_of=64), default=192, help="a multiple of 64")
+    parser.add_argument("--batch", type=at_least(1), default=4, help="sequences on a rank")
+    parser.add_argument("--length", type=at_least(2), default=256, help="tokens in a sequence")
+    parser.add_argument("--rounds", type=at_least(1), default=10)
+    parser.add_argument(
+        "--warmup", type=at_least(0), default=4, help="uncounted rounds; ZeRO-3 needs 2 to record its traces"
+    )
     parser.add_argument("--quick", action="store_true", help="a tiny model, three rounds")
     parser.add_argument("--output", type=Path, help="path without suffix; default: results/<date>-zero-cost/result")
     args = parser.parse_args(given)

@@ -46,6 +46,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 PROGRAM = "benchmarks.hacking"
 
 try:
+    from benchmarks.common.arguments import at_least
     from benchmarks.common.results import stamp
     from benchmarks.hacking.arms import FAMILIES, LOWER, PLAIN, RATES, SMALL, STOPPED, ablations, at_rate, named
     from benchmarks.hacking.noise import noise_table, study_noise
@@ -71,11 +72,11 @@ Parts = dict[str, Runs]
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m {PROGRAM}", description=__doc__.splitlines()[0])
     parser.add_argument("--study", choices=["small", "full", "noise"], default="small")
-    parser.add_argument("--seeds", type=int, default=None, help="reported seeds (default: 2, or 8 of the other studies)")
-    parser.add_argument("--tuning-seeds", type=int, default=TUNING_SEEDS, help="of the full study")
+    parser.add_argument("--seeds", type=at_least(1), default=None, help="reported seeds (default: 2; of other studies 8)")
+    parser.add_argument("--tuning-seeds", type=at_least(1), default=TUNING_SEEDS, help="of the full study")
     parser.add_argument("--arms", nargs="*", default=None, help="settings of the small study, or families of the full one")
     parser.add_argument("--ablations", action="store_true", help="run the full study's ablations as well")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, one core each")
+    parser.add_argument("--jobs", type=at_least(1), default=os.cpu_count() or 1, help="processes, one core each")
     parser.add_argument("--folder", type=Path, default=Path("runs/reward-hacking"), help="where the runs are kept")
     parser.add_argument("--output", type=Path, default=None, help="path of the results, without suffix")
     scale = parser.add_argument_group("scale", "settings that change the outcome of a run; a folder holds runs of one scale")

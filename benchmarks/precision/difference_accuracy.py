@@ -37,6 +37,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.common.arguments import existing
 from benchmarks.common.language_models import ARITHMETICS, MODELS, Batch, make_batch
 from benchmarks.common.results import stamp, todays
 from benchmarks.precision.accuracy_tables import figure, markdown
@@ -208,10 +209,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2", choices=list(MODELS))
     parser.add_argument("--quick", action="store_true", help="one batch of 256 tokens and two arithmetics")
-    parser.add_argument("--batches", nargs="+", metavar="NAME", help="measure only these, such as policy-1024-0")
+    names = [f"{kind}-{size}-{seed}" for kind, size, seed in BATCHES]
+    parser.add_argument(
+        "--batches", nargs="+", choices=names, metavar="NAME", help="measure only these, such as policy-1024-0"
+    )
     parser.add_argument("--arithmetics", nargs="+", choices=list(ARITHMETICS), metavar="NAME", help="measure only these")
     parser.add_argument(
-        "--render", nargs="+", type=Path, metavar="JSON", help="measure nothing; join the rows of these files"
+        "--render", nargs="+", type=existing, metavar="JSON", help="measure nothing; join the rows of these files"
     )
     parser.add_argument("--output", type=Path, default=todays("difference-accuracy"), help="path without suffix")
     return parser.parse_args(argv)

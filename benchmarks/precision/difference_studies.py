@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common.language_models import ARITHMETICS, MODELS, Batch, make_batch
+from benchmarks.common.language_models import ARITHMETICS, MODELS, SHAPES, Batch, make_batch
 from benchmarks.common.results import stamp, todays
 from benchmarks.precision.difference_accuracy import Measurement, Row, sequences_at_once
 from benchmarks.precision.difference_schemes import (
@@ -144,7 +144,7 @@ def accumulation(at: Measurement, micro_batches: int = 4) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2", choices=list(MODELS))
-    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=256, choices=list(SHAPES))
     parser.add_argument("--output", type=Path, default=todays("difference-studies").with_suffix(".json"))
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", "The AccumulateGrad node|.*create_graph")

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from benchmarks.common.arguments import existing
 from benchmarks.common.results import ROOT, between_marks, link_from_root, todays
 from benchmarks.common.tables import markdown_table
 
@@ -104,7 +105,7 @@ def main(argv: list[str]) -> None:
         SystemExit: a trainer fails.
     """
     parser = argparse.ArgumentParser("python -m benchmarks.trainers", description=__doc__.splitlines()[0])
-    parser.add_argument("pythons", nargs="*", default=[sys.executable], help="interpreters; default: this one")
+    parser.add_argument("pythons", nargs="*", type=existing, default=[sys.executable], help="interpreters; default: this")
     pythons = parser.parse_args(argv).pythons
     runs = [run(python) for python in pythons]
     commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True).strip()

