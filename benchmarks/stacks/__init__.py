@@ -1,0 +1,1 @@
+"""Which training stacks work? See :mod:`benchmarks.stacks.__main__`."""
