@@ -171,8 +171,9 @@ def prepare(scale: Scale, seed: int, folder: Path) -> World:
     record = folder / "world.json"
     if not record.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        policy = train_policy(scale, 1000 * seed, folder)
-        policy.save_pretrained(folder / "policy")
+        if not (folder / "policy").exists():  # it may be that of another reward, which does not change it
+            train_policy(scale, 1000 * seed, folder).save_pretrained(folder / "policy")
+        policy = LlamaForCausalLM.from_pretrained(folder / "policy")
         tokenizer().save_pretrained(folder / "policy")
         known: dict[str, float] = {"seed": seed}
         unseen = drawn_pairs(policy, scale, max(64, scale.pairs // 3), 1000 * seed + 200)
