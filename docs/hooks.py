@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 OUTSIDE = ("README.md", "CHANGELOG.md", "examples/README.md", "benchmarks/README.md", "benchmarks/results/*/result.md")
 """Pages that are not in docs/."""
 PICTURES = ("benchmarks/results/*/*.png",)
+SETTINGS = "gradreg_optim/wrapping/settings.py"
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
 CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 
@@ -69,10 +70,17 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 class PlainRoles(griffe.Extension):
     """Docstrings are written for ``help()``, with the roles of reStructuredText: here they become Markdown."""
 
+    defaults = dict(re.findall(r"^(DEFAULT_\w+) = \w+\((.+)\)$", (ROOT / SETTINGS).read_text(encoding="utf-8"), re.MULTILINE))
+
     def on_object(self, *, obj: griffe.Object, **_kwargs: Any) -> None:
         """Rewrite the docstring of an object that was found."""
         if obj.docstring is not None:
             obj.docstring.value = in_markdown(obj.docstring.value)
+
+    def on_function(self, *, func: griffe.Function, **_kwargs: Any) -> None:
+        """Show defaults that have a name as the numbers that they are."""
+        for parameter in func.parameters:
+            parameter.default = self.defaults.get(str(parameter.default), parameter.default)
 
 
 def in_markdown(text: str) -> str:
@@ -81,7 +89,8 @@ def in_markdown(text: str) -> str:
     >>> in_markdown("See :meth:`passes` and :class:`~gradreg_optim.GradReg`::")
     'See `passes` and `GradReg`:'
     """
-    text = re.sub(r":math:`([^`]*)`", lambda math: f"`{math[1]}`".replace(r"\frac{γ}{2}", "(γ/2)·"), text)
+    text = re.sub(r":math:`([^`]*)`", lambda math: f"`{math[1].replace('_', '')}`", text)
+    text = re.sub(r"\\frac\{(\w)\}\{(\w)\}", r"(\1/\2)·", text)
     text = re.sub(r":\w+:`(?:~(?:[\w.]*\.)?|)([\w.]+)`", r"`\1`", text)
     text = re.sub(r"^::$\n", "", text, flags=re.MULTILINE)
     return re.sub(r"::$", ":", text, flags=re.MULTILINE)
