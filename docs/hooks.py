@@ -70,7 +70,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 class PlainRoles(griffe.Extension):
     """Docstrings are written for ``help()``, with the roles of reStructuredText: here they become Markdown."""
 
-    defaults = dict(re.findall(r"^(DEFAULT_\w+) = \w+\((.+)\)$", (ROOT / SETTINGS).read_text(encoding="utf-8"), re.MULTILINE))
+    def __init__(self) -> None:
+        super().__init__()
+        settings = (ROOT / SETTINGS).read_text(encoding="utf-8")
+        self.defaults = dict(re.findall(r"^(DEFAULT_\w+) = \w+\((.+)\)$", settings, re.MULTILINE))
 
     def on_object(self, *, obj: griffe.Object, **_kwargs: Any) -> None:
         """Rewrite the docstring of an object that was found."""

@@ -29,15 +29,15 @@ def todays(question: str, *, quick: bool = False) -> Path:
     return (QUICK if quick else RESULTS) / f"{date.today()}-{question}" / "result"
 
 
-def newest(question: str, results: Path = RESULTS) -> Path:
-    """The JSON file of the newest result for a question.
+def newest(question: str, results: Path = RESULTS, file: str = "result.json") -> Path:
+    """The file of the newest result for a question.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    found = sorted(results.glob(f"{DAY}-{question}/result.json"))
+    found = sorted(results.glob(f"{DAY}-{question}/{file}"))
     if not found:
-        raise FileNotFoundError(f"{results} must have a file *-{question}/result.json: run that benchmark first")
+        raise FileNotFoundError(f"{results} must have a file *-{question}/{file}: run that benchmark first")
     return found[-1]
 
 

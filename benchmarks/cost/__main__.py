@@ -3,8 +3,8 @@
     python -m benchmarks.cost             # an hour on two CPU cores: step_cost, zero_cost and scale_cost
     python -m benchmarks.cost --quick     # tiny models, to see that everything runs
 
-Run nothing else on the machine meanwhile. A run that was interrupted continues where it stopped. The pages get their figures from
-the newest results by benchmarks/pages.py.
+Run nothing else on the machine meanwhile. A run that was interrupted continues where it stopped. benchmarks/pages.py
+writes the newest figures to the pages.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def test_loop_example_runs():
 
 @pytest.mark.usefixtures("tiny")
 def test_trainer_example_runs(monkeypatch, tmp_path):
-    """The block about TRL runs as it is, on a tiny model and data in the place of those that it names, and is regularized."""
+    """The block about TRL runs as it is and is regularized; tiny ones replace the model, reward and data that it names."""
     import datasets
     import trl
 
