@@ -92,9 +92,17 @@ lint: $(DEV)  ## Check style (ruff)
 types: $(DEV)  ## Check types (mypy)
 	$(PY) -m mypy
 
+.PHONY: docs
+docs: $(VENV)/.stamp-docs  ## Build the site, build/site, and check its links (ARGS=serve shows it while you write)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs $(or $(ARGS),build)
+
+.PHONY: pages
+pages: $(DEMO)  ## Write the newest results into the README and the site
+	$(PY) -m benchmarks.pages
+
 # The last two pin another torch and cannot be resolved with this one; benchmarks/cost/peers.py uses one file of each.
 .PHONY: bench
-bench: $(DEV)  ## Measure the cost figures of the README again, in an hour (ARGS="--quick --readme ...")
+bench: $(DEV)  ## Measure the cost figures of README and site again, in an hour (ARGS=--quick)
 	$(PIP_INSTALL) --editable ".[bench]"
 	$(PIP_INSTALL) --no-deps mosaicml==0.32.1 zij==0.1.1
 	DS_ACCELERATOR=cpu $(PY) -m benchmarks.cost $(ARGS)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["QUICK", "RESULTS", "ROOT", "between_marks", "link_from_root", "newest", "same_commit", "stamp", "todays"]
+__all__ = ["QUICK", "RESULTS", "ROOT", "between_marks", "newest", "same_commit", "stamp", "todays"]
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -29,21 +29,16 @@ def todays(question: str, *, quick: bool = False) -> Path:
     return (QUICK if quick else RESULTS) / f"{date.today()}-{question}" / "result"
 
 
-def newest(question: str, results: Path = RESULTS) -> Path:
-    """The JSON file of the newest result for a question.
+def newest(question: str, results: Path = RESULTS, file: str = "result.json") -> Path:
+    """The file of the newest result for a question.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    found = sorted(results.glob(f"{DAY}-{question}/result.json"))
+    found = sorted(results.glob(f"{DAY}-{question}/{file}"))
     if not found:
-        raise FileNotFoundError(f"{results} must have a file *-{question}/result.json: run that benchmark first")
+        raise FileNotFoundError(f"{results} must have a file *-{question}/{file}: run that benchmark first")
     return found[-1]
-
-
-def link_from_root(file: Path) -> str:
-    """The path of the document beside ``file``, as the README at the root of the repository links to it."""
-    return f"benchmarks/results/{file.parent.name}/result.md"
 
 
 def stamp() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The tables of step_cost: its document, and a few rows for the README."""
+"""The tables of step_cost: its document, and a few rows in plain steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from benchmarks.common.tables import markdown_table
 from benchmarks.cost.peers import CANNOT_RUN, PEERS, described
 from benchmarks.cost.variants import OURS
 
-__all__ = ["document", "for_readme", "table"]
+__all__ = ["document", "in_plain_steps", "table"]
 
 Cells = dict[str, Any]
 """The results of step_cost, by the name of the cell."""
@@ -94,14 +94,15 @@ def facts(cell: dict[str, Any]) -> str:
     )
 
 
-def for_readme(cells: Cells) -> tuple[str, str]:
-    """A sentence and a table. Of models smaller than the largest, only steps of several micro-batches are shown."""
+def in_plain_steps(cells: Cells) -> str:
+    """Times in steps of AdamW. Of models smaller than the largest, only steps of several micro-batches are shown."""
     size = max(cell["parameters"] for cell in cells.values())
     shown = [cell for cell in cells.values() if cell["parameters"] == size or cell["settings"]["accumulation"] > 1]
     single = next(cell for cell in shown if cell["parameters"] == size and cell["settings"]["dtype"] == "float32")
     several = [cell for cell in shown if cell["settings"]["accumulation"] > 1 and cell["settings"]["dtype"] == "float32"]
     memory = max(several or [single], key=lambda cell: cell["parameters"])
     names = {
+        "two gradients and one step": "floor",
         "`GradRegOptimizer`": "GradRegOptimizer",
         "`every=4`": "GradRegOptimizer, every=4",
         "`fraction=0.25`": "GradRegOptimizer, fraction=1/4",
@@ -110,17 +111,17 @@ def for_readme(cells: Cells) -> tuple[str, str]:
     everywhere = [name for name in peers if all(name in cell["rows"] for cell in shown)]
     if everywhere:
         fastest = min(everywhere, key=lambda name: single["rows"][name]["to_floor"])
-        names[f"fastest of {len(peers)} other optimizers: {fastest}"] = fastest
+        names[f"the fastest of {len(peers)} other optimizers: {fastest}"] = fastest
     rows = []
     for words, name in names.items():
         copies = memory["rows"].get(name) or single["rows"][name]
-        rows.append([words, *(_ratio(cell, name) for cell in shown), f"{copies['copies_beyond_base']:.1f}"])
-    head = ["relative time", *map(_title, shown), "weight copies"]
-    words = (
-        "Time of a step relative to two gradients and one AdamW step; memory beyond AdamW's, in copies of the weights; on a "
-        "CPU"
-    )
-    return words, "\n".join(markdown_table(head, rows))
+        rows.append([words, *(_plain_steps(cell, name) for cell in shown), f"{copies['copies_beyond_base']:.1f}"])
+    return "\n".join(markdown_table(["plain steps", *map(_title, shown), "weight copies beyond a plain step"], rows))
+
+
+def _plain_steps(cell: dict[str, Any], name: str) -> str:
+    rows = cell["rows"]
+    return f"{rows[name]['to_floor'] / rows['base']['to_floor']:.2f}" if name in rows else "–"
 
 
 def _ratio(cell: dict[str, Any], name: str) -> str:

@@ -213,7 +213,7 @@ def markdown(rows: list[dict[str, Any]], stamped: dict[str, str], parameters: in
     return "\n".join(lines + markdown_table(["case", "kept", "collectives", "seconds", "relative time"], cells)) + "\n"
 
 
-def for_readme(rows: list[dict[str, Any]]) -> str:
+def in_words(rows: list[dict[str, Any]]) -> str:
     """The range of the relative times, in words."""
     ratios = [row["to_floor"] for row in rows]
     return f"{min(ratios):.2f} to {max(ratios):.2f} ×"

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from benchmarks import pages
 from benchmarks.common.arguments import existing
-from benchmarks.common.results import ROOT, between_marks, link_from_root, todays
+from benchmarks.common.results import ROOT, todays
 from benchmarks.common.tables import markdown_table
 
 TESTS = ("tests/benchmarks/test_trainer_matrix.py", "tests/trainers/test_vllm_hooks.py::test_asynchronous")
@@ -73,7 +74,7 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def summary(runs: list[dict[str, Any]], document: str) -> str:
-    """The README's text about trainers: a link to ``document``, and one row for each version."""
+    """A link to ``document``, and one row for each version."""
     rows = []
     for run in runs:
         names: dict[str, list[str]] = {outcome: [] for outcome in MARKS}
@@ -85,11 +86,6 @@ def summary(runs: list[dict[str, Any]], document: str) -> str:
     return "\n".join(lines + markdown_table(["", "trains regularized", "not"], rows))
 
 
-def in_readme(readme: str, text: str) -> str:
-    """The README with ``text`` between the marks of the trainers."""
-    return between_marks(readme, "trainers", text)
-
-
 def not_run() -> str:
     """The trainers that no test runs, each with the reason."""
     sys.path.insert(0, str(ROOT / "tests"))
@@ -99,7 +95,7 @@ def not_run() -> str:
 
 
 def main(argv: list[str]) -> None:
-    """Run the tests, and write the result and the README's table.
+    """Run the tests, and write the result and the table of docs/trainers.md.
 
     Raises:
         SystemExit: a trainer fails.
@@ -117,9 +113,7 @@ def main(argv: list[str]) -> None:
     result.with_suffix(".md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     record = {"date": str(date.today()), "commit": commit, "runs": runs}
     result.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    readme = ROOT / "README.md"
-    text = summary(runs, link_from_root(result))
-    readme.write_text(in_readme(readme.read_text(encoding="utf-8"), text), encoding="utf-8")
+    pages.write()
     print(table(runs))
     if any("fails" in run["trainers"].values() for run in runs):
         sys.exit("Some trainer fails.")

@@ -15,10 +15,9 @@ import torch
 
 pytest.importorskip("tqdm", reason="the benchmarks come with the extra [demo]")
 
+from benchmarks import pages
 from benchmarks.common import results as common_results
 from benchmarks.cost import measuring, peers, step_cost, step_tables, transformer, variants, zero_bytes, zero_cost
-
-bench = importlib.import_module("benchmarks.cost.__main__")
 
 
 @pytest.fixture
@@ -118,24 +117,20 @@ def results(folder: Path, toy: dict[str, Any]) -> dict[str, Path]:
     return files
 
 
-def test_readme_gets_the_newest_figures(toy: dict[str, Any], tmp_path: Path, monkeypatch) -> None:
-    """Between its marks, and nowhere else; a second time changes nothing."""
+def test_pages_get_the_newest_figures(toy: dict[str, Any], tmp_path: Path) -> None:
+    """Between their marks, and nowhere else; a second time changes nothing."""
     results(tmp_path, toy)
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- cost -->\nold\n<!-- end -->\nafter\n")
-    monkeypatch.setattr(bench, "RESULTS", tmp_path)
-    monkeypatch.setattr("sys.argv", ["benchmarks.cost", "--only-readme", "--readme", str(readme)])
-    bench.main()
-    text = readme.read_text()
-    bench.main()
-    assert readme.read_text() == text
+    marked = "before\n<!-- cost -->\nold\n<!-- end -->\nafter\n<!-- below-two -->\nkept\n<!-- end -->\n"
+    text = pages.written("docs/cost.md", marked, tmp_path)
+    assert pages.written("docs/cost.md", text, tmp_path) == text
     assert text.startswith("before\n<!-- cost -->\n")
-    assert text.endswith("<!-- end -->\nafter\n")
+    assert "\n<!-- end -->\nafter\n<!-- below-two -->\nkept\n" in text  # a part without a result stays
     assert "old" not in text
-    ratio = toy["rows"]["GradRegOptimizer, fraction=1/4"]["to_floor"]
-    assert f"| `fraction=0.25` | {ratio:.3f} | – |" in text
+    rows = toy["rows"]
+    ratio = rows["GradRegOptimizer, fraction=1/4"]["to_floor"] / rows["base"]["to_floor"]
+    assert f"| `fraction=0.25` | {ratio:.2f} | – |" in text
     assert "1.05 to 1.20 ×" in text
-    assert "results/2026-01-02-zero-cost/result.md" in text
+    assert "](../benchmarks/results/2026-01-02-zero-cost/result.md)" in text
 
 
 def test_readme_without_marks_is_refused() -> None:
@@ -192,7 +187,12 @@ def test_paper_model_against_real_ranks() -> None:
         assert math.isclose(sharding.sent, (sharding.gathered + 4 * zero_bytes.SCALARS) / 2)
 
 
-MODULES_WITH_EXAMPLES = ["benchmarks.common.results", "benchmarks.common.tables", "benchmarks.cost.step_cost"]
+MODULES_WITH_EXAMPLES = [
+    "benchmarks.common.results",
+    "benchmarks.common.tables",
+    "benchmarks.cost.step_cost",
+    "benchmarks.pages",
+]
 
 
 @pytest.mark.parametrize("name", MODULES_WITH_EXAMPLES)

@@ -26,7 +26,7 @@ def test_a_lock_follows_its_inputs(name):
     chosen, locked = pins(f"{name}.in"), pins(f"{name}.txt")
     assert {package: locked.get(package) for package in chosen} == chosen
     assert all(pin.startswith("==") and "*" not in pin for pin in locked.values())
-    extras = ("trl", "deepspeed", "demo", "bench", "dev")
+    extras = ("trl", "deepspeed", "demo", "bench", "docs", "dev")
     for requirement in map(Requirement, requires("gradreg_optim")):
         package = canonicalize_name(requirement.name)
         if package != "gradreg-optim" and any(

@@ -1,91 +1,69 @@
-"""The README: its code runs, its defaults are the signatures', its length is bounded."""
+"""The README: its code runs, its tables name what there is, its length is bounded."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import json
 import re
-from dataclasses import fields
-from pathlib import Path
+from typing import Any
 
 import pytest
+from page_blocks import ROOT, blocks, tiny, toys  # noqa: F401
 
-import gradreg_optim
-from benchmarks.common.results import link_from_root, newest
-from gradreg_optim import GradRegConfig, GradRegOptimizer
+from gradreg_optim import GradRegOptimizer
 
-ROOT = Path(gradreg_optim.__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-ROWS = re.findall(r"^\| `(\w+)` \| (?:`--(\w+)` )?\| (\S+) \|", README, re.MULTILINE)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TRAINER, LOOP, ENGINE = (code for code, _ in blocks("README.md"))
 
 
 def test_length():
-    """It stays within 200 lines."""
-    assert README.count("\n") <= 200
+    """It stays within 150 lines."""
+    assert README.count("\n") <= 150
 
 
-def test_loop_examples_run():
-    """The block without a trainer runs, and the assertion in it holds."""
-    (block,) = [block for block in BLOCKS if "trainer" not in block]
-    exec(block, {})
+def test_loop_example_runs():
+    """The block about a loop of one's own runs, and the assertion in it holds."""
+    exec(LOOP, {})
 
 
-def test_trainers_are_those_that_were_tested():
-    """The table of trainers is what the last run of the matrix wrote."""
-    matrix = importlib.import_module("benchmarks.trainers.__main__")
-    file = newest("trainers")
-    runs = json.loads(file.read_text())["runs"]
-    assert matrix.in_readme(README, matrix.summary(runs, link_from_root(file))) == README
+@pytest.mark.usefixtures("tiny")
+def test_trainer_example_runs(monkeypatch, tmp_path):
+    """The block about TRL runs as it is and is regularized; tiny ones replace the model, reward and data that it names."""
+    import datasets
+    import trl
+
+    given = toys(tmp_path)
+    given["model"].save_pretrained(tmp_path / "model")
+    build = trl.GRPOTrainer
+
+    def with_toys(model: str, reward_funcs: str, **kwargs: Any) -> Any:
+        assert (model, reward_funcs) != ("", "")
+        given_here = {"reward_funcs": given["reward"], "processing_class": given["tokenizer"]}
+        return build(model=str(tmp_path / "model"), **given_here, **kwargs)
+
+    monkeypatch.setattr(trl, "GRPOTrainer", with_toys)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: given["dataset"])
+    names: dict[str, Any] = {}
+    exec(TRAINER, names)
+    logged = names["trainer"].state.log_history[0]
+    assert logged["grad_reg/penalty_ratio"] > 0
+    assert logged["grad_reg/reweighted"] == 1
 
 
-def test_trainer_examples_run(tmp_path):
-    """The trainer block and the calls of attach run on a tiny model, and each logs its grad_reg figures."""
-    pytest.importorskip("trl", reason="trainers come with the extra [trl]")
-    from trainers import Reward, dataset, llama, tokenizer
-    from trl import GRPOConfig
-
-    (given,) = [block for block in BLOCKS if "trainer" in block]
-    calls = re.findall(r"`(attach\(trainer, .*?\))`", README)
-    assert len(calls) == 2
-    created = re.sub(r"\n *optimizers=.*", "", given)
-    assert created != given
-    blocks = [given, *(created.replace("trainer.train()", f"{call}\ntrainer.train()") for call in calls)]
-    names = {name: getattr(gradreg_optim, name) for name in ("GradRegOptimizer", "GradRegConfig", "attach")}
-    names |= {"tokenizer": tokenizer(), "dataset": dataset("grpo"), "reward": Reward()}
-    for number, block in enumerate(blocks):
-        names["model"] = llama()
-        names["args"] = GRPOConfig(
-            output_dir=str(tmp_path / str(number)),
-            max_steps=1,
-            per_device_train_batch_size=2,
-            num_generations=2,
-            max_completion_length=4,
-            logging_steps=1,
-            report_to="none",
-            save_strategy="no",
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-        )
-        exec(block, names)
-        assert "grad_reg/penalty_ratio" in names["trainer"].state.log_history[0]
+def test_engine_example_says_what_the_example_does():
+    """The block about DeepSpeed needs an engine: its loop is that of examples/deepspeed_loop.py, which runs as a test."""
+    compile(ENGINE, "README.md", "exec")
+    example = (ROOT / "examples/deepspeed_loop.py").read_text(encoding="utf-8")
+    for line in ("for _ in optimizer.passes():", "engine.step()", "optimizer = ZeroGradRegOptimizer(engine, strength="):
+        assert line in ENGINE
+        assert line in example
 
 
-def test_costs_are_the_measured_ones():
-    """What the README says about cost is what ``make bench`` makes of the newest results."""
-    pytest.importorskip("tqdm", reason="the benchmarks come with the extra [demo]")
-    bench = importlib.import_module("benchmarks.cost.__main__")
-    files = bench.newest_files(bench.RESULTS)
-    assert bench.between_marks(README, "cost", bench.section(files)) == README
-
-
-def test_settings_table_is_complete():
-    """Each argument of the constructor has its row, with the default of the signature and the flag of the config."""
-    parameters = dict(inspect.signature(GradRegOptimizer).parameters)
-    del parameters["optimizer"]
-    assert [name for name, _, _ in ROWS] == list(parameters)
-    for name, _, default in ROWS:
-        assert default == str(parameters[name].default), name
-    assert {flag for _, flag, _ in ROWS if flag} == {field.name for field in fields(GradRegConfig)}
+def test_tables_name_what_there_is():
+    """Six settings that the optimizer has, and five metrics that docs/metrics.md explains."""
+    tables = re.findall(r"\n\n((?:\|.*\n)+)", README)
+    settings, metrics = ([re.findall(r"`(\w+)`", row.split("|")[1]) for row in table.splitlines()[2:]] for table in tables)
+    assert len(settings) == 6
+    assert {name for row in settings for name in row} <= set(inspect.signature(GradRegOptimizer).parameters)
+    assert len(metrics) == 5
+    documented = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in documented for row in metrics for name in row)

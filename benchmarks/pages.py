@@ -1,0 +1,229 @@
+"""Write the parts of README.md and docs/ that are made of results, from the newest result of each benchmark.
+
+    python -m benchmarks.pages
+
+Each part stands between a line ``<!-- name -->`` and a line ``<!-- end -->``. The long benchmarks of cost and trainers
+write all parts when they end. The tests compare the pages with the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import posixpath
+import re
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from benchmarks.common.results import RESULTS, ROOT, between_marks, newest
+from benchmarks.common.tables import markdown_table
+from benchmarks.cost import step_tables, zero_cost
+
+__all__ = ["PARTS", "Results", "write", "written"]
+
+OURS = "GradRegOptimizer"
+
+
+class Results:
+    """The newest results, for a page that links to them; ``page`` is its path from the root of the repository."""
+
+    def __init__(self, page: str, folder: Path = RESULTS) -> None:
+        self.page, self.folder = page, folder
+
+    def __getitem__(self, question: str) -> Any:
+        """The figures about a question."""
+        return json.loads(newest(question, self.folder).read_text(encoding="utf-8"))
+
+    def link(self, question: str, file: str = "result.json") -> str:
+        """The address of the document about a question, from the page."""
+        document = f"benchmarks/results/{newest(question, self.folder, file).parent.name}/result.md"
+        return posixpath.relpath(document, posixpath.dirname(self.page) or ".")
+
+
+def cost_in_short(results: Results) -> str:
+    """A few lines about cost, in plain steps, from a GPU if there is a result."""
+    try:
+        question, found = "gpu-cost", results["gpu-cost"]
+        cells, hardware = list(found["cells"].values()), found["stamp"]["hardware"].partition(",")[0]
+    except FileNotFoundError:
+        question, cells, hardware = "step-cost", list(results["step-cost"].values()), "CPUs"
+
+    def times(variant: str) -> str:
+        rows = [cell["rows"] for cell in cells if variant in cell["rows"]]
+        ratios = [row[variant]["to_floor"] / row["base"]["to_floor"] for row in rows]
+        return f"{min(ratios):.2f} to {max(ratios):.2f}"
+
+    (generating,) = (row for row in results["below-two"]["cost"]["figures"] if row["kind"] == "GRPO")
+    whole, quarter = (generating["rows"][name]["whole step"]["ratio"][1] for name in ("all", "fraction=1/4"))
+    copies = max(cell["rows"][OURS]["copies_beyond_base"] for cell in cells)
+    cheaper = f"with `every=4` {times(f'{OURS}, every=4')}, with `fraction=0.25` {times(f'{OURS}, fraction=1/4')}"
+    return f"""- **Time**: a regularized step takes {times(OURS)} plain steps, {cheaper}.
+  In GRPO, where a step also generates, it took {whole:.2f}, and {quarter:.2f} with `fraction=0.25`.
+- **Memory**: {copies:.1f} copies of the weights; under ZeRO one partition of one gradient.
+- Measured on {hardware} ([figures]({results.link(question)}), [more about cost](docs/cost.md))."""
+
+
+def cost(results: Results) -> str:
+    """The table of times and memory, and what ZeRO costs."""
+    under_zero = zero_cost.in_words(results["zero-cost"]["rows"])
+    return f"""{step_tables.in_plain_steps(results["step-cost"])}
+
+All figures are from two CPU cores: [all variants]({results.link("step-cost")}), [growth with tokens, sizes and
+ranks]({results.link("scale-cost")}). Under ZeRO on two ranks a step takes {under_zero} two gradients and one step of the
+engine ([all stages]({results.link("zero-cost")}))."""
+
+
+def trainers(results: Results) -> str:
+    """The trainers that were tested, one row for each version of TRL."""
+    matrix = import_module("benchmarks.trainers.__main__")  # which writes pages
+    return str(matrix.summary(results["trainers"]["runs"], results.link("trainers")))
+
+
+def precision(results: Results) -> str:
+    """Cosines with H·g1, a row for each setting and a column for each arithmetic: the median over batches, and the worst."""
+    cells: dict[str, dict[str, list[float]]] = {}
+    rows = results["precision"]["rows"]
+    for row in rows:
+        given = ", ".join(f"{name}={value!r}" for name, value in row["settings"].items() if name != "check_every")
+        cells.setdefault(given.replace("'", '"'), {}).setdefault(row["passes"], []).append(row["cosine"])
+    passes = list(dict.fromkeys(row["passes"] for row in rows))
+    shown = [
+        [f"`{given}`", *(f"{median(of[name]):.2f} ({min(of[name]):.2f})" if name in of else "–" for name in passes)]
+        for given, of in cells.items()
+    ]
+    batches = len({row["batch"] for row in rows})
+    words = f"Median and, in brackets, the worst of up to {batches} batches ([all figures]({results.link('precision')}))."
+    return "\n".join([*markdown_table(["settings", *passes], shown), "", words])
+
+
+def mean_of(values: Iterable[float]) -> dict[str, Any]:
+    """Mean and 95% bootstrap interval."""
+    return dict(import_module("benchmarks.hacking.summary").interval(list(values)))  # which needs scipy
+
+
+def interval(found: dict[str, Any], form: str) -> str:
+    """A mean with its 95% interval."""
+    return f"{found['mean']:{form}} ({found['low']:{form}} to {found['high']:{form}})".replace("-", "−")
+
+
+def gold(question: str, part: str, baseline: str) -> Callable[[Results], str]:
+    """The final gold of all arms in a part of a study, best first, and the gain over one of them."""
+
+    def table(results: Results) -> str:
+        summary = results[question]["summary"][part]
+        rows = []
+        for name, row in sorted(summary.items(), key=lambda item: -item[1]["figures"]["final"]["mean"]):
+            gain = row["gain"].get(f"final over {baseline}")
+            rows.append([in_words(name), interval(row["figures"]["final"], ".2f"), interval(gain, "+.2f") if gain else "–"])
+        seeds = len(summary[baseline]["seeds"])
+        head = ["method", f"final gold, {seeds} seeds", f"over {in_words(baseline)}"]
+        return "\n".join([*markdown_table(head, rows), "", f"[All figures]({results.link(question)})"])
+
+    return table
+
+
+def in_words(arm: str) -> str:
+    """The name of an arm for readers who do not know the study's own.
+
+    >>> in_words("gr-sequence-0.3"), in_words("kl-0.1-rate-0.5"), in_words("early stopping")
+    ('GR sequence, γ = 0.3', 'KL penalty, β = 0.1, half the rate', 'early stopping')
+    >>> in_words("kl-0.3-gr-sequence-1")
+    'KL penalty, β = 0.3, and GR sequence, γ = 1'
+    """
+    whole = {"none": "no penalty", "GR eps": "GR published", "GR radius": "GR published, by radius"}
+    rates = {"0.5": "half the rate", "0.25": "a quarter of the rate"}
+    kinds = {
+        r"-?kl-([\d.]+)": "KL penalty, β = {}",
+        r"-?gr-eps-([\d.]+)": "GR published, γ = {}",
+        r"-?gr-(sequence|importance)-([\d.]+)": "GR {}, γ = {}",
+        r"-?rate-([\d.]+)": "{}",
+        r"-previous": "along the gradient of the step before",
+    }
+    words, rest = [], arm
+    while rest and arm not in whole:
+        found = next(((m, text) for pattern, text in kinds.items() if (m := re.match(pattern, rest))), None)
+        if found is None:
+            return arm
+        match, text = found
+        words.append(text.format(*(rates.get(part, part) if "rate" in match[0] else part for part in match.groups())))
+        rest = rest[match.end() :]
+    return whole.get(arm, ", ".join(words).replace(", GR", ", and GR"))
+
+
+def with_kl(problem: str, answers: int, steps: int) -> Callable[[Results], str]:
+    """What GR adds to a KL penalty: gold at the end of the settings that tuning chose, best first, and the paired gain."""
+
+    def table(results: Results) -> str:
+        ends: dict[str, dict[int, float]] = {}
+        for line in newest("kl-and-gr", results.folder, "result.jsonl").read_text(encoding="utf-8").splitlines():
+            one = json.loads(line)
+            if (one["problem"], one["answers"], one["steps"], one["stage"]) == (problem, answers, steps, "reported"):
+                ends.setdefault(one["arm"]["name"], {})[one["seed"]] = one["curve"][-1]["gold"]
+        if not ends:
+            raise FileNotFoundError(f"no reported runs of {problem}, {answers} answers, {steps} steps")
+        (baseline,) = (name for name in ends if name.startswith("kl-") and "gr-" not in name)
+        rows = []
+        for name, gold in sorted(ends.items(), key=lambda item: -fmean(item[1].values())):
+            gains = [gold[seed] - ends[baseline][seed] for seed in gold.keys() & ends[baseline].keys()]
+            gain = "–" if name == baseline else interval(mean_of(gains), "+.3f")
+            rows.append([in_words(name), str(len(gold)), interval(mean_of(gold.values()), ".3f"), gain])
+        head = ["method", "seeds", "final gold", f"over {in_words(baseline)}"]
+        return "\n".join([*markdown_table(head, rows), "", f"[All figures]({results.link('kl-and-gr', 'result.jsonl')})"])
+
+    return table
+
+
+def below_two(results: Results) -> str:
+    """What cheaper variants lose in the reward-hacking study."""
+    found = results["below-two"]["hacking"]["figures"]
+    names = {
+        "fraction-0.5": "`fraction=0.5`",
+        "fraction-0.25": "`fraction=0.25`",
+        "every-4-plain-4": "`every=4` and 4γ",
+        "every-4-plain": "`every=4` and γ",
+    }
+    rows = [[words, interval(found[name]["gain"]["whole"], "+.2f")] for name, words in names.items()]
+    table = markdown_table(["setting", "final gold over the full penalty"], rows)
+    return "\n".join([*table, "", f"[All figures]({results.link('below-two')})"])
+
+
+PARTS: dict[str, dict[str, Callable[[Results], str]]] = {
+    "README.md": {"cost": cost_in_short},
+    "docs/cost.md": {"cost": cost, "below-two": below_two},
+    "docs/trainers.md": {"trainers": trainers},
+    "docs/precision.md": {"precision": precision},
+    "docs/which-method.md": {
+        "learned": gold("reward-hacking", "With the learning rate tuned", "KL penalty"),
+        "loophole": gold("reward-hacking-loophole", "Settings as given", "kl-0.3"),
+        "judge": gold("reward-hacking-judge", "Settings as given", "kl-0.3"),
+        "learned-with-kl": with_kl("learned", 64, 120),
+        "loophole-with-kl": with_kl("loophole", 64, 120),
+        "judge-with-kl": with_kl("judge", 64, 120),
+        "learned-long": with_kl("learned", 64, 240),
+    },
+}
+"""By page and name of the part."""
+
+
+def written(page: str, text: str, results: Path = RESULTS) -> str:
+    """``text`` of the page with its parts made anew; one without a result stays as it is."""
+    for name, part in PARTS[page].items():
+        with suppress(FileNotFoundError):
+            text = between_marks(text, name, part(Results(page, results)))
+    return text
+
+
+def write(root: Path = ROOT, results: Path = RESULTS) -> None:
+    """Write every part of every page."""
+    for page in PARTS:
+        file = root / page
+        file.write_text(written(page, file.read_text(encoding="utf-8"), results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser("python -m benchmarks.pages", description=__doc__.splitlines()[0]).parse_args()
+    write()
