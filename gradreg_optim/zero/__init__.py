@@ -1,8 +1,9 @@
-"""Gradient regularization under DeepSpeed's ZeRO. Importing this package needs DeepSpeed.
+"""Gradient regularization under DeepSpeed. Importing this package needs DeepSpeed.
 
 ``optimizer`` is the public class. ``window`` turns accumulation windows into passes. ``refusals`` rejects unsupported
-engines. ``storage`` implements the step's storage; ``stage12``, ``stage3`` and ``bf16`` adapt it to DeepSpeed's optimizers.
-Each of the three lists DeepSpeed's attributes that it relies on in ``PRIVATE``; a test names those that a version lacks.
+engines. ``storage`` implements the step's storage; ``stage12``, ``stage3`` and ``bf16`` adapt it to DeepSpeed's optimizers,
+and ``stage0`` adapts that of plain optimizers. Each of the four lists DeepSpeed's attributes that it relies on in
+``PRIVATE``; a test names those that a version lacks.
 """
 
 from __future__ import annotations

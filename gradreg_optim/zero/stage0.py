@@ -25,7 +25,7 @@ class WholeGradients(LocalStorage):
     """
 
     is_moved = False  # after a pass the weights are at θ again
-    begin_window, announce = Partitions.begin_window, Partitions.announce  # type: ignore[assignment]
+    begin_window, announce = Partitions.begin_window, Partitions.announce
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine

@@ -15,6 +15,7 @@ DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, re
 ENGINES = {
     "ddp": "DistributedDataParallel",
     "fsdp2": "FSDPLlamaForCausalLM",
+    "zero0": "DeepSpeedEngine",
     "zero1": "DeepSpeedEngine",
     "zero2": "DeepSpeedEngine",
     "zero3": "DeepSpeedEngine",
@@ -70,7 +71,7 @@ def test_updates_are_those_of_one_process(world, engine, accumulation, tmp_path)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-@on("ddp", "zero2", "zero3")
+@on("ddp", "zero0", "zero2", "zero3")
 def test_given_optimizer_updates_alike(world, engine, accumulation, tmp_path):
     """The same by ``optimizers=``, where the Trainer takes one, bit for bit what ``attach`` gives."""
     given, attached = (
@@ -139,7 +140,7 @@ def test_first_loss_is_repeated_once_without_a_trace(world, engine, tmp_path):
         assert_same(checked[0]["weights"][step], unchecked[0]["weights"][step])
 
 
-@on("zero2", "zero3")
+@on("zero0", "zero2", "zero3")
 def test_engine_counts_what_it_counts_without_the_penalty(world, engine, tmp_path):
     """Steps, micro-steps, samples and the throughput timer of DeepSpeed's engine are those of plain training."""
     runs = [world.run(worker.train, tmp_path, engine, how=how, accumulation=2) for how in ("attach", "none")]
@@ -166,7 +167,7 @@ def test_what_a_loss_counts_is_counted_once(world, engine, tmp_path):
     assert world.run(worker.count_losses, tmp_path, engine, "attach") == [[2 * 2] * 4] * 2
 
 
-@on("ddp", "zero2", "zero3")
+@on("ddp", "zero0", "zero2", "zero3")
 def test_a_wrapper_that_the_trainer_creates_is_used(world, engine, tmp_path):
     """``create_optimizer`` may return a wrapper; under DeepSpeed it is rebuilt before the engine takes its parameters."""
     (weights, figures), *_ = world.run(worker.train_created, tmp_path, engine)
@@ -176,7 +177,7 @@ def test_a_wrapper_that_the_trainer_creates_is_used(world, engine, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["callback", "late callback"])
-@on("ddp", "fsdp2", "zero2", "zero3")
+@on("ddp", "fsdp2", "zero0", "zero2", "zero3")
 def test_a_callback_attaches(world, engine, how, tmp_path):
     """From the constructor, and later where no DeepSpeed engine exists: the weights of ``attach``, bit for bit."""
     if engine.startswith("zero") and how == "late callback":
