@@ -121,6 +121,20 @@ trainers: $(DEV)  ## Test all trainers with both sets of versions, and write the
 	$(MAKE) env VENV=.venv-pinned CONSTRAINTS=constraints-published.txt
 	$(PY) -m benchmarks.trainers .venv-pinned/bin/python $(PY)
 
+# Requirements that a line `# --no-deps …` names are installed as they are: the file says why.
+STACKS := ms_swift llama_factory axolotl verl
+.PHONY: stacks
+stacks: $(DEV) $(STACKS:%=.venv-stacks/%/.stamp)  ## Run the examples of Axolotl, LLaMA-Factory, ms-swift and verl (ARGS=verl)
+	$(PY) -m benchmarks.stacks $(ARGS)
+
+.venv-stacks/%/.stamp: benchmarks/stacks/%.txt
+	$(PYTHON) -m venv .venv-stacks/$*
+	.venv-stacks/$*/bin/python -m pip install -qq --disable-pip-version-check torch==2.13.0
+	.venv-stacks/$*/bin/python -m pip install -qq --disable-pip-version-check -r $<
+	sed -n 's/^# --no-deps //p' $< | xargs -r .venv-stacks/$*/bin/python -m pip install -qq --no-deps
+	.venv-stacks/$*/bin/python -m pip install -qq --no-deps --editable .
+	@touch $@
+
 .PHONY: wheel-check
 wheel-check: $(DEV)  ## Build wheel and source distribution; try the one beside torch alone, test the other unpacked
 	rm -rf $(CHECK) *.egg-info

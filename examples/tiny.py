@@ -1,4 +1,4 @@
-"""A chat model of 40,000 parameters with its tokenizer and a dataset, for the examples of training stacks.
+"""A chat model of 60,000 parameters with its tokenizer and a dataset, for the examples of training stacks.
 
 python -m examples.tiny runs/tiny
 """

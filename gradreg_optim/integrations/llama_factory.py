@@ -38,7 +38,8 @@ def main() -> None:
         stage = arguments.get("stage")
     else:
         of_penalty(word[2:].partition("=")[0] for word in arguments if word.startswith("--"))
-        parser: Any = HfArgumentParser([GradRegConfig])
+        kinds: list[Any] = [GradRegConfig]
+        parser: Any = HfArgumentParser(kinds)
         config, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
         stage = "ppo" if "ppo" in arguments else None
     if stage == "ppo" or os.environ.get("USE_MCA", "0").lower() in ("1", "true", "y"):

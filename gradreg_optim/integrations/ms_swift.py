@@ -36,7 +36,7 @@ def _parted(optim_args: str | None) -> tuple[GradRegConfig, str | None]:
 def _regularized(callback: type[OptimizerCallback]) -> type[OptimizerCallback]:
     """The optimizer that ``callback`` creates, attached with the penalty."""
 
-    class GradRegOptimizerCallback(callback):  # type: ignore[misc, valid-type]
+    class GradRegOptimizerCallback(callback):  # type: ignore[misc]
         def __init__(self, args: Any, trainer: Any) -> None:
             super().__init__(args, trainer)
             self._config, self._rest = _parted(args.optim_args)

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import pathlib
+import re
 import sys
 
 import pytest
@@ -22,6 +23,8 @@ TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in
 LAYERS = ("core", "drivers", "wrapping", "optimizer", "config", "zero", "trainers", "integrations")
 """From the bottom upwards; ``drivers`` and ``wrapping`` do not import each other."""
 FOREIGN = {"deepspeed": {"zero"}, "transformers": {"trainers"}, "trl": {"trainers"}, "accelerate": {"trainers"}}
+STACKS = {"axolotl": "axolotl", "llamafactory": "llama_factory", "swift": "ms_swift", "verl": "verl"}
+"""The file in ``integrations`` that alone imports each stack."""
 
 
 def imported(module):
@@ -76,6 +79,17 @@ def test_foreign_libraries_stay_in_their_folder(library):
     """DeepSpeed in zero/, Transformers, TRL and Accelerate in trainers/: what else is imported needs torch alone."""
     users = {layer(module) for module in FILES if any(name.split(".")[0] == library for name in imported(module))}
     assert users <= FOREIGN[library] | {"integrations"}
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_a_stack_has_one_file(stack):
+    """Each plugin stands on its own stack, names the version it was run with, and is short."""
+    name = f"gradreg_optim.integrations.{STACKS[stack]}"
+    users = [module for module in FILES if any(found.split(".")[0] == stack for found in imported(module))]
+    assert users == [name]
+    text = FILES[name].read_text(encoding="utf-8")
+    assert re.match(r'"""[\w-]+: .* Run with [\w-]+ \d+\.\d+\.\d+', text)
+    assert len(text.splitlines()) < 100
 
 
 def test_files_are_short():
