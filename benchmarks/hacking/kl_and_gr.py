@@ -4,8 +4,8 @@
 
 The sides have equally many settings: KL penalties at some learning rates, and the same KL penalties with GR
 (``resample="sequence"``) at as many strengths. All settings run on one seed, the best quarter on two more, and the setting
-with the highest final gold over the three is reported, on other seeds. GR without a KL penalty is tuned in the same way. The
-settings that were found at 120 steps are also run for 240.
+with the highest final gold over the three is reported, on other seeds. So is the KL penalty of the best pair without GR. GR
+without a KL penalty is tuned in the same way. The settings that were found at 120 steps are also run for 240.
 
 Each run is a line of ``--output``/result.jsonl, and a run that is there is not repeated. ``--report`` runs nothing, and
 writes tables and pictures of the runs that are there. Tables replace the part of result.md between its marks.
@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from benchmarks.common.results import RESULTS
 from benchmarks.hacking.arms import EPS, PLAIN, Arm, at_rate
-from benchmarks.hacking.kl_and_gr_tables import GR, KL, PAIR, Run, report
+from benchmarks.hacking.kl_and_gr_tables import GR, KL, PAIR, SAME_KL, Run, name, report
 from benchmarks.hacking.run import train
 from benchmarks.hacking.study import final, quiet
 from benchmarks.hacking.world import Scale, World, prepare
@@ -47,30 +47,22 @@ PROBLEMS: dict[str, dict[str, Any]] = {
 """The settings of a scale that make a problem."""
 TUNING_SEEDS, REPORTED_SEEDS = range(3), range(22, 34)
 """No run of an earlier study has a reported seed."""
-OFF: dict[str, Any] = {"strength": 0.0}
 
 
-def with_kl(beta: float, strength: float = 0.0, resample: str = "sequence") -> Arm:
-    """A KL penalty, with GR on top if there is a strength."""
-    trainer = {"beta": beta}
-    if not strength:
-        return Arm(f"kl-{beta:g}", OFF, trainer)
-    kind = "eps" if resample == "reuse" else resample
-    return Arm(f"kl-{beta:g}-gr-{kind}-{strength:g}", {"strength": strength, "eps": EPS, "resample": resample}, trainer)
-
-
-def alone(strength: float) -> Arm:
-    """GR without a KL penalty."""
-    return Arm(f"gr-sequence-{strength:g}", {"strength": strength, "eps": EPS, "resample": "sequence"})
+def arm(*, beta: float = 0.0, strength: float = 0.0) -> Arm:
+    """A KL penalty, GR, or both."""
+    names = [f"kl-{beta:g}"] * bool(beta) + [f"gr-sequence-{strength:g}"] * bool(strength)
+    wrapper = {"strength": strength, "eps": EPS, "resample": "sequence"} if strength else {"strength": 0.0}
+    return Arm("-".join(names) or PLAIN, wrapper, {"beta": beta} if beta else {})
 
 
 def sides(betas: Sequence[float], rates: Sequence[float], strengths: Sequence[float]) -> dict[str, list[Arm]]:
     """The settings over which each side is tuned. KL and KL + GR have as many if rates and strengths are as many."""
     return {
-        KL: [at_rate(with_kl(beta), rate) for beta in betas for rate in rates],
-        PAIR: [with_kl(beta, strength) for beta in betas for strength in strengths],
-        GR: [at_rate(alone(strength), rate) for strength in strengths for rate in rates],
-        PLAIN: [Arm(PLAIN, OFF)],
+        KL: [at_rate(arm(beta=beta), rate) for beta in betas for rate in rates],
+        PAIR: [arm(beta=beta, strength=strength) for beta in betas for strength in strengths],
+        GR: [at_rate(arm(strength=strength), rate) for strength in strengths for rate in rates],
+        PLAIN: [arm()],
     }
 
 
@@ -104,7 +96,7 @@ class Laboratory:
     @staticmethod
     def key(one: Run) -> tuple[Any, ...]:
         """What tells a run from the others."""
-        return one["problem"], one["answers"], one["steps"], one["arm"]["name"], one["seed"]
+        return one["problem"], one["answers"], one["steps"], name(one), one["seed"]
 
     def world(self, problem: str, scale: Scale, seed: int) -> World:
         """The world of a problem and a seed. All problems of a seed begin with the same policy."""
@@ -120,31 +112,29 @@ class Laboratory:
     def runs(
         self,
         problem: str,
-        arms: Collection[Arm],
+        settings: Collection[Arm],
         seeds: Sequence[int],
         title: str,
         *,
-        prompts: int | None = None,
         times: int = 1,
         measure_every: int | None = None,
     ) -> list[Run]:
-        """The runs of ``arms`` on ``seeds``, with ``prompts`` a step and ``times`` the steps."""
+        """The runs of ``settings`` on ``seeds``, with ``times`` the steps."""
         sizes, found = self.sizes, []
         scale = replace(
             sizes,
             **PROBLEMS[problem],
-            prompts_per_step=prompts or sizes.prompts_per_step,
             steps=times * sizes.steps,
             measure_every=measure_every or times * sizes.measure_every,
         )
         answers = scale.prompts_per_step * scale.generations
-        tasks = [(arm, seed) for seed in seeds for arm in arms]
-        for arm, seed in tqdm(tasks, desc=f"{problem}, {answers} answers, {scale.steps} steps: {title}"):
-            key = (problem, answers, scale.steps, arm.name, seed)
+        tasks = [(setting, seed) for seed in seeds for setting in settings]
+        for setting, seed in tqdm(tasks, desc=f"{problem}, {answers} answers, {scale.steps} steps: {title}"):
+            key = (problem, answers, scale.steps, setting.name, seed)
             if key not in self.done:
                 with quiet():
                     world = self.world(problem, scale, seed)
-                    one = train(arm, world, scale, seed, self.folder / "trainer", lambda: None)
+                    one = train(setting, world, scale, seed, self.folder / "trainer", lambda: None)
                 self.keep({"problem": problem, "answers": answers, "steps": scale.steps, "stage": title, **shortened(one)})
             found.append(self.done[key])
         return found
@@ -155,18 +145,18 @@ class Laboratory:
         with self.record.open("a") as file:
             file.write(json.dumps(one, separators=(",", ":")) + "\n")
 
-    def tuned(self, problem: str, grid: Sequence[Arm], **settings: Any) -> Arm:
+    def tuned(self, problem: str, grid: Sequence[Arm]) -> Arm:
         """The setting of ``grid`` with the highest final gold: all run on the first tuning seed, a quarter on all."""
         if len(grid) == 1:
             return grid[0]
         first, *others = TUNING_SEEDS
         kept = max(2, ceil(len(grid) / 4))
-        settings["measure_every"] = 10**6  # at the start and at the end
-        tried = self.runs(problem, grid, [first], "tuning", **settings)
-        names = [one["arm"]["name"] for one in sorted(tried, key=final, reverse=True)[:kept]]
-        best = [arm for arm in grid if arm.name in names]
-        tried = self.runs(problem, best, [first, *others], "tuning", **settings)
-        return max(best, key=lambda arm: fmean(final(one) for one in tried if one["arm"]["name"] == arm.name))
+        ends = 10**6  # steps between measurements, so that there are two
+        tried = self.runs(problem, grid, [first], "tuning", measure_every=ends)
+        names = [name(one) for one in sorted(tried, key=final, reverse=True)[:kept]]
+        best = [setting for setting in grid if setting.name in names]
+        tried = self.runs(problem, best, [first, *others], "tuning", measure_every=ends)
+        return max(best, key=lambda setting: fmean(final(one) for one in tried if name(one) == setting.name))
 
 
 def shortened(one: Run) -> Run:
@@ -181,9 +171,12 @@ def shortened(one: Run) -> Run:
 def study(lab: Laboratory) -> None:
     """All runs."""
     chosen: dict[str, dict[str, Arm]] = {problem: {} for problem in PROBLEMS}
-    for problem, names in STAGES:
-        found = {name: lab.tuned(problem, SIDES[problem][name]) for name in names}
+    for problem, arms in STAGES:
+        found = {side: lab.tuned(problem, SIDES[problem][side]) for side in arms}
         lab.runs(problem, found.values(), REPORTED_SEEDS, "reported")
+        if PAIR in found:
+            same = arm(beta=found[PAIR].trainer["beta"])
+            lab.runs(problem, [same], REPORTED_SEEDS, "reported" if same == found[KL] else SAME_KL)
         chosen[problem] |= found
     for problem in PROBLEMS:
         lab.runs(problem, [chosen[problem][KL], chosen[problem][PAIR]], REPORTED_SEEDS, "reported", times=2)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import matplotlib.pyplot as plt
 
+from benchmarks.common.results import RESULTS
 from benchmarks.common.tables import markdown_table
 from benchmarks.hacking.arms import PLAIN
 from benchmarks.hacking.report import course, rewrite
@@ -18,27 +20,33 @@ from benchmarks.hacking.summary import column, interval
 Run = dict[str, Any]
 Block = tuple[str, int, int]
 """A problem, the answers a step and the steps."""
-KL, PAIR, GR, GR_PUBLISHED = "KL", "KL + GR", "GR", "GR published"
-ORDER = [PLAIN, GR_PUBLISHED, GR, KL, f"{KL} + {GR_PUBLISHED}", PAIR]
-COLOURS = dict(zip(ORDER, ("black", "tab:brown", "tab:orange", "tab:blue", "tab:purple", "tab:green"), strict=True))
+KL, PAIR, GR = "KL", "KL + GR", "GR"
+SAME_KL = "KL as in KL + GR"
+"""The KL penalty of the best pair without GR, if it is not KL itself. Its runs have this stage."""
+ORDER = [PLAIN, GR, KL, SAME_KL, PAIR]
+COLOURS = dict(zip(ORDER, ("black", "tab:orange", "tab:blue", "tab:cyan", "tab:green"), strict=True))
 TITLES = {"learned": "Learned reward", "loophole": "Verifier with a loophole", "judge": "LLM judge"}
 
 
-def by_setting(runs: Iterable[Run]) -> dict[Block, dict[str, dict[int, Run]]]:
-    """Runs by problem, answers a step and steps, then by the name of their setting, then by seed."""
+def name(one: Run) -> str:
+    """The name of a run's setting."""
+    return str(one["arm"]["name"])
+
+
+def side(one: Run) -> str:
+    """The arm of a run, as tables and pictures name it."""
+    if one["stage"] == SAME_KL or name(one) == PLAIN:
+        return SAME_KL if one["stage"] == SAME_KL else PLAIN
+    return " + ".join(word for word, part in ((KL, "kl-"), (GR, "gr-")) if part in name(one))
+
+
+def grouped(runs: Iterable[Run], label: Callable[[Run], str]) -> dict[Block, dict[str, dict[int, Run]]]:
+    """Runs by problem, answers a step and steps, then by their label, then by seed."""
     found: dict[Block, dict[str, dict[int, Run]]] = {}
     for one in runs:
         block = found.setdefault((one["problem"], one["answers"], one["steps"]), {})
-        block.setdefault(one["arm"]["name"], {})[one["seed"]] = one
+        block.setdefault(label(one), {})[one["seed"]] = one
     return found
-
-
-def side(name: str) -> str:
-    """The side of a setting."""
-    if name == PLAIN:
-        return PLAIN
-    kind = GR_PUBLISHED if "gr-eps" in name else GR if "gr-" in name else ""
-    return " + ".join(filter(None, [KL if name.startswith("kl-") else "", kind]))
 
 
 def spread(values: Iterable[float], sign: str = "") -> str:
@@ -47,21 +55,18 @@ def spread(values: Iterable[float], sign: str = "") -> str:
     return f"{of['mean']:{sign}.3f} ({of['low']:.3f} to {of['high']:.3f})"
 
 
-def table(settings: dict[str, dict[int, Run]]) -> list[str]:
-    """A row for each setting: gold at the end, and its differences from the KL penalty and from GR, paired by seed."""
-    of_side = {side(name): runs for name, runs in settings.items()}
+def table(arms: dict[str, dict[int, Run]]) -> list[str]:
+    """A row for each arm: gold at the end, and what the last arm, KL + GR, gains over it, paired by seed."""
     rows = []
-    for name, runs in sorted(settings.items(), key=lambda item: ORDER.index(side(item[0]))):
-        cells = [
-            spread((final(one) - final(of_side[other][seed]) for seed, one in runs.items() if seed in of_side[other]), "+")
-            if other in of_side and other != side(name) and runs.keys() & of_side[other].keys()
-            else ""
-            for other in (KL, GR)
-        ]
+    for arm in (arm for arm in ORDER if arm in arms):
+        runs, best = arms[arm], arms.get(PAIR, {})
+        both = sorted(runs.keys() & best.keys())
+        gain = spread((final(best[seed]) - final(runs[seed]) for seed in both), "+") if both and arm != PAIR else ""
         peaks, distance = ([figure(one) for one in runs.values()] for figure in (peak, distance_at_end))
         ends = spread(final(one) for one in runs.values())
-        rows.append([side(name), name, str(len(runs)), ends, *cells, f"{fmean(peaks):.2f}", f"{fmean(distance):.1f}"])
-    head = ["arm", "setting", "seeds", "gold at the end", "over KL", "over GR", "peak of gold", "KL at the end"]
+        setting = name(next(iter(runs.values())))
+        rows.append([arm, setting, str(len(runs)), ends, gain, f"{fmean(peaks):.2f}", f"{fmean(distance):.1f}"])
+    head = ["arm", "setting", "seeds", "gold at the end", f"{PAIR} gains over it", "highest gold", "KL at the end"]
     return markdown_table(head, rows)
 
 
@@ -75,27 +80,26 @@ def distance_at_end(one: Run) -> float:
     return float(one["curve"][-1]["kl"])
 
 
-def tuning_table(tried: Iterable[Run]) -> list[str]:
-    """What each side was tuned over: mean gold at the end, of the settings that ran on most seeds."""
+def tuning_table(tried: Sequence[Run]) -> list[str]:
+    """What each arm was tuned over: mean gold at the end, of the settings that ran on most seeds."""
     rows = []
-    for (problem, answers, steps), settings in by_setting(tried).items():
-        for of_side in dict.fromkeys(map(side, settings)):
-            grid = {name: runs for name, runs in settings.items() if side(name) == of_side}
+    for arm in (arm for arm in ORDER if arm in map(side, tried)):
+        for (problem, answers, steps), grid in grouped((one for one in tried if side(one) == arm), name).items():
             seeds = max(map(len, grid.values()))
-            means = {name: fmean(map(final, runs.values())) for name, runs in grid.items() if len(runs) == seeds}
-            listed = ", ".join(f"{name} {gold:.3f}" for name, gold in sorted(means.items(), key=lambda item: -item[1]))
-            rows.append([problem, str(answers), str(steps), of_side, str(len(grid)), str(seeds), listed])
+            means = {setting: fmean(map(final, runs.values())) for setting, runs in grid.items() if len(runs) == seeds}
+            listed = ", ".join(f"{setting} {gold:.3f}" for setting, gold in sorted(means.items(), key=lambda item: -item[1]))
+            rows.append([problem, str(answers), str(steps), arm, str(len(grid)), str(seeds), listed])
     return markdown_table(["problem", "answers", "steps", "arm", "settings", "seeds of the best", "the best"], rows)
 
 
 def picture(blocks: dict[Block, dict[str, dict[int, Run]]], path: Path) -> None:
     """Gold over steps, a panel for each block. The range of gold fits all arms except the plain one."""
     drawing, panels = plt.subplots(1, len(blocks), figsize=(4.5 * len(blocks), 3.6), layout="constrained", squeeze=False)
-    for axes, ((problem, answers, _), settings) in zip(panels[0], blocks.items(), strict=True):
-        of_side = {side(name): list(runs.values()) for name, runs in settings.items()}
-        for name in (name for name in ORDER if name in of_side):
-            course(axes, of_side[name], "gold", COLOURS[name], "no penalty" if name == PLAIN else name)
-        shown = [gold for name, runs in of_side.items() if name != PLAIN for gold in average(runs)]
+    for axes, ((problem, answers, _), arms) in zip(panels[0], blocks.items(), strict=True):
+        curves = {arm: list(arms[arm].values()) for arm in ORDER if arm in arms}
+        for arm, runs in curves.items():
+            course(axes, runs, "gold", COLOURS[arm], "no penalty" if arm == PLAIN else arm)
+        shown = [gold for arm, runs in curves.items() if arm != PLAIN for gold in average(runs)]
         axes.set_ylim(min(shown) - 0.15, max(shown) + 0.1)
         axes.set_title(f"{TITLES[problem]}, {answers} answers a step", fontsize=10)
         axes.set_xlabel("step", fontsize=9)
@@ -114,14 +118,32 @@ def average(runs: Sequence[Run]) -> list[float]:
 
 def report(runs: Sequence[Run], output: Path) -> None:
     """Write the tables to result.md, and the pictures."""
-    blocks = by_setting(one for one in runs if one["stage"] == "reported")
+    blocks = grouped((one for one in runs if one["stage"] != "tuning"), side)
     lines = []
-    for (problem, answers, steps), settings in blocks.items():
-        lines += [f"### {TITLES[problem]}, {answers} answers a step, {steps} steps", "", *table(settings), ""]
-    lines += ["### Tuning", "", *tuning_table(one for one in runs if one["stage"] == "tuning")]
+    for (problem, answers, steps), arms in blocks.items():
+        lines += [f"### {TITLES[problem]}, {answers} answers a step, {steps} steps", "", *table(arms), ""]
+    lines += ["### Tuning", "", *tuning_table([one for one in runs if one["stage"] == "tuning"])]
     rewrite(output / "result.md", "\n".join(lines), "# A KL penalty, and GR on top of it")
     picture(blocks, output / "result.png")
-    first = min(steps for _, _, steps in blocks)
-    small = min(answers for _, answers, _ in blocks)
-    shown = {block: blocks[block] for block in blocks if block[0] != "judge" and block[1:] == (small, first)}
-    picture(shown, output / "readme.png")
+    front(output / "readme.png")
+
+
+def front(path: Path) -> None:
+    """Draw the README's picture from runs of earlier results: gold over steps, behind a learned reward and a loophole."""
+    blocks: dict[Block, dict[str, dict[int, Run]]] = {}
+    for problem, suffix, untuned, earlier in FRONT:
+        lines = (RESULTS / "2026-11-26-kl-and-gr-untuned" / f"{problem}.jsonl").read_text().splitlines()
+        runs = [(arm, one) for one in map(json.loads, lines) for arm in untuned if untuned[arm] == one["arm"]]
+        kept = json.loads((RESULTS / f"2026-11-22-reward-hacking{suffix}" / "result.json").read_text())["runs"]
+        runs += [(arm, one) for arm in earlier for one in kept[earlier[arm]]]
+        arms = blocks.setdefault((problem, 64, 120), {})
+        for arm, one in runs:
+            arms.setdefault(arm, {})[one["seed"]] = one
+    picture(blocks, path)
+
+
+FRONT = (
+    ("learned", "", {KL: "kl:0.3", PAIR: "klseq:0.3:1"}, {PLAIN: "none", GR: "gr-sequence-1-rate-0.5"}),
+    ("loophole", "-loophole", {KL: "kl:0.3", PAIR: "klseq:0.03:0.3", GR: "seq:0.3"}, {PLAIN: "none"}),
+)
+"""Of each problem, which runs without tuning and which of the first study are in the README's picture."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +31,16 @@ def test_both_sides_have_the_same_budget() -> None:
         assert {arm.trainer["beta"] for arm in alone} == {arm.trainer["beta"] for arm in pair}
         assert all(arm.wrapper["strength"] > 0 and arm.wrapper["resample"] == "sequence" for arm in pair)
         assert all(arm.wrapper == {"strength": 0.0} for arm in alone)
-        names = [(arm.name, side) for side, grid in sides.items() for arm in grid]
-        assert len(dict(names)) == len(names)
-        assert [tables.side(name) for name, _ in names] == [side for _, side in names]
-    assert tables.side(study.with_kl(0.3, 1.0, "reuse").name) == "KL + GR published"
+        runs = [(side, ended(arm.name, 0, 0.0)) for side, grid in sides.items() for arm in grid]
+        assert len({tables.name(one) for _, one in runs}) == len(runs)
+        assert [tables.side(one) for _, one in runs] == [side for side, _ in runs]
     assert not set(study.TUNING_SEEDS) & set(study.REPORTED_SEEDS)
 
 
 def test_tuning_takes_the_best_of_those_that_were_best_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All settings run on one seed and few on the others; the best mean wins; another laboratory finds all runs kept."""
     study = module("hacking.kl_and_gr")
-    grid = [study.with_kl(beta) for beta in (0.1, 0.2, 0.3, 0.4, 0.5)]
+    grid = [study.arm(beta=beta) for beta in (0.1, 0.2, 0.3, 0.4, 0.5)]
     gold = dict(
         zip((arm.name for arm in grid), ([1, 0, 0], [0, 9, 9], [0.9, 1, 0.9], [0.8, 0, 1], [0.2, 0, 0]), strict=True)
     )
@@ -50,7 +48,7 @@ def test_tuning_takes_the_best_of_those_that_were_best_at_first(tmp_path: Path, 
 
     def train(arm: Any, world: Any, scale: Any, seed: int, *_: Any) -> dict[str, Any]:
         trained.append((arm.name, seed))
-        return ended(arm.name, seed, gold[arm.name][seed])
+        return {**curve(step=[0], gold=[gold[arm.name][seed]]), "arm": {"name": arm.name}, "seed": seed}
 
     monkeypatch.setattr(study, "train", train)
     monkeypatch.setattr(study, "prepare", lambda *_: None)
@@ -76,7 +74,7 @@ def test_a_pair_trains_with_both_from_the_policy_of_its_seed(tmp_path: Path) -> 
     """With GR on top a KL run ends elsewhere, with its penalty logged; the policy of a seed is the same in all problems."""
     study, world = module("hacking.kl_and_gr"), module("hacking.world")
     lab = study.Laboratory(tmp_path / "result.jsonl", tmp_path / "worlds", world.Scale(**SIZES))
-    arms = [study.with_kl(0.3), study.with_kl(0.3, 3.0), study.alone(3.0)]
+    arms = [study.arm(beta=0.3), study.arm(beta=0.3, strength=3.0), study.arm(strength=3.0)]
     one, both, other = lab.runs("learned", arms, [0], "reported")
     assert both["curve"][-1]["penalty_ratio"] > 1e-3
     assert len({run["curve"][-1]["kl"] for run in (one, both, other)}) == 3
@@ -93,12 +91,12 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
     """Seeds that lie far apart do not widen the interval of a difference that is the same on each."""
     tables = module("hacking.kl_and_gr_tables")
     pair = "kl-0.3-gr-sequence-1"
-    runs = [ended(name, seed, seed + gain) for name, gain in (("kl-0.3", 0.0), (pair, 0.125)) for seed in range(3)]
-    runs.append(ended("kl-0.3", 0, 0.5, stage="tuning"))
+    runs = [ended(name, seed, seed + gain) for name, gain in (("kl-0.2", 0.0), (pair, 0.125)) for seed in range(3)]
+    runs += [ended("kl-0.2", 0, 0.5, stage="tuning"), ended("kl-0.3", 0, 0.25, stage=tables.SAME_KL)]
     tables.report(runs, tmp_path)
     text = (tmp_path / "result.md").read_text()
-    assert f"| KL + GR | {pair} | 3 | 1.125 (0.125 to 2.125) | +0.125 (0.125 to 0.125) |  |" in text
-    assert "| KL | kl-0.3 | 3 | 1.000 (0.000 to 2.000) |  |" in text
-    assert "| learned | 64 | 120 | KL | 1 | 1 | kl-0.3 0.500 |" in text
+    assert f"| KL + GR | {pair} | 3 | 1.125 (0.125 to 2.125) |  |" in text
+    assert "| KL | kl-0.2 | 3 | 1.000 (0.000 to 2.000) | +0.125 (0.125 to 0.125) |" in text
+    assert "| KL as in KL + GR | kl-0.3 | 1 | 0.250 (0.250 to 0.250) | -0.125 (-0.125 to -0.125) |" in text
+    assert "| learned | 64 | 120 | KL | 1 | 1 | kl-0.2 0.500 |" in text
     assert all((tmp_path / name).stat().st_size > 5_000 for name in ("result.png", "readme.png"))
-    assert json.dumps(runs)  # plain data, as kept
