@@ -80,12 +80,17 @@ def test_two_runs_end_in_a_table_a_figure_and_a_log(
 
 
 @pytest.mark.parametrize("flags", [["--compare", "False"], ["--grad_reg_strength", "0"]])
-def test_one_run_where_a_comparison_makes_no_sense(tiny_model: str, tmp_path: Path, flags: list[str]) -> None:
-    """Without the penalty there is nothing to compare, and whoever wants one run gets it."""
+def test_one_run_where_a_comparison_makes_no_sense(
+    tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    """Without the penalty there is nothing to compare, and whoever wants one run gets it. It is called what it is."""
     grpo.main([*flags, "--model_name_or_path", tiny_model, "--max_steps", "1", "--use_cpu", "--output_dir", str(tmp_path)])
     record = json.loads((tmp_path / "log_history.json").read_text(encoding="utf-8"))
     assert "plain" not in record
     assert record["log_history"]
+    printed = capsys.readouterr().out
+    names = [name for name in ("plain", "regularized") if f"│ {name}" in printed]
+    assert names == ["plain" if "0" in flags else "regularized"]
 
 
 def test_an_adapter_is_what_gets_trained(tiny_model: str, tmp_path: Path) -> None:
