@@ -1,6 +1,7 @@
 """The report of one training run or of two side by side, made from the trainers' logs: a table, a figure and the logs.
 
-``runs`` maps the name of a run to its log, ``trainer.state.log_history``. The last one is regularized.
+``runs`` maps the name of a run, ``plain`` or ``regularized``, to its log, ``trainer.state.log_history``. If there are two,
+the plain one comes first.
 """
 
 from __future__ import annotations
@@ -163,10 +164,10 @@ def _finish(axes: Axes, title: str) -> None:
 def save(runs: dict[str, list[Row]], path: Path, command: str) -> None:
     """Write the logs as JSON, with their summaries, the versions and the command.
 
-    Those of the regularized run are at the top, those of a run that it is compared with under ``plain``.
+    Those of the only run, or of the regularized one, are at the top, those of the plain one beside it under ``plain``.
     """
     installed = [package for package in PACKAGES if find_spec(package.replace("-", "_"))]
     versions = {"gradreg_optim": gradreg_optim.__version__} | {package: version(package) for package in installed}
     logs = {name: {"summary": summarize(history), "log_history": history} for name, history in runs.items()}
-    record = {"command": command, "versions": versions, **logs.pop("regularized"), **logs}
+    record = {"command": command, "versions": versions, **logs.popitem()[1], **logs}
     path.write_text(json.dumps(record, indent=1), encoding="utf-8")

