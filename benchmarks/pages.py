@@ -164,8 +164,8 @@ def in_words(arm: str) -> str:
 def compared(question: str, file: str, baseline: str, **where: Any) -> Callable[[Results], str]:
     """Gold at the end of the arms in a file of runs, best first, and the gain over one of them, paired by seed.
 
-    Of the runs those with the values of ``where`` count. ``baseline`` is the arm's name, or for a study that tunes it what the
-    name begins with.
+    Of the runs those with the values of ``where`` count. ``baseline`` is the arm's name or, for a study that tunes it, what
+    the name begins with.
     """
 
     def table(results: Results) -> str:
