@@ -83,6 +83,13 @@ def trainers(results: Results) -> str:
     return str(matrix.summary(results["trainers"]["runs"], results.link("trainers")))
 
 
+def stacks(results: Results) -> str:
+    """The training stacks that were tried."""
+    found = results["stacks"]["stacks"]
+    lines = import_module("benchmarks.stacks.__main__").table(found)
+    return "\n".join([*lines, "", f"[How]({results.link('stacks')})"])
+
+
 def precision(results: Results) -> str:
     """Cosines with H·g1, a row for each setting and a column for each arithmetic: the median over batches, and the worst."""
     cells: dict[str, dict[str, list[float]]] = {}
@@ -154,27 +161,47 @@ def in_words(arm: str) -> str:
     return whole.get(arm, ", ".join(words).replace(", GR", ", and GR"))
 
 
-def with_kl(problem: str, answers: int, steps: int) -> Callable[[Results], str]:
-    """What GR adds to a KL penalty: gold at the end of the settings that tuning chose, best first, and the paired gain."""
+def compared(question: str, file: str, baseline: str, **where: Any) -> Callable[[Results], str]:
+    """Gold at the end of the arms in a file of runs, best first, and the gain over one of them, paired by seed.
+
+    Of the runs those with the values of ``where`` count. ``baseline`` is the arm's name or, for a study that tunes it, what
+    the name begins with.
+    """
 
     def table(results: Results) -> str:
         ends: dict[str, dict[int, float]] = {}
-        for line in newest("kl-and-gr", results.folder, "result.jsonl").read_text(encoding="utf-8").splitlines():
-            one = json.loads(line)
-            if (one["problem"], one["answers"], one["steps"], one["stage"]) == (problem, answers, steps, "reported"):
-                ends.setdefault(one["arm"]["name"], {})[one["seed"]] = one["curve"][-1]["gold"]
+        for one in map(json.loads, newest(question, results.folder, file).read_text(encoding="utf-8").splitlines()):
+            if where.items() <= one.items():
+                name = one["arm"] if isinstance(one["arm"], str) else one["arm"]["name"]
+                ends.setdefault(spelled_out(name), {})[one["seed"]] = one["curve"][-1]["gold"]
         if not ends:
-            raise FileNotFoundError(f"no reported runs of {problem}, {answers} answers, {steps} steps")
-        (baseline,) = (name for name in ends if name.startswith("kl-") and "gr-" not in name)
+            raise FileNotFoundError(f"{question}/{file} has no runs with {where}")
+        alike = [name for name in ends if name == baseline or (name.startswith(baseline) and "-gr-" not in name)]
+        base = baseline if baseline in ends else alike[0]
         rows = []
         for name, gold in sorted(ends.items(), key=lambda item: -fmean(item[1].values())):
-            gains = [gold[seed] - ends[baseline][seed] for seed in gold.keys() & ends[baseline].keys()]
-            gain = "–" if name == baseline else interval(mean_of(gains), "+.3f")
+            gains = [gold[seed] - ends[base][seed] for seed in sorted(gold.keys() & ends[base].keys())]
+            gain = "–" if name == base else interval(mean_of(gains), "+.3f")
             rows.append([in_words(name), str(len(gold)), interval(mean_of(gold.values()), ".3f"), gain])
-        head = ["method", "seeds", "final gold", f"over {in_words(baseline)}"]
-        return "\n".join([*markdown_table(head, rows), "", f"[All figures]({results.link('kl-and-gr', 'result.jsonl')})"])
+        head = ["method", "seeds", "final gold", f"over {in_words(base)}"]
+        return "\n".join([*markdown_table(head, rows), "", f"[All figures]({results.link(question, file)})"])
 
     return table
+
+
+def spelled_out(arm: str) -> str:
+    """The name of an arm in the files of 2026-11-26, as the study itself has it.
+
+    >>> spelled_out("klseq:0.3:1"), spelled_out("gr:3"), spelled_out("klrate:0.3:0.5"), spelled_out("kl-0.2")
+    ('kl-0.3-gr-sequence-1', 'gr-eps-3', 'kl-0.3-rate-0.5', 'kl-0.2')
+    """
+    kinds = {"seq": "gr-sequence", "gr": "gr-eps", "rate": "rate", "kl": "kl", "seqprev": "gr-sequence"}
+    kind, *values = arm.split(":")
+    if not values:
+        return arm
+    if len(values) == 2:
+        return f"kl-{values[0]}-{kinds[kind.removeprefix('kl')]}-{values[1]}"
+    return f"{kinds[kind]}-{values[0]}" + ("-previous" if kind == "seqprev" else "")
 
 
 def below_two(results: Results) -> str:
@@ -191,19 +218,22 @@ def below_two(results: Results) -> str:
     return "\n".join([*table, "", f"[All figures]({results.link('below-two')})"])
 
 
+REPORTED: dict[str, Any] = {"stage": "reported", "answers": 64, "steps": 120}
 PARTS: dict[str, dict[str, Callable[[Results], str]]] = {
     "README.md": {"cost": cost_in_short},
     "docs/cost.md": {"cost": cost, "below-two": below_two},
     "docs/trainers.md": {"trainers": trainers},
+    "docs/stacks.md": {"stacks": stacks},
     "docs/precision.md": {"precision": precision},
     "docs/which-method.md": {
         "learned": gold("reward-hacking", "With the learning rate tuned", "KL penalty"),
         "loophole": gold("reward-hacking-loophole", "Settings as given", "kl-0.3"),
         "judge": gold("reward-hacking-judge", "Settings as given", "kl-0.3"),
-        "learned-with-kl": with_kl("learned", 64, 120),
-        "loophole-with-kl": with_kl("loophole", 64, 120),
-        "judge-with-kl": with_kl("judge", 64, 120),
-        "learned-long": with_kl("learned", 64, 240),
+        "learned-with-kl": compared("kl-and-gr", "result.jsonl", "kl-", **REPORTED, problem="learned"),
+        "loophole-with-kl": compared("kl-and-gr", "result.jsonl", "kl-", **REPORTED, problem="loophole"),
+        "learned-untuned": compared("kl-and-gr-untuned", "learned.jsonl", "kl-0.3"),
+        "loophole-untuned": compared("kl-and-gr-untuned", "loophole.jsonl", "gr-sequence-0.3"),
+        "larger": compared("reward-hacking-1024", "result.jsonl", "kl-0.3"),
     },
 }
 """By page and name of the part."""

@@ -19,7 +19,14 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-OUTSIDE = ("README.md", "CHANGELOG.md", "examples/README.md", "benchmarks/README.md", "benchmarks/results/*/result.md")
+OUTSIDE = (
+    "README.md",
+    "CHANGELOG.md",
+    "examples/README.md",
+    "examples/*/README.md",
+    "benchmarks/README.md",
+    "benchmarks/results/*/result.md",
+)
 """Pages that are not in docs/."""
 PICTURES = ("benchmarks/results/*/*.png",)
 SETTINGS = "gradreg_optim/wrapping/settings.py"
