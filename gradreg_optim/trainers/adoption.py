@@ -116,7 +116,8 @@ class Adoption:
         if wrapper is None and not self._settings.get("exclude"):  # the optimizer comes from DeepSpeed's configuration
             self._excluded = list(default_exclusion(self._trainer.model))
         self._connect(ZeroGradRegOptimizer.taking_over(engine, wrapper, self._settings, self._excluded))
-        self._trainer.optimizer.optimizer = engine.optimizer  # another one now, in stage 0 of fp32
+        accelerated: Any = self._trainer.optimizer
+        accelerated.optimizer = engine.optimizer  # another one now, in stage 0 of fp32
 
     def check_trains(self) -> None:
         """Raise if the optimizer holds nothing that the trainer trains, after the first backward of a window.
