@@ -77,25 +77,25 @@ def summarize(history: list[Row]) -> dict[str, dict[str, float]]:
     return {key: averages for key, averages in summary.items() if averages}
 
 
-COLUMNS = {
-    "reward, first quarter": ("reward", "first"),
-    "reward, last quarter": ("reward", "last"),
+ROWS = {
+    "reward, mean of the first quarter": ("reward", "first"),
+    "reward, mean of the last quarter": ("reward", "last"),
     "g1_norm, median": ("grad_reg/g1_norm", "all"),
     "penalty_ratio, median": ("grad_reg/penalty_ratio", "all"),
     "curvature, median": ("grad_reg/curvature", "all"),
     "seconds per step": ("seconds per step", "all"),
-    "second pass": ("share of the second pass", "all"),
+    "share of the second pass": ("share of the second pass", "all"),
 }
 
 
 def table(summaries: dict[str, dict[str, dict[str, float]]]) -> Table:
-    """The summaries as a table to print, one row for each run. The second pass is given as its share of the step."""
-    out = Table("run")
-    for column in COLUMNS:
-        out.add_column(column, justify="right")
-    for name, summary in summaries.items():
-        figures = (summary.get(key, {}).get(part) for key, part in COLUMNS.values())
-        out.add_row(name, *("–" if value is None else f"{value:.3g}" for value in figures))
+    """The summaries as a table to print, one column for each run."""
+    out = Table("")
+    for name in summaries:
+        out.add_column(name, justify="right")
+    for row, (key, part) in ROWS.items():
+        figures = (summary.get(key, {}).get(part) for summary in summaries.values())
+        out.add_row(row, *("–" if value is None else f"{value:.3g}" for value in figures))
     return out
 
 
