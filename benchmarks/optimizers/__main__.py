@@ -8,6 +8,7 @@ Runs tests/wrapping/test_optimizers.py in this environment. An optimizer whose p
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import platform
 import re
@@ -72,7 +73,7 @@ def rows(cases: list[ElementTree.Element]) -> list[list[str]]:
             of_kind["distance"] = f"{float(entry.get('value', '')):.0e}"
     return [
         [
-            package_of(path),
+            package_of(path.split(".")[0]),
             path.rpartition(".")[2],
             of_kind.get("test_two_steps_follow_the_formula", ""),
             of_kind.get("distance", "").replace("0e+00", "0"),
@@ -82,9 +83,9 @@ def rows(cases: list[ElementTree.Element]) -> list[list[str]]:
     ]
 
 
-def package_of(path: str) -> str:
-    """The distribution that has a class, with its version."""
-    module = path.split(".")[0]
+@functools.cache
+def package_of(module: str) -> str:
+    """The distribution that has a module, with its version."""
     names = packages_distributions().get(module)
     return f"{names[0]} {version(names[0]).partition('+')[0]}" if names else module
 
