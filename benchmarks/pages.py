@@ -176,6 +176,8 @@ def compared(question: str, file: str, baseline: str, **where: Any) -> Callable[
                 ends.setdefault(spelled_out(name), {})[one["seed"]] = one["curve"][-1]["gold"]
         if not ends:
             raise FileNotFoundError(f"{question}/{file} has no runs with {where}")
+        whole = max(map(len, ends.values()))
+        ends = {name: gold for name, gold in ends.items() if len(gold) == whole}  # a study may still be running
         alike = [name for name in ends if name == baseline or (name.startswith(baseline) and "-gr-" not in name)]
         base = baseline if baseline in ends else alike[0]
         rows = []
