@@ -171,11 +171,13 @@ def compared(question: str, file: str, baseline: str, **where: Any) -> Callable[
     def table(results: Results) -> str:
         ends: dict[str, dict[int, float]] = {}
         for one in map(json.loads, newest(question, results.folder, file).read_text(encoding="utf-8").splitlines()):
-            if where.items() <= one.items():
+            if where.items() <= one.items() and one.get("stage") != "tuning":
                 name = one["arm"] if isinstance(one["arm"], str) else one["arm"]["name"]
                 ends.setdefault(spelled_out(name), {})[one["seed"]] = one["curve"][-1]["gold"]
         if not ends:
             raise FileNotFoundError(f"{question}/{file} has no runs with {where}")
+        whole = max(map(len, ends.values()))
+        ends = {name: gold for name, gold in ends.items() if len(gold) == whole}  # a study may still be running
         alike = [name for name in ends if name == baseline or (name.startswith(baseline) and "-gr-" not in name)]
         base = baseline if baseline in ends else alike[0]
         rows = []
@@ -218,7 +220,7 @@ def below_two(results: Results) -> str:
     return "\n".join([*table, "", f"[All figures]({results.link('below-two')})"])
 
 
-REPORTED: dict[str, Any] = {"stage": "reported", "answers": 64, "steps": 120}
+SHORT: dict[str, Any] = {"answers": 64, "steps": 120}
 PARTS: dict[str, dict[str, Callable[[Results], str]]] = {
     "README.md": {"cost": cost_in_short},
     "docs/cost.md": {"cost": cost, "below-two": below_two},
@@ -229,8 +231,8 @@ PARTS: dict[str, dict[str, Callable[[Results], str]]] = {
         "learned": gold("reward-hacking", "With the learning rate tuned", "KL penalty"),
         "loophole": gold("reward-hacking-loophole", "Settings as given", "kl-0.3"),
         "judge": gold("reward-hacking-judge", "Settings as given", "kl-0.3"),
-        "learned-with-kl": compared("kl-and-gr", "result.jsonl", "kl-", **REPORTED, problem="learned"),
-        "loophole-with-kl": compared("kl-and-gr", "result.jsonl", "kl-", **REPORTED, problem="loophole"),
+        "learned-with-kl": compared("kl-and-gr", "result.jsonl", "kl-", **SHORT, problem="learned"),
+        "loophole-with-kl": compared("kl-and-gr", "result.jsonl", "kl-", **SHORT, problem="loophole"),
         "learned-untuned": compared("kl-and-gr-untuned", "learned.jsonl", "kl-0.3"),
         "loophole-untuned": compared("kl-and-gr-untuned", "loophole.jsonl", "gr-sequence-0.3"),
         "larger": compared("reward-hacking-1024", "result.jsonl", "kl-0.3"),
