@@ -33,6 +33,9 @@ ANSWERS: dict[str, Any] = {
     "is_available": lambda _self: True,
     "current_device": lambda _self: "cpu",
     "communication_backend_name": lambda _self: "gloo",
+    "visible_devices_envvar": lambda _self: "CUDA_VISIBLE_DEVICES",
+    "ray_resource_name": lambda _self: "CPU",
+    "ray_noset_envvars": lambda _self: [],
     "nvtx_range": lambda _self, _message: nullcontext(),
     "get_device_capability": lambda _self, _index=0: (None, None),
 }
