@@ -19,11 +19,10 @@ from torch.optim import Optimizer
 from gradreg_optim.core.local import LocalStorage
 from gradreg_optim.core.losses import Clearing, Losses
 from gradreg_optim.core.plan import Plan
-from gradreg_optim.core.regularize import regularized
+from gradreg_optim.core.regularize import call_in_each, regularized
 from gradreg_optim.core.repeatable import Buffers, same_start
 from gradreg_optim.core.step import Figure, Outcome, PartOfPass, Point, Scalar, computed
 from gradreg_optim.core.storage import Storage
-from gradreg_optim.drivers.closure import call_in_each
 from gradreg_optim.drivers.micro_batches import MicroBatches
 from gradreg_optim.wrapping import upwards
 from gradreg_optim.wrapping.advice import Advice
