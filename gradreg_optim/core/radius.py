@@ -18,15 +18,11 @@ from gradreg_optim.core.step import Scalar
 AUTO = "auto"
 START = 0.005
 """The radius of a first step, which is checked."""
-SECOND_CHECK = 3
-"""Regularized steps after the first until the floor is measured again, near the radius that has been found since."""
-SETTLED = 10
-"""The number of steps from which on the radius should have been found."""
 BALANCE = 0.7
 LEAST, MOST = 1e-6, 1.0
 """Bounds of the radius."""
-FASTEST, FASTEST_DOWN = 2.0, 4.0
-"""The largest factors by which it grows and shrinks from one step to the next: a step that is too long does more harm."""
+FASTEST = 2.0
+"""The largest factor by which it changes from one step to the next."""
 
 
 def balanced(noise: float, order: int) -> float:
@@ -56,5 +52,5 @@ def following(radius: Scalar, relative_square: Tensor, noise: float, order: int)
     tensor(0.0100)
     """
     wanted, found = balanced(noise, order) ** 2 - noise**2, relative_square - noise**2
-    factor = (found / wanted).nan_to_num(1.0).clamp(FASTEST**-4, FASTEST_DOWN**4).pow(-0.25)
+    factor = (found / wanted).nan_to_num(1.0).clamp(FASTEST**-4, FASTEST**4).pow(-0.25)
     return (radius * factor).clamp(LEAST, MOST)

@@ -29,7 +29,7 @@ from gradreg_optim.core import multi_tensor
 from gradreg_optim.core.finite_difference import clip_coefficient, is_finite, item_on_cpu, ratio, stack_scalars
 from gradreg_optim.core.losses import Losses
 from gradreg_optim.core.plan import Plan
-from gradreg_optim.core.radius import AUTO, SETTLED, following, longer
+from gradreg_optim.core.radius import AUTO, following, longer
 from gradreg_optim.core.self_check import evaluated, signal_fraction
 from gradreg_optim.core.step import Check, Difference, Figure, FirstGradient, Gradients, Outcome, PartOfPass, Point, Scalar
 from gradreg_optim.core.storage import Storage
@@ -149,7 +149,7 @@ def run_check(storage: Storage, first: FirstGradient, plan: Plan) -> Check | Non
     products += _arrived(first, plan.low_dtype, scale)
     sums = [value / scale**2 for value in storage.sum_over_ranks(stack_scalars(products)).tolist()]
     eps = next(float(group.eps) for group in first.groups if group.strength)
-    is_settled = None if first.auto_radius is None else plan.step >= SETTLED
+    is_settled = None if first.auto_radius is None else plan.floor is not None
     return evaluated(
         sums, norm=float(first.norm), eps=eps, clip=float(first.clip), scheme=plan.scheme, is_settled=is_settled
     )

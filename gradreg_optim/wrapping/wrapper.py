@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from gradreg_optim.core.losses import Losses
 from gradreg_optim.core.plan import Plan
-from gradreg_optim.core.radius import AUTO, SECOND_CHECK, START
+from gradreg_optim.core.radius import START
 from gradreg_optim.core.self_check import DEFAULT_CHECK_EVERY
 from gradreg_optim.core.step import Outcome
 from gradreg_optim.core.storage import Storage
@@ -227,10 +227,8 @@ class OptimizerWrapper(Optimizer):
     def _check_is_due(self, group: dict[str, Any]) -> bool:
         """Whether the step to come is one of a check, by default of those in low precision."""
         every = DEFAULT_CHECK_EVERY if group["gradreg_check_every"] is None else group["gradreg_check_every"]
-        # Of ``period`` steps in a row one is regularized, and checked if the round number is among them.
-        period, done = group["gradreg_every"], self.step_count - group["gradreg_warmup_steps"]
-        is_second = group["gradreg_radius"] == AUTO and done == SECOND_CHECK * period
-        return bool(every) and (is_second or group["gradreg_floor"] is None or self.step_count % every < period)
+        # Of ``gradreg_every`` steps in a row one is regularized: it is checked if the round number is among them.
+        return bool(every) and (group["gradreg_floor"] is None or self.step_count % every < group["gradreg_every"])
 
     def _step_wrapped(self, step: Callable[..., Any], *args: Any) -> None:
         """Call ``step(*args)``, by which the wrapped optimizer steps; in the wrapper's step, without hooks on every one."""

@@ -41,7 +41,7 @@ LOW = {"bf16 weights": {"dtype": torch.bfloat16}, "autocast": {"autocast": torch
 @pytest.mark.parametrize("low", LOW.values(), ids=LOW)
 @pytest.mark.parametrize("drive", ["closure", "passes"])
 def test_default_in_low_precision(low, drive):
-    """A first step of 0.005, which is checked, as the fourth is; ε follows from it. Else the loss is computed twice."""
+    """A first step of 0.005, which is checked; ε follows from it. The loss is computed 4 times, then 2 times a step."""
     model, loss = problem(**low)
     optimizer, calls = wrapped(model), []
 
@@ -69,13 +69,6 @@ def test_default_in_low_precision(low, drive):
     step()
     assert optimizer.metrics["radius"] != START
     assert len(calls) == 6
-    step()
-    step()  # the floor is measured again, at about the radius that has been found
-    assert len(calls) == 12
-    assert optimizer.metrics["noise_floor"] != metrics["noise_floor"]
-    for _ in range(46):
-        step()
-    assert len(calls) == 104
 
 
 FULL = {"fp32": ({}, {})}
@@ -110,7 +103,7 @@ def test_it_finds_the_balance(low, method):
     relative = floor / math.sqrt(1 - float(optimizer.metrics["signal"]))
     assert relative == pytest.approx(balanced(floor, 2 if method == "central" else 1), rel=0.15)
     factors = [b / a for a, b in itertools.pairwise(radii)]
-    assert all(0.25 <= factor <= 2 for factor in factors)
+    assert all(0.5 <= factor <= 2 for factor in factors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -213,8 +206,8 @@ def test_the_rule():
     assert after(wanted + noise) == pytest.approx(0.01)
     assert after(4 * wanted + noise) == pytest.approx(0.01 / math.sqrt(2))
     assert after(wanted / 4 + noise) == pytest.approx(0.01 * math.sqrt(2))
-    assert after(math.inf) == pytest.approx(0.0025)
-    assert after(1.0) == pytest.approx(0.0037, rel=0.05)
+    assert after(math.inf) == pytest.approx(0.005)
+    assert after(1.0) == pytest.approx(0.005, rel=0.3)
     assert [after(square) for square in (noise, noise / 2, 0.0)] == pytest.approx([0.02] * 3)
     assert after(math.nan) == pytest.approx(0.01)
     assert after(0.0, 0.9) == longer(0.9) == MOST
