@@ -162,8 +162,8 @@ class GradRegOptimizer(OptimizerWrapper):
                 :class:`~gradreg_optim.MicroBatches`. ``None`` after :meth:`passes`.
 
         Raises:
-            RuntimeError: there is no closure, no completed :meth:`passes` and no attached trainer; ``fraction`` is less than
-                1 and the closure runs whole steps only; or the loss is another one each time that it is computed.
+            RuntimeError: there is no closure, no completed :meth:`passes` and no attached trainer; the closure runs whole
+                steps, and ``fraction`` is less than 1; or the loss is another one at each call.
         """
         was_under_way = self._abandon_passes()
         if closure is None:
@@ -175,7 +175,7 @@ class GradRegOptimizer(OptimizerWrapper):
             if isinstance(closure, MicroBatches):
                 loss, is_whole = closure.drive(passes, storage, plan, self._buffers), True
             else:
-                loss, is_whole = call_in_each(closure, passes, self._noting, upwards.calling_scaler)
+                loss, is_whole = call_in_each(closure, passes, self._returned, upwards.calling_scaler)
         if not is_whole:
             self.note(Outcome({"strength": 0.0}, 1))
             return self._advance()
@@ -227,6 +227,9 @@ class GradRegOptimizer(OptimizerWrapper):
                     return
                 with surroundings(point):
                     part = yield point
+
+    def _returned(self, loss: Any) -> Any:
+        return loss if self._noting is None else self._noting.returned(loss)
 
     def _abandon_passes(self) -> bool:
         """Bring the weights back if :meth:`passes` stand at a point; whether they did."""
