@@ -144,10 +144,11 @@ class Losses:
     def _means(self, storage: Storage, *values: float) -> list[float]:
         """The means of ``values`` over the ranks that share the gradient; NaN if it is not known which do."""
         sums = storage.sum_over_ranks(torch.tensor([*values, 1.0], dtype=torch.float64))
-        replicas = [module for module in self._modules if isinstance(module, DistributedDataParallel)]
-        for replica in {id(replica.process_group): replica for replica in replicas}.values():
-            sums = sums.to(replica.device)
-            distributed.all_reduce(sums, group=replica.process_group)
+        models = (module for module in self._modules if isinstance(module, DistributedDataParallel))
+        replicas = [*((model.process_group, model.device) for model in models), *getattr(storage, "replicas", ())]
+        for group, device in {id(group): (group, device) for group, device in replicas}.values():
+            sums = sums.to(device)
+            distributed.all_reduce(sums, group=group)
         *totals, count = sums.tolist()
         is_parallel = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
         return [math.nan if is_parallel and count == 1 else total / count for total in totals]

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
 from torch.optim import Optimizer
 
 from gradreg_optim.core.local import LocalStorage
-from gradreg_optim.core.step import GroupGradients
 from gradreg_optim.zero.storage import Partitions
 
 PRIVATE = ("fp16_groups", "loss_scale", "optimizer")  # of FP16_Optimizer and FP16_UnfusedOptimizer, which serve bf16
@@ -20,8 +16,7 @@ class WholeGradients(LocalStorage):
     """The storage of one step on an engine of stage 0.
 
     θ and θ' are the model's weights. In bf16 DeepSpeed keeps fp32 masters beside them, to which only the engine's step
-    writes. Communication: one all_reduce of a few numbers for each :meth:`sum_over_ranks`, to which rank 0 adds the averaged
-    gradient that all of them hold.
+    writes. Communication: none, since all ranks hold the same averaged gradient, and do the same with it, bit for bit.
     """
 
     is_moved = False  # after a pass the weights are at θ again
@@ -30,6 +25,7 @@ class WholeGradients(LocalStorage):
     def __init__(self, engine: Any) -> None:
         self.engine = engine
         self.sums_announced = 0
+        self.replicas = [(engine.seq_data_parallel_group, engine.device)]
         super().__init__(self.named_groups())
 
     def named_groups(self) -> list[dict[str, Any]]:
@@ -38,16 +34,6 @@ class WholeGradients(LocalStorage):
         if isinstance(optimizer, Optimizer):
             return optimizer.param_groups
         return [{"params": parameters} for parameters in optimizer.fp16_groups]
-
-    def _append(self, group: GroupGradients, parameter: Tensor, gradient: Tensor) -> None:
-        super()._append(group, parameter, gradient)
-        group.counts = [dist.get_rank(self.engine.seq_data_parallel_group) == 0] * len(group.g1)
-
-    def sum_over_ranks(self, sums: Tensor) -> Tensor:
-        """Add up ``sums`` over the ranks that share the gradient."""
-        total = sums.to(self.engine.device, torch.float64)
-        dist.all_reduce(total, group=self.engine.seq_data_parallel_group)
-        return total
 
     def restore(self) -> None:
         """Nothing to do: no pass leaves the weights at θ'."""

@@ -74,6 +74,7 @@ def test_follows_the_formula(world, stage, precision, micro_batches, grouping):
         assert found["touched"] == 0
         assert found["moved"] == STEPS
         assert found["rounded"]
+        assert all(torch.equal(value, found["weights"][name]) for name, value in ranks[0]["weights"].items())
     assert ranks[0]["metrics"] == ranks[1]["metrics"]
 
 
