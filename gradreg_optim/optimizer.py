@@ -125,10 +125,9 @@ class GradRegOptimizer(OptimizerWrapper):
 
     def _set_up(self, optimizer: Optimizer, settings: dict[str, Any], **more: Any) -> None:
         super().__init__(optimizer, settings, **more)
-        self.resample = settings["resample"]
-        self._skipped: Scalar = 0
+        self.resample, self.advice = settings["resample"], Advice()
         self._figures: dict[str, Figure] = {}
-        self.advice = Advice()
+        self._skipped: Scalar = 0
         self._clearing, self._buffers, self._losses = Clearing(), Buffers(), Losses()
         self._noting: Losses | None = None  # the same, in steps in which it has something to do
         self._running: weakref.ref[Passes] | None = None  # of the loop over passes() that began last
