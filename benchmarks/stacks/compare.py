@@ -57,22 +57,23 @@ def recorded(train: Callable[[], Any]) -> tuple[nn.Module, nn.Module, list[Batch
     return before[0], after[0], batches
 
 
-def by_hand(model: nn.Module, batches: list[Batch], strength: float, betas: tuple[float, float]) -> nn.Module:
-    """``model`` after the same steps with a closure."""
+def by_hand(model: nn.Module, batches: list[Batch], strength: float, stack: str) -> nn.Module:
+    """``model`` after the same steps with a closure, whose loss is the mean over the tokens of a step."""
     model = copy.deepcopy(model).train()
-    adamw = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=betas, weight_decay=0.0)
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=BETAS.get(stack, (0.9, 0.999)), weight_decay=0.0)
     optimizer = GradRegOptimizer(adamw, **{**SETTINGS, "strength": strength}, model=model)
     for step in range(STEPS):
         window = batches[step * MICRO_BATCHES : (step + 1) * MICRO_BATCHES]
-        targets = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in window)
+        counts = [int((batch["labels"][:, 1:] != -100).sum()) for batch in window]
+        targets = [len(window) * count if stack in MEANS_OF_MEANS else sum(counts) for count in counts]
 
-        def closure(window: list[Batch] = window, targets: int = targets) -> float:
+        def closure(window: list[Batch] = window, targets: list[int] = targets) -> float:
             optimizer.zero_grad()
             total = 0.0
-            for batch in window:
+            for batch, count in zip(window, targets, strict=True):
                 inputs = {name: value for name, value in batch.items() if name != "labels"}
                 logits = model(**inputs).logits[:, :-1].flatten(0, 1).float()
-                loss = cross_entropy(logits, batch["labels"][:, 1:].flatten(), reduction="sum") / targets
+                loss = cross_entropy(logits, batch["labels"][:, 1:].flatten(), reduction="sum") / count
                 loss.backward()
                 total += loss.item()
             return total
@@ -145,6 +146,8 @@ def _whole(module: nn.Module) -> dict[str, Tensor]:
 
 BETAS = {"ms_swift": (0.9, 0.95)}
 """Defaults that are not AdamW's."""
+MEANS_OF_MEANS = ("axolotl",)
+"""Stacks that weight micro-batches alike: Axolotl does where the model inside does not take the number of tokens."""
 
 
 def difference(one: nn.Module, other: nn.Module) -> float:
@@ -155,9 +158,7 @@ def difference(one: nn.Module, other: nn.Module) -> float:
 def main(stack: str) -> None:
     before, after, batches = verl() if stack == "verl" else recorded(globals()[stack])
     assert len(batches) == STEPS * MICRO_BATCHES, len(batches)
-    penalized, plain = (
-        by_hand(before, batches, strength, BETAS.get(stack, (0.9, 0.999))) for strength in (SETTINGS["strength"], 0.0)
-    )
+    penalized, plain = (by_hand(before, batches, strength, stack) for strength in (SETTINGS["strength"], 0.0))
     result = {
         "difference": difference(after, penalized),
         "penalty": difference(after, plain),

@@ -17,6 +17,7 @@ class Device(ModuleType):
 
     is_available = staticmethod(lambda: False)
     mem_get_info = staticmethod(lambda: (0, 0))
+    get_device_name = staticmethod(lambda _index=0: "CPU")
     get_rng_state = staticmethod(torch.get_rng_state)
 
     def __getattr__(self, name: str) -> Any:

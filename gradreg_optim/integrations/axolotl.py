@@ -1,4 +1,4 @@
-"""Axolotl: a plugin, and every ``grad_reg_*`` is a key of the YAML file. Read with Axolotl 0.19.0.
+"""Axolotl: a plugin, and every ``grad_reg_*`` is a key of the YAML file. Run with Axolotl 0.19.0.
 
 ::
 

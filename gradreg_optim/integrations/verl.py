@@ -1,4 +1,4 @@
-"""verl: the penalty in its FSDP engine, on FSDP2. Read with verl 0.9.1.
+"""verl: the penalty in its FSDP engine, on FSDP2. Run with verl 0.9.1 (its SFT trainer, on a CPU).
 
 For the actor, and likewise for ``critic`` and, without the prefix, for ``verl.trainer.sft_trainer``::
 

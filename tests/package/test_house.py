@@ -83,12 +83,12 @@ def test_foreign_libraries_stay_in_their_folder(library):
 
 @pytest.mark.parametrize("stack", STACKS)
 def test_a_stack_has_one_file(stack):
-    """Each plugin stands on its own stack, names the version it was run or read with, and is short."""
+    """Each plugin stands on its own stack, names the version it was run with, and is short."""
     name = f"gradreg_optim.integrations.{STACKS[stack]}"
     users = [module for module in FILES if any(found.split(".")[0] == stack for found in imported(module))]
     assert users == [name]
     text = FILES[name].read_text(encoding="utf-8")
-    assert re.match(r'"""[\w-]+: .* (Run|Read) with [\w-]+ \d+\.\d+\.\d+', text)
+    assert re.match(r'"""[\w-]+: .* Run with [\w-]+ \d+\.\d+\.\d+', text)
     assert len(text.splitlines()) < 100
 
 
