@@ -37,7 +37,7 @@ def world():
     ranks.close()
 
 
-def assert_updates_are_the_formula(ranks, accumulation, kind="sft"):
+def assert_updates_are_the_formula(ranks, accumulation, kind="sft", engine=""):
     """Both updates against the float64 reference over the micro-batches of both ranks."""
     first, second = (next(iter(rank["inputs"][0].values())) for rank in ranks)
     assert first.shape != second.shape or not torch.equal(first, second)
@@ -58,7 +58,8 @@ def assert_updates_are_the_formula(ranks, accumulation, kind="sft"):
             assert entry["grad_reg/penalty_ratio"] == pytest.approx(
                 norm(penalty) / norm(regularized), rel=1e-4
             )  # a difference
-            assert entry["grad_norm"] == pytest.approx(norm(expected), rel=2e-5)  # the Trainer's: what it would clip
+            if engine != "zero0":  # where DeepSpeed has no norm to log
+                assert entry["grad_norm"] == pytest.approx(norm(expected), rel=2e-5)  # the Trainer's: what it would clip
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -67,7 +68,7 @@ def test_updates_are_those_of_one_process(world, engine, accumulation, tmp_path)
     """SFT by ``attach``: each update is −g1 − (γ/ε)·(g2 − g1) of the loss over both ranks' micro-batches."""
     ranks = world.run(worker.train, tmp_path, engine, how="attach", accumulation=accumulation)
     assert [rank["engine"] for rank in ranks] == [ENGINES[engine]] * 2
-    assert_updates_are_the_formula(ranks, accumulation)
+    assert_updates_are_the_formula(ranks, accumulation, engine=engine)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -77,7 +78,7 @@ def test_given_optimizer_updates_alike(world, engine, accumulation, tmp_path):
     given, attached = (
         world.run(worker.train, tmp_path, engine, how=how, accumulation=accumulation) for how in ("optimizers", "attach")
     )
-    assert_updates_are_the_formula(given, accumulation)
+    assert_updates_are_the_formula(given, accumulation, engine=engine)
     for step in (1, 2):
         assert_same(given[0]["weights"][step], attached[0]["weights"][step])
 
