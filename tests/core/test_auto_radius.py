@@ -11,7 +11,6 @@ import pytest
 import torch
 from problems import closure_of
 from torch import nn
-from transformers import HfArgumentParser
 
 from gradreg_optim import GradRegConfig, GradRegOptimizer
 from gradreg_optim.core.radius import MOST, START, balanced, following, longer
@@ -231,9 +230,10 @@ def test_not_a_number_leaves_the_radius_as_it_is():
 @pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("0.01", 0.01), ("1e-2", 0.01)])
 def test_as_a_flag(text, value):
     """A word or a number."""
-    [config] = HfArgumentParser(GradRegConfig).parse_args_into_dataclasses(["--grad_reg_radius", text])
+    parser = pytest.importorskip("transformers", reason="flags are parsed by Transformers").HfArgumentParser
+    [config] = parser(GradRegConfig).parse_args_into_dataclasses(["--grad_reg_radius", text])
     assert config.kwargs()["radius"] == value
-    [config] = HfArgumentParser(GradRegConfig).parse_args_into_dataclasses([])
+    [config] = parser(GradRegConfig).parse_args_into_dataclasses([])
     optimizer = wrapped(problem()[0], **{k: v for k, v in config.kwargs().items() if k != "strength"})
     assert optimizer.param_groups[0]["gradreg_radius"] == "auto"
     with pytest.raises(ValueError, match="must be None, 'auto' or a finite number > 0"):

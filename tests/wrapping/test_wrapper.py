@@ -47,6 +47,7 @@ def test_every_scheduler_of_torch_is_in_the_table():
 
 @pytest.mark.parametrize("build", SCHEDULERS.values(), ids=SCHEDULERS)
 @pytest.mark.parametrize("on", ["wrapper", "base"])
+@pytest.mark.filterwarnings("ignore:The epoch parameter in:UserWarning")  # torch 2.6's SequentialLR passes it to others
 def test_schedulers(build, on):
     """Built on the wrapper or on the base optimizer, every scheduler gives the learning rates it gives the bare one."""
     model, loss = regression()
