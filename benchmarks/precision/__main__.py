@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import statistics
 import time
 import warnings
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.common.language_models import ARITHMETICS, MODELS, Batch, loss, make_batch
+from benchmarks.common.language_models import ARITHMETICS, KINDS, MODELS, SHAPES, Batch, loss, make_batch
 from benchmarks.common.results import stamp, todays
 from benchmarks.common.tables import markdown_table
 from benchmarks.precision.difference_accuracy import sequences_at_once
@@ -211,11 +212,21 @@ def _number(value: float | None) -> str:
     return "" if value is None or math.isnan(value) else f"{value:.3g}"
 
 
+def named(text: str) -> str:
+    """A name of :data:`BATCHES` or of its kind: kind-tokens-seed."""
+    if not re.fullmatch(rf"({'|'.join(KINDS)})-({'|'.join(map(str, SHAPES))})-[0-9]+", text):
+        kinds, sizes = ", ".join(KINDS), ", ".join(map(str, SHAPES))
+        raise argparse.ArgumentTypeError(f"{text!r} is no kind-tokens-seed; kinds are {kinds}, tokens {sizes}")
+    return text
+
+
 def main(argv: list[str] | None = None) -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser("python -m benchmarks.precision", description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="smollm2")
-    parser.add_argument("--batches", nargs="+", default=BATCHES, metavar="NAME", help="kind-tokens-seed, as policy-80-0")
+    parser.add_argument(
+        "--batches", nargs="+", type=named, default=BATCHES, metavar="NAME", help="kind-tokens-seed, as policy-80-0"
+    )
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES, metavar="NAME", help="arithmetics")
     parser.add_argument("--output", type=Path, default=todays("precision"), help="path without suffix")
     arguments = parser.parse_args(argv)

@@ -8,11 +8,10 @@ take five minutes on two CPU cores and need no network::
 
     python -m examples.grpo
 
-A model of the Hub in bf16. The weights are too coarse for a step of ``eps``, so the length of the step is set by radius::
+A model of the Hub in bf16, where the length of the step finds itself::
 
     python -m examples.grpo --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dtype bfloat16 --bf16 True \
-        --grad_reg_radius 0.005 --learning_rate 1e-6 --max_completion_length 64 --system_prompt "Answer with a number." \
-        --task chain_sum
+        --learning_rate 1e-6 --max_completion_length 64 --system_prompt "Answer with a number." --task chain_sum
 
 On several GPUs, under ZeRO::
 

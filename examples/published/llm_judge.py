@@ -5,7 +5,7 @@ does not train on it: the grade and the truth come apart when the policy hacks t
 
     accelerate launch --config_file examples/grpo/zero2.yaml -m examples.published.llm_judge \
         --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --judge Qwen/Qwen2.5-1.5B-Instruct \
-        --bf16 True --grad_reg_radius 0.005
+        --bf16 True --grad_reg_radius auto
 
 ``--use_vllm True`` generates with vLLM. Models and datasets may be local folders. ``--grad_reg_strength 0`` is the run
 without regularization. Every flag of TRL and every ``--grad_reg_*`` flag works.

@@ -3,12 +3,13 @@ r"""GRPO against a learned reward model on instruction data: the published RLHF 
 The published run trains a 0.5B model under ZeRO-2 on one machine with several GPUs::
 
     accelerate launch --config_file examples/grpo/zero2.yaml -m examples.published.rlhf \
-        --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --bf16 True --grad_reg_radius 0.005 \
+        --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --bf16 True --grad_reg_radius auto \
         --reward_model Skywork/Skywork-Reward-V2-Qwen3-0.6B --dataset_name trl-lib/ultrafeedback-prompt
 
-``--grad_reg_radius`` is our addition: in bf16 the published step of eps = 1e-3 is mostly rounding. ``--use_vllm True``
-generates with vLLM. Models and datasets may be local folders. ``--grad_reg_strength 0`` is the run without regularization.
-Every flag of TRL and every ``--grad_reg_*`` flag works. Measure the checkpoint with :mod:`examples.published.evaluate`.
+``--grad_reg_radius`` is our addition: in bf16 the published step of eps = 1e-3 is mostly rounding, and ``auto`` finds a
+better one. ``--use_vllm True`` generates with vLLM. Models and datasets may be local folders. ``--grad_reg_strength 0`` is
+the run without regularization. Every flag of TRL and every ``--grad_reg_*`` flag works. Measure the checkpoint with
+:mod:`examples.published.evaluate`.
 """
 
 from __future__ import annotations
