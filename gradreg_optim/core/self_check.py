@@ -118,7 +118,7 @@ def advice(
     is_noise = relative < min(2 * noise, 0.5)
     if is_settled is not None:
         remedies = "The radius has been adapted to it. What is left: fp16 in place of bf16 in the passes, method='central', "
-        return figures + remedies + "method='exact'." if is_noise and is_settled else None
+        return figures + remedies + "method='exact'." if is_settled and (is_noise or self_check < 0) else None
     if is_noise:
         return figures + (
             f"Rounding prevails: a longer step helps (set radius={min(10.0, max(2.0, factor)) * radius:.1g}), and more do "

@@ -191,6 +191,7 @@ def test_what_is_said():
     assert "fp16 in place of bf16 in the passes, method='central', method='exact'" in message
     assert "set radius" not in message
     assert advice(0.1, 0.01, 0.5, 1e-3, 0.01, is_settled=True) is None
+    assert "the self-check is -0.90" in advice(-0.9, 0.01, 0.5, 1e-3, 0.01, is_settled=True)  # both sides disagree
     assert too_short("", 1e-3, 0.01, False) is None
     assert "A step 1 long" in too_short("", 1e-3, MOST, True)
 
