@@ -38,7 +38,7 @@ def test_a_lock_follows_its_inputs(name):
 
 @pytest.mark.parametrize("name", STACKS)
 def test_a_stack_has_what_its_list_says(name):
-    """Each package, with those that are installed without what they require, in one exact version within the list's range."""
+    """Each package in one exact version within the list's range, also those installed without what they require."""
     lines = (line.removeprefix("# --no-deps ") for line in (ROOT / f"{name}.in").read_text().splitlines())
     chosen = [Requirement(line) for line in lines if not line.startswith("#")]
     locked = pins(f"{name}.txt")
