@@ -121,18 +121,17 @@ trainers: $(DEV)  ## Test all trainers with both sets of versions, and write the
 	$(MAKE) env VENV=.venv-pinned CONSTRAINTS=constraints-published.txt
 	$(PY) -m benchmarks.trainers .venv-pinned/bin/python $(PY)
 
-# Requirements that a line `# --no-deps …` names are installed as they are: the file says why.
 STACKS := ms_swift llama_factory axolotl verl
 .PHONY: stacks
 stacks: $(DEV) $(STACKS:%=.venv-stacks/%/.stamp)  ## Run the examples of Axolotl, LLaMA-Factory, ms-swift and verl (ARGS=verl)
 	$(PY) -m benchmarks.stacks $(ARGS)
 
+# torch comes first, as above; the lock is complete, and the builds that it allows are no reason for a search.
 .venv-stacks/%/.stamp: benchmarks/stacks/%.txt
 	$(PYTHON) -m venv .venv-stacks/$*
-	.venv-stacks/$*/bin/python -m pip install -qq --disable-pip-version-check torch==2.13.0
-	.venv-stacks/$*/bin/python -m pip install -qq --disable-pip-version-check -r $<
-	sed -n 's/^# --no-deps //p' $< | xargs -r .venv-stacks/$*/bin/python -m pip install -qq --no-deps
-	.venv-stacks/$*/bin/python -m pip install -qq --no-deps --editable .
+	.venv-stacks/$*/bin/python -m pip install -qq --disable-pip-version-check -c $< torch
+	.venv-stacks/$*/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r $<
+	.venv-stacks/$*/bin/python -m pip install -qq --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
 .PHONY: wheel-check
@@ -157,14 +156,17 @@ ci:  ## Everything that has to pass: lint, types, test, wheel-check
 env: $(DEV)  ## Build the development environment and nothing else
 
 # uv finds in seconds what pip searches for in vain. pip itself stays as it came with Python, and what belongs to a CUDA build
-# of torch is left open: torch requires exact versions of most, and the CPU build has none.
+# of torch is left open: torch requires exact versions of most, and the CPU build has none. A line `# --no-deps …` names what
+# is installed without what it requires: the file says why.
 .PHONY: lock
-lock: $(UV)  ## Resolve constraints*.in to the versions of all packages, constraints*.txt (ARGS=--upgrade for the newest)
-	for name in constraints constraints-published; do \
-	    cp $$name.txt build/uv/$$name.txt; \
-	    $(UV) pip compile -q $(ARGS) --universal --python-version 3.10 --all-extras -c $$name.in pyproject.toml \
-	        --no-emit-package pip --annotation-style line --custom-compile-command "make lock" -o build/uv/$$name.txt; \
-	    grep -Ev '^(nvidia|cuda)-' build/uv/$$name.txt >$$name.txt; \
+lock: $(UV)  ## Resolve constraints*.in and stacks' lists to the versions of all packages (ARGS=--upgrade for the newest)
+	for name in constraints constraints-published $(STACKS:%=benchmarks/stacks/%); do \
+	    from="--python-version 3.11 $$name.in"; \
+	    case $$name in constraints*) from="--python-version 3.10 --all-extras -c $$name.in pyproject.toml" ;; esac; \
+	    cp $$name.txt build/uv/lock.txt; \
+	    $(UV) pip compile -q $(ARGS) --universal $$from --no-emit-package pip --annotation-style line \
+	        --custom-compile-command "make lock" -o build/uv/lock.txt; \
+	    { grep -Ev '^(nvidia|cuda)-' build/uv/lock.txt; sed -n 's/^# --no-deps //p' $$name.in; } >$$name.txt; \
 	done
 
 $(UV):

@@ -8,6 +8,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
+STACKS = sorted(str(path.relative_to(ROOT).with_suffix("")) for path in ROOT.glob("benchmarks/stacks/*.in"))
 
 
 def pins(file):
@@ -35,9 +36,23 @@ def test_a_lock_follows_its_inputs(name):
             assert requirement.specifier.contains(locked[package].removeprefix("==")), package
 
 
-@pytest.mark.parametrize("name", ["constraints", "constraints-published"])
+@pytest.mark.parametrize("name", STACKS)
+def test_a_stack_has_what_its_list_says(name):
+    """Each package in one exact version within the list's range, also those installed without what they require."""
+    lines = (line.removeprefix("# --no-deps ") for line in (ROOT / f"{name}.in").read_text().splitlines())
+    chosen = [Requirement(line) for line in lines if not line.startswith("#")]
+    locked = pins(f"{name}.txt")
+    assert all(pin.startswith("==") and "*" not in pin for pin in locked.values())
+    for requirement in chosen:
+        pin = locked[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(pin.removeprefix("==")), requirement.name
+
+
+@pytest.mark.parametrize("name", ["constraints", "constraints-published", *STACKS])
 def test_a_lock_fits_every_build_of_torch(name):
     """No package of a CUDA build, no label of one build, and no pip, which would replace itself."""
     locked = pins(f"{name}.txt")
-    assert not [package for package in locked if package.startswith(("nvidia", "cuda")) or package == "pip"]
+    of_a_build = [package for package in locked if package.startswith(("nvidia", "cuda")) and package != "nvidia-ml-py"]
+    assert not of_a_build
+    assert "pip" not in locked
     assert not [pin for pin in locked.values() if "+" in pin]
