@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from math import ceil
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -94,8 +95,12 @@ def tuning_table(tried: Sequence[Run]) -> list[str]:
 
 def picture(blocks: dict[Block, dict[str, dict[int, Run]]], path: Path) -> None:
     """Gold over steps, a panel for each block. The range of gold fits all arms except the plain one."""
-    drawing, panels = plt.subplots(1, len(blocks), figsize=(4.5 * len(blocks), 3.6), layout="constrained", squeeze=False)
-    for axes, ((problem, answers, _), arms) in zip(panels[0], blocks.items(), strict=True):
+    columns = min(3, len(blocks))
+    size = columns, ceil(len(blocks) / columns)
+    drawing, panels = plt.subplots(*size[::-1], figsize=(4.5 * size[0], 3.6 * size[1]), layout="constrained", squeeze=False)
+    for axes in panels.flat[len(blocks) :]:
+        axes.set_visible(False)
+    for axes, ((problem, answers, _), arms) in zip(panels.flat, blocks.items(), strict=False):
         curves = {arm: list(arms[arm].values()) for arm in ORDER if arm in arms}
         for arm, runs in curves.items():
             course(axes, runs, "gold", COLOURS[arm], "no penalty" if arm == PLAIN else arm)
