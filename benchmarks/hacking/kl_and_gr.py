@@ -72,6 +72,8 @@ SIDES = {
     "loophole": sides((0.03, 0.1, 0.3), (1.0, 0.5), (0.3, 1.0)),
     "judge": sides((0.03, 0.1, 0.3), (1.0, 0.5), (0.3, 1.0)),
 }
+LONG = {"learned": (KL, PAIR), "loophole": (KL, PAIR, GR), "judge": (KL, PAIR)}
+"""What also runs for twice the steps."""
 WIDE_SIDES = {
     "learned": sides((0.1, 0.2, 0.3), (1.0, 0.5), (1.0, 4.0)),
     "loophole": sides((0.03, 0.1, 0.3), (1.0, 0.5), (1.0, 4.0)),
@@ -182,12 +184,17 @@ def tune_and_report(
     chosen: dict[str, dict[str, Arm]] = {problem: {} for problem in PROBLEMS}
     for problem, arms in stages:
         found = {side: lab.tuned(problem, grids[problem][side]) for side in arms}
-        lab.runs(problem, found.values(), REPORTED_SEEDS, "reported")
-        if PAIR in found:
-            same = arm(beta=found[PAIR].trainer["beta"])
-            lab.runs(problem, [same], REPORTED_SEEDS, "reported" if same == found[KL] else SAME_KL)
+        report_on(lab, problem, found)
         chosen[problem] |= found
     return chosen
+
+
+def report_on(lab: Laboratory, problem: str, found: dict[str, Arm], times: int = 1) -> None:
+    """Run ``found``, and the KL penalty of the pair among them without GR, on the reported seeds."""
+    lab.runs(problem, found.values(), REPORTED_SEEDS, "reported", times=times)
+    if PAIR in found:
+        same = arm(beta=found[PAIR].trainer["beta"])
+        lab.runs(problem, [same], REPORTED_SEEDS, "reported" if same == found[KL] else SAME_KL, times=times)
 
 
 def main(argv: list[str]) -> None:
@@ -201,8 +208,9 @@ def main(argv: list[str]) -> None:
     record, scale = args.output / "result.jsonl", Scale(measure_every=20)
     lab = Laboratory(record, args.folder, scale)
     if not args.report:
-        for problem, found in tune_and_report(lab, STAGES, SIDES).items():
-            lab.runs(problem, [found[KL], found[PAIR]], REPORTED_SEEDS, "reported", times=2)
+        chosen = tune_and_report(lab, STAGES, SIDES)
+        for problem, arms in LONG.items():
+            report_on(lab, problem, {side: chosen[problem][side] for side in arms}, times=2)
         lab = Laboratory(record, args.folder, replace(scale, prompts_per_step=4 * scale.prompts_per_step))
         tune_and_report(lab, WIDE_STAGES, WIDE_SIDES)
     report(list(lab.done.values()), args.output)
