@@ -301,6 +301,7 @@ class Around(TrainerCallback):
     [({"trainer_class": Recreating}, "not the GradRegOptimizer"), ({"callbacks": [Around()]}, "took a step that was not")],
     ids=["another optimizer", "the one inside"],
 )
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")  # the wrapper's step was passed over
 def test_a_trainer_that_does_not_use_its_wrapper_is_stopped(arguments, message, tmp_path):
     """It was given a wrapper and trains without: an error at the latest at the end of the first step."""
     trainer = build("sft", tmp_path, wrapped=REAL, **arguments)
