@@ -95,9 +95,8 @@ def tuning_table(tried: Sequence[Run]) -> list[str]:
 
 def picture(blocks: dict[Block, dict[str, dict[int, Run]]], path: Path) -> None:
     """Gold over steps, a panel for each block. The range of gold fits all arms except the plain one."""
-    columns = min(3, len(blocks))
-    size = columns, ceil(len(blocks) / columns)
-    drawing, panels = plt.subplots(*size[::-1], figsize=(4.5 * size[0], 3.6 * size[1]), layout="constrained", squeeze=False)
+    rows, columns = ceil(len(blocks) / 3), min(3, len(blocks))
+    drawing, panels = plt.subplots(rows, columns, figsize=(4.5 * columns, 3.6 * rows), layout="constrained", squeeze=False)
     for axes in panels.flat[len(blocks) :]:
         axes.set_visible(False)
     for axes, ((problem, answers, _), arms) in zip(panels.flat, blocks.items(), strict=False):
