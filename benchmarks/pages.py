@@ -220,7 +220,11 @@ def below_two(results: Results) -> str:
     return "\n".join([*table, "", f"[All figures]({results.link('below-two')})"])
 
 
-SHORT: dict[str, Any] = {"answers": 64, "steps": 120}
+def with_kl(problem: str, steps: int = 120) -> Callable[[Results], str]:
+    """A KL penalty, and GR on top of it, both tuned."""
+    return compared("kl-and-gr", "result.jsonl", "kl-", problem=problem, answers=64, steps=steps)
+
+
 PARTS: dict[str, dict[str, Callable[[Results], str]]] = {
     "README.md": {"cost": cost_in_short},
     "docs/cost.md": {"cost": cost, "below-two": below_two},
@@ -230,11 +234,12 @@ PARTS: dict[str, dict[str, Callable[[Results], str]]] = {
     "docs/which-method.md": {
         "learned": gold("reward-hacking", "With the learning rate tuned", "KL penalty"),
         "loophole": gold("reward-hacking-loophole", "Settings as given", "kl-0.3"),
-        "judge": gold("reward-hacking-judge", "Settings as given", "kl-0.3"),
-        "learned-with-kl": compared("kl-and-gr", "result.jsonl", "kl-", **SHORT, problem="learned"),
-        "loophole-with-kl": compared("kl-and-gr", "result.jsonl", "kl-", **SHORT, problem="loophole"),
+        "learned-with-kl": with_kl("learned"),
+        "loophole-with-kl": with_kl("loophole"),
+        "judge-with-kl": with_kl("judge"),
+        "learned-longer": with_kl("learned", 240),
+        "loophole-longer": with_kl("loophole", 240),
         "learned-untuned": compared("kl-and-gr-untuned", "learned.jsonl", "kl-0.3"),
-        "loophole-untuned": compared("kl-and-gr-untuned", "loophole.jsonl", "gr-sequence-0.3"),
         "larger": compared("reward-hacking-1024", "result.jsonl", "kl-0.3"),
     },
 }

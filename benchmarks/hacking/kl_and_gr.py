@@ -5,7 +5,8 @@
 The sides have equally many settings: KL penalties at some learning rates, and the same KL penalties with GR
 (``resample="sequence"``) at as many strengths. All settings run on one seed, the best quarter on two more, and the setting
 with the highest final gold over the three is reported, on other seeds. So is the KL penalty of the best pair without GR. GR
-without a KL penalty is tuned in the same way. The settings that were found at 120 steps are also run for 240.
+without a KL penalty is tuned in the same way. The settings that were found at 120 steps are also run for 240. Then, with 256
+answers a step in place of 64, all is tuned again, over fewer settings.
 
 Each run is a line of ``--output``/result.jsonl, and a run that is there is not repeated. ``--report`` runs nothing, and
 writes tables and pictures of the runs that are there. Tables replace the part of result.md between its marks.
@@ -71,6 +72,14 @@ SIDES = {
     "loophole": sides((0.03, 0.1, 0.3), (1.0, 0.5), (0.3, 1.0)),
     "judge": sides((0.03, 0.1, 0.3), (1.0, 0.5), (0.3, 1.0)),
 }
+LONG = {"learned": (KL, PAIR), "loophole": (KL, PAIR, GR), "judge": (KL, PAIR)}
+"""What also runs for twice the steps."""
+WIDE_SIDES = {
+    "learned": sides((0.1, 0.2, 0.3), (1.0, 0.5), (1.0, 4.0)),
+    "loophole": sides((0.03, 0.1, 0.3), (1.0, 0.5), (1.0, 4.0)),
+}
+"""The settings with four times the answers."""
+WIDE_STAGES = (("learned", (KL, PAIR)), ("loophole", (KL, PAIR)), ("loophole", (GR,)))
 STAGES = (
     ("learned", (KL, PAIR)),
     ("loophole", (KL, PAIR)),
@@ -168,18 +177,24 @@ def shortened(one: Run) -> Run:
     return {**one, "curve": [{name: value for name, value in point.items() if name != "example"} for point in curve]}
 
 
-def study(lab: Laboratory) -> None:
-    """All runs."""
+def tune_and_report(
+    lab: Laboratory, stages: Sequence[tuple[str, tuple[str, ...]]], grids: dict[str, dict[str, list[Arm]]]
+) -> dict[str, dict[str, Arm]]:
+    """Tune each side, and run what was chosen on the reported seeds. Returns what was chosen."""
     chosen: dict[str, dict[str, Arm]] = {problem: {} for problem in PROBLEMS}
-    for problem, arms in STAGES:
-        found = {side: lab.tuned(problem, SIDES[problem][side]) for side in arms}
-        lab.runs(problem, found.values(), REPORTED_SEEDS, "reported")
-        if PAIR in found:
-            same = arm(beta=found[PAIR].trainer["beta"])
-            lab.runs(problem, [same], REPORTED_SEEDS, "reported" if same == found[KL] else SAME_KL)
+    for problem, arms in stages:
+        found = {side: lab.tuned(problem, grids[problem][side]) for side in arms}
+        report_on(lab, problem, found)
         chosen[problem] |= found
-    for problem in PROBLEMS:
-        lab.runs(problem, [chosen[problem][KL], chosen[problem][PAIR]], REPORTED_SEEDS, "reported", times=2)
+    return chosen
+
+
+def report_on(lab: Laboratory, problem: str, found: dict[str, Arm], times: int = 1) -> None:
+    """Run ``found``, and the KL penalty of the pair among them without GR, on the reported seeds."""
+    lab.runs(problem, found.values(), REPORTED_SEEDS, "reported", times=times)
+    if PAIR in found:
+        same = arm(beta=found[PAIR].trainer["beta"])
+        lab.runs(problem, [same], REPORTED_SEEDS, "reported" if same == found[KL] else SAME_KL, times=times)
 
 
 def main(argv: list[str]) -> None:
@@ -190,9 +205,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "2026-11-26-kl-and-gr", help="folder of the results")
     args = parser.parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
-    lab = Laboratory(args.output / "result.jsonl", args.folder, Scale(measure_every=20))
+    record, scale = args.output / "result.jsonl", Scale(measure_every=20)
+    lab = Laboratory(record, args.folder, scale)
     if not args.report:
-        study(lab)
+        chosen = tune_and_report(lab, STAGES, SIDES)
+        for problem, arms in LONG.items():
+            report_on(lab, problem, {side: chosen[problem][side] for side in arms}, times=2)
+        lab = Laboratory(record, args.folder, replace(scale, prompts_per_step=4 * scale.prompts_per_step))
+        tune_and_report(lab, WIDE_STAGES, WIDE_SIDES)
     report(list(lab.done.values()), args.output)
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
+from math import ceil
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import matplotlib.pyplot as plt
 
-from benchmarks.common.results import RESULTS
 from benchmarks.common.tables import markdown_table
 from benchmarks.hacking.arms import PLAIN
 from benchmarks.hacking.report import course, rewrite
@@ -25,6 +24,8 @@ SAME_KL = "KL as in KL + GR"
 """The KL penalty of the best pair without GR, if it is not KL itself. Its runs have this stage."""
 ORDER = [PLAIN, GR, KL, SAME_KL, PAIR]
 COLOURS = dict(zip(ORDER, ("black", "tab:orange", "tab:blue", "tab:cyan", "tab:green"), strict=True))
+FRONT = [("learned", 64, 120), ("loophole", 64, 120)]
+"""What the README shows."""
 TITLES = {"learned": "Learned reward", "loophole": "Verifier with a loophole", "judge": "LLM judge"}
 
 
@@ -94,8 +95,11 @@ def tuning_table(tried: Sequence[Run]) -> list[str]:
 
 def picture(blocks: dict[Block, dict[str, dict[int, Run]]], path: Path) -> None:
     """Gold over steps, a panel for each block. The range of gold fits all arms except the plain one."""
-    drawing, panels = plt.subplots(1, len(blocks), figsize=(4.5 * len(blocks), 3.6), layout="constrained", squeeze=False)
-    for axes, ((problem, answers, _), arms) in zip(panels[0], blocks.items(), strict=True):
+    rows, columns = ceil(len(blocks) / 3), min(3, len(blocks))
+    drawing, panels = plt.subplots(rows, columns, figsize=(4.5 * columns, 3.6 * rows), layout="constrained", squeeze=False)
+    for axes in panels.flat[len(blocks) :]:
+        axes.set_visible(False)
+    for axes, ((problem, answers, _), arms) in zip(panels.flat, blocks.items(), strict=False):
         curves = {arm: list(arms[arm].values()) for arm in ORDER if arm in arms}
         for arm, runs in curves.items():
             course(axes, runs, "gold", COLOURS[arm], "no penalty" if arm == PLAIN else arm)
@@ -125,25 +129,5 @@ def report(runs: Sequence[Run], output: Path) -> None:
     lines += ["### Tuning", "", *tuning_table([one for one in runs if one["stage"] == "tuning"])]
     rewrite(output / "result.md", "\n".join(lines), "# A KL penalty, and GR on top of it")
     picture(blocks, output / "result.png")
-    front(output / "readme.png")
-
-
-def front(path: Path) -> None:
-    """Draw the README's picture from runs of earlier results: gold over steps, behind a learned reward and a loophole."""
-    blocks: dict[Block, dict[str, dict[int, Run]]] = {}
-    for problem, suffix, untuned, earlier in FRONT:
-        lines = (RESULTS / "2026-11-26-kl-and-gr-untuned" / f"{problem}.jsonl").read_text().splitlines()
-        runs = [(arm, one) for one in map(json.loads, lines) for arm in untuned if untuned[arm] == one["arm"]]
-        kept = json.loads((RESULTS / f"2026-11-22-reward-hacking{suffix}" / "result.json").read_text())["runs"]
-        runs += [(arm, one) for arm in earlier for one in kept[earlier[arm]]]
-        arms = blocks.setdefault((problem, 64, 120), {})
-        for arm, one in runs:
-            arms.setdefault(arm, {})[one["seed"]] = one
-    picture(blocks, path)
-
-
-FRONT = (
-    ("learned", "", {KL: "kl:0.3", PAIR: "klseq:0.3:1"}, {PLAIN: "none", GR: "gr-sequence-1-rate-0.5"}),
-    ("loophole", "-loophole", {KL: "kl:0.3", PAIR: "klseq:0.03:0.3", GR: "seq:0.3"}, {PLAIN: "none"}),
-)
-"""Of each problem, which runs without tuning and which of the first study are in the README's picture."""
+    front = {block: {arm: of for arm, of in blocks[block].items() if arm != SAME_KL} for block in FRONT if block in blocks}
+    picture(front, output / "readme.png")

@@ -23,7 +23,7 @@ from benchmarks.hacking.language import golds, request
 from benchmarks.hacking.rewards import agreement
 from benchmarks.hacking.world import COMMON, Scale, World, sample, tokenizer
 
-FIGURES = ("g1_norm", "penalty_ratio", "curvature", "cosine", "perturbation_fidelity", "self_check")
+FIGURES = ("g1_norm", "penalty_ratio", "curvature", "cosine", "perturbation_fidelity", "self_check", "radius")
 """The metrics of the wrapper that a run keeps, averaged between two measurements."""
 
 

@@ -24,8 +24,7 @@ def ended(name: str, seed: int, gold: float, **settings: Any) -> dict[str, Any]:
 def test_both_sides_have_the_same_budget() -> None:
     """As many settings, the same KL penalties, and names that lead back to the side; reported seeds are not tuned on."""
     study, tables = module("hacking.kl_and_gr"), module("hacking.kl_and_gr_tables")
-    for problem in study.PROBLEMS:
-        sides = study.SIDES[problem]
+    for sides in (*study.SIDES.values(), *study.WIDE_SIDES.values()):
         alone, pair = sides[tables.KL], sides[tables.PAIR]
         assert len(alone) == len(pair)
         assert {arm.trainer["beta"] for arm in alone} == {arm.trainer["beta"] for arm in pair}
@@ -100,3 +99,20 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
     assert "| KL as in KL + GR | kl-0.3 | 1 | 0.250 (0.250 to 0.250) | -0.125 (-0.125 to -0.125) |" in text
     assert "| learned | 64 | 120 | KL | 1 | 1 | kl-0.2 0.500 |" in text
     assert all((tmp_path / name).stat().st_size > 5_000 for name in ("result.png", "readme.png"))
+
+
+def test_radii_are_compared_with_nothing_else_changed(tmp_path: Path) -> None:
+    """Arms differ in the radius alone, and train in bf16 autocast, where ``auto`` moves it; gains are paired by seed."""
+    study, hacking, world = module("hacking.auto_radius"), module("hacking.kl_and_gr"), module("hacking.world")
+    for problem in study.PENALTIES:
+        arms = study.arms(problem)
+        assert [arm.wrapper.pop("radius") for arm in arms] == list(study.RADII)
+        assert all((arm.wrapper, arm.trainer) == (arms[0].wrapper, arms[0].trainer) for arm in arms)
+    lab = hacking.Laboratory(tmp_path / "result.jsonl", tmp_path / "worlds", world.Scale(**SIZES))
+    runs = lab.runs("loophole", study.arms("loophole")[:2], [0], "radius")
+    radius, fixed = (run["curve"][-1].get("radius") for run in runs)
+    assert fixed is None or fixed == pytest.approx(study.RADII[1])
+    assert radius > 0
+    assert radius != pytest.approx(study.RADII[1])
+    auto, other = (dict(run, curve=[{"gold": gold}]) for run, gold in zip(runs, (1.0, 0.75), strict=True))
+    assert "| 0.003 | 1 | 0.750 (0.750 to 0.750) | +0.250 (0.250 to 0.250) |" in "\n".join(study.table([auto, other]))
