@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -67,6 +69,11 @@ class Recorder:
         self._is_open, self._current = self.plan.regularizes, None
         self.is_summed = self.split is not None and self.split.ends_after(len(self.micro_batches))
         model: Any = self._trainer.model_wrapped
+        if self._is_open and isinstance(model, FSDPModule) and Version(torch.__version__).release < (2, 13):
+            raise RuntimeError(
+                f"FSDP2 in a trainer needs torch 2.13, and this is {torch.__version__}: with 2.9 its updates were wrong. "
+                "Install torch>=2.13, or train under DDP or DeepSpeed."
+            )
         if self.is_summed and isinstance(model, DistributedDataParallel):  # inside its no_sync(), which restores the flag
             model.require_backward_grad_sync = True
         elif self.is_summed and isinstance(model, FSDPModule):
