@@ -44,7 +44,7 @@ STEPS = 5
 GRID = (0.005, 0.01, 0.02)
 CENTRAL_GRID = (0.01, 0.02)
 PASSES = ("autocast bf16", "bf16", "autocast fp16")
-BATCHES = [f"{kind}-80-{seed}" for seed in (7, 8, 9) for kind in ("policy", "sharp", "text")]
+BATCHES = [f"{kind}-80-{seed}" for seed in (7, 8, 9) for kind in KINDS]
 BATCHES += ["policy-256-7", "sharp-256-7", "policy-1024-7"]
 """Kind, trained tokens, seed. None of these was looked at while the rule of ``auto`` was chosen; those of seed 0 were."""
 WITH_CENTRAL = BATCHES[:3]

@@ -13,7 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.common.language_models import ARITHMETICS
+from benchmarks.common.language_models import ARITHMETICS, KINDS
 from benchmarks.common.tables import markdown_table
 from benchmarks.precision.difference_schemes import NORMS, RADII, WEIGHTS
 
@@ -222,7 +222,7 @@ COLOURS = {
 
 def figure(rows: list[Row], path: Path, title: str) -> None:
     """Draw the cosine against the radius, one line for each scheme: the median over batches, and the range."""
-    kinds = [kind for kind in ("policy", "sharp", "text") if select(rows, kind=kind)]
+    kinds = [kind for kind in KINDS if select(rows, kind=kind)]
     drawing, panels = plt.subplots(
         1, len(kinds), figsize=(2.5 + 4.5 * len(kinds), 4), layout="constrained", squeeze=False, sharey=True
     )

@@ -55,7 +55,14 @@ class Recorder:
         self._trainer = trainer
         self._is_open = False  # True from the beginning of a micro-batch to the end of its backward
         self._current: MicroBatch | None = None  # the micro-batch whose loss was recorded last
-        if plan is not None and plan.regularizes and plan.fraction < 1:
+        if plan is None or not plan.regularizes:
+            return
+        if isinstance(trainer.model_wrapped, FSDPModule) and Version(torch.__version__).release < (2, 13):
+            raise RuntimeError(
+                f"FSDP2 in a trainer needs torch 2.13, and this is {torch.__version__}: with 2.9 its updates were wrong. "
+                "Install torch>=2.13, or train under DDP or DeepSpeed."
+            )
+        if plan.fraction < 1:
             if trainer.args.gradient_accumulation_steps == 1:
                 raise ValueError(
                     f"fraction={plan.fraction!r} repeats a fraction of the micro-batches of a step, but each step has only "
@@ -69,11 +76,6 @@ class Recorder:
         self._is_open, self._current = self.plan.regularizes, None
         self.is_summed = self.split is not None and self.split.ends_after(len(self.micro_batches))
         model: Any = self._trainer.model_wrapped
-        if self._is_open and isinstance(model, FSDPModule) and Version(torch.__version__).release < (2, 13):
-            raise RuntimeError(
-                f"FSDP2 in a trainer needs torch 2.13, and this is {torch.__version__}: with 2.9 its updates were wrong. "
-                "Install torch>=2.13, or train under DDP or DeepSpeed."
-            )
         if self.is_summed and isinstance(model, DistributedDataParallel):  # inside its no_sync(), which restores the flag
             model.require_backward_grad_sync = True
         elif self.is_summed and isinstance(model, FSDPModule):

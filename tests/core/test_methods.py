@@ -98,11 +98,10 @@ def game(*, shared):
     return one, two, critic, losses
 
 
-TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 PLAYS = {
     "inputs": lambda own, other, losses: losses[0].backward(inputs=own),
     "two losses": lambda own, other, losses: [
-        losses[0].backward(inputs=iter(own) if TORCH > (2, 6) else own, retain_graph=True),
+        losses[0].backward(inputs=iter(own) if torch.__version__ >= (2, 7) else own, retain_graph=True),
         losses[1].backward(None, None, inputs=tuple(other)),
     ],
     "one input": lambda own, other, losses: [
