@@ -52,7 +52,7 @@ DEMO = {
     "grad_reg_strength": 3e-3,
     "learning_rate": 1e-5,
     "lr_scheduler_type": "constant",
-    "max_steps": 24,
+    "max_steps": 20,
     "per_device_train_batch_size": 24,
     "num_generations": 4,
     "max_completion_length": 5,

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from packaging.version import Version
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -57,11 +55,6 @@ class Recorder:
         self._current: MicroBatch | None = None  # the micro-batch whose loss was recorded last
         if plan is None or not plan.regularizes:
             return
-        if isinstance(trainer.model_wrapped, FSDPModule) and Version(torch.__version__).release < (2, 13):
-            raise RuntimeError(
-                f"FSDP2 in a trainer needs torch 2.13, and this is {torch.__version__}: with 2.9 its updates were wrong. "
-                "Install torch>=2.13, or train under DDP or DeepSpeed."
-            )
         if plan.fraction < 1:
             if trainer.args.gradient_accumulation_steps == 1:
                 raise ValueError(

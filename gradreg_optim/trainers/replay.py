@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
 
@@ -102,10 +102,11 @@ class Replay:
         """Repeat the loss of ``micro_batch`` at θ; raise on every rank if it differs from the recorded one on one of them.
 
         Costs one forward, and a second, with gradients, for a loss that differentiates by itself or looks whether it may.
+        Under FSDP2 it costs one with gradients and its backward: the end of a backward is what ends a forward there.
         """
         accelerator: Any = self.trainer.accelerator
         recorded = repeated = equal = cast(Tensor, micro_batch.loss)
-        for enabled in (False, True):
+        for enabled in (True,) if is_fsdp2(micro_batch.model) else (False, True):
             try:
                 repeated = self._repeated_loss(optimizer, micro_batch, enabled)
             except RuntimeError as error:  # of autograd, perhaps, which finds nothing to differentiate
@@ -128,17 +129,24 @@ class Replay:
         """The loss of ``micro_batch`` at the current weights, computed with gradients ``enabled`` or without."""
         losses: list[Tensor] = []
         accelerator: Any = self.trainer.accelerator
+
+        def backward(loss: Tensor, **_: Any) -> None:
+            losses.append(loss.detach())
+            if is_fsdp2(micro_batch.model):
+                torch.autograd.backward(loss)
+
         with self._prepared(optimizer) as replaced, torch.set_grad_enabled(enabled), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True")  # reentrant checkpointing
-            replaced.set(accelerator, "backward", lambda loss, **_: losses.append(loss.detach()))
+            replaced.set(accelerator, "backward", backward)
             for parameter in micro_batch.model.parameters():  # a loss may run a backward
                 replaced.callback(setattr, parameter, "grad", parameter.grad)
                 parameter.grad = None
-            with (
-                accelerator.no_sync(micro_batch.model) if enabled and not hasattr(optimizer, "held_step") else nullcontext()
-            ):
+            reduces = not enabled or is_fsdp2(micro_batch.model) or hasattr(optimizer, "held_step")
+            with nullcontext() if reduces else accelerator.no_sync(micro_batch.model):
                 self._repeat(optimizer.resample, micro_batch, micro_batch.is_last)
-        for module in micro_batch.model.modules():
-            if isinstance(module, FSDPModule):  # its root keeps weights gathered for a backward that does not follow
-                module.reshard()
         return losses[0]
+
+
+def is_fsdp2(model: nn.Module) -> bool:
+    """Whether parts of ``model`` are sharded by FSDP2."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())

@@ -151,23 +151,23 @@ class Weights(TrainerCallback):
 class Reductions:
     """Counts how often DDP or FSDP2 reduced gradients over the ranks, up to each ``compute_loss`` and in all."""
 
-    def __init__(self, trainer):
+    def __init__(self, trainer, spied):
         self.total, self.before = 0, []
         collective = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
         compute_loss, reduce_scatter, hooked = trainer.compute_loss, getattr(dist, collective), []
 
         def counting(state, bucket):
-            self.total += 1
+            self.total += not spied.is_paused
             return allreduce_hook(state, bucket)
 
         def scattering(*args, **kwargs):
-            self.total += 1
+            self.total += not spied.is_paused
             return reduce_scatter(*args, **kwargs)
 
         def spy(model, *args, **kwargs):
             if not hooked and hasattr(model, "register_comm_hook"):
                 hooked.append(model.register_comm_hook(None, counting))
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() and not spied.is_paused:
                 self.before.append(self.total)
             return compute_loss(model, *args, **kwargs)
 
@@ -201,7 +201,7 @@ def train(folder, name, kind="sft", how="optimizers", accumulation=1, dropout=0.
         wrapped = {**REAL, "fraction": fraction}
         trainer = make(kind, folder, how, wrapped, optimizer=lambda model: SGD(model.parameters(), lr=1.0), **settings)
         weights, spy, forwards = Weights(trainer), Spy(trainer), []
-        reductions, compute_loss = Reductions(trainer), trainer.compute_loss
+        reductions, compute_loss = Reductions(trainer, spy), trainer.compute_loss
 
         def outer(*args, **kwargs):
             forwards.append(torch.is_grad_enabled())
@@ -217,7 +217,9 @@ def train(folder, name, kind="sft", how="optimizers", accumulation=1, dropout=0.
                 timer.start_step = 0  # let its stopwatch run from the first step
             timers.append(timer and dict(vars(timer)))
             if checked:
+                spy.is_paused = True
                 check(*arguments)
+                spy.is_paused = False
             timers.append(timer and dict(vars(timer)))
 
         patches.enter_context(mock.patch.object(Replay, "check", timed_check))

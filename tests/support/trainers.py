@@ -175,10 +175,11 @@ class Spy:
 
     def __init__(self, trainer):
         self.inputs, self.losses, self.addresses, self.boundaries = [], [], [], []
+        self.is_paused = False
         compute_loss = trainer.compute_loss
 
         def spy(model, inputs, *args, **kwargs):
-            if not torch.is_grad_enabled():  # evaluation, and the check that a loss can be repeated
+            if self.is_paused or not torch.is_grad_enabled():  # evaluation, and the check that a loss can be repeated
                 return compute_loss(model, inputs, *args, **kwargs)
             tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
             self.inputs.append({name: value.clone() for name, value in tensors.items()})

@@ -6,6 +6,7 @@ import pytest
 import torch
 import trainer_engine_worker as worker
 from distributed import World
+from packaging.version import Version
 from test_trainer_update import EXCLUDED, distance, formula, norm
 from trainers import REAL, assert_same, llama
 
@@ -22,6 +23,8 @@ ENGINES = {
 }
 
 LOSS = {"plain": "sft"}
+# DeepSpeed has no norm to log in stage 0; under FSDP2 the Trainer logs one rank's part of it with older versions of torch.
+WITHOUT_NORM = ["zero0"] + ["fsdp2"] * (Version(torch.__version__).release < (2, 13))
 
 
 def on(*engines):
@@ -58,7 +61,7 @@ def assert_updates_are_the_formula(ranks, accumulation, kind="sft", engine=""):
             assert entry["grad_reg/penalty_ratio"] == pytest.approx(
                 norm(penalty) / norm(regularized), rel=1e-4
             )  # a difference
-            if engine != "zero0":  # where DeepSpeed has no norm to log
+            if engine not in WITHOUT_NORM:
                 assert entry["grad_norm"] == pytest.approx(norm(expected), rel=2e-5)  # the Trainer's: what it would clip
 
 
@@ -94,7 +97,7 @@ def test_fsdp_needs_attach(world, tmp_path):
 def test_other_trainers_update_alike(world, kind, engine, accumulation, tmp_path):
     """GRPO, with completions and advantages of its own on each rank, and Transformers' own Trainer."""
     ranks = world.run(worker.train, tmp_path, engine, kind=kind, how="attach", accumulation=accumulation)
-    assert_updates_are_the_formula(ranks, accumulation, kind)
+    assert_updates_are_the_formula(ranks, accumulation, kind, engine)
 
 
 @pytest.mark.parametrize("fraction", [0.25, 0.5])
@@ -128,11 +131,11 @@ def test_gradients_are_reduced_at_the_end_of_a_window_only(world, engine, tmp_pa
 
 @on(*ENGINES)
 def test_first_loss_is_repeated_once_without_a_trace(world, engine, tmp_path):
-    """One forward more, without gradients, after the first window; weights, random numbers and counters as without it."""
+    """One forward more after the first window, with gradients under FSDP2 alone; all else as without it."""
     arguments = {"how": "attach", "accumulation": 2, "dropout": 0.3}
     checked, unchecked = (world.run(worker.train, tmp_path, engine, checked=yes, **arguments) for yes in (True, False))
     for one, other in zip(checked, unchecked, strict=True):
-        assert one["forwards"] == [True, True, False, *[True] * 6]
+        assert one["forwards"] == [True, True, engine == "fsdp2", *[True] * 6]
         assert other["forwards"] == [True] * 8
         assert torch.equal(one["random"], other["random"])
         assert one["counters"] == other["counters"]
@@ -157,7 +160,7 @@ def test_loss_with_hidden_state_is_refused_on_every_rank(world, engine, ranks, t
     for rank, (message, computed, weights) in enumerate(answers):
         assert message.startswith("Elsewhere: the first loss was ")
         assert ("on another rank" in message) == (rank not in ranks)
-        assert computed == 2 + 2  # without and with gradients enabled
+        assert computed == 2 + (1 if engine == "fsdp2" else 2)  # without and with gradients enabled
         if weights[0] is not None:
             assert_same(weights[-1], weights[0])
 
