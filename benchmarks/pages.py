@@ -220,9 +220,9 @@ def below_two(results: Results) -> str:
     return "\n".join([*table, "", f"[All figures]({results.link('below-two')})"])
 
 
-def with_kl(problem: str, steps: int = 120) -> Callable[[Results], str]:
+def with_kl(problem: str, *, answers: int = 64, steps: int = 120) -> Callable[[Results], str]:
     """A KL penalty, and GR on top of it, both tuned."""
-    return compared("kl-and-gr", "result.jsonl", "kl-", problem=problem, answers=64, steps=steps)
+    return compared("kl-and-gr", "result.jsonl", "kl-", problem=problem, answers=answers, steps=steps)
 
 
 PARTS: dict[str, dict[str, Callable[[Results], str]]] = {
@@ -237,8 +237,10 @@ PARTS: dict[str, dict[str, Callable[[Results], str]]] = {
         "learned-with-kl": with_kl("learned"),
         "loophole-with-kl": with_kl("loophole"),
         "judge-with-kl": with_kl("judge"),
-        "learned-longer": with_kl("learned", 240),
-        "loophole-longer": with_kl("loophole", 240),
+        "learned-longer": with_kl("learned", steps=240),
+        "loophole-longer": with_kl("loophole", steps=240),
+        "learned-wider": with_kl("learned", answers=256),
+        "loophole-wider": with_kl("loophole", answers=256),
         "learned-untuned": compared("kl-and-gr-untuned", "learned.jsonl", "kl-0.3"),
         "larger": compared("reward-hacking-1024", "result.jsonl", "kl-0.3"),
     },
