@@ -36,13 +36,13 @@ DEFAULT_CHECK_EVERY = 100
 
 
 def signal_fraction(relative_square: Tensor, floor: float) -> Tensor:
-    """max(0, 1 − floor²/rel²): the share of the squared difference that rounding does not explain.
+    """max(0, 1 − floor²/rel²): the share of the squared difference that rounding does not explain; 0 where rel is NaN.
 
     >>> import torch
-    >>> signal_fraction(torch.tensor(0.04), 0.1)
-    tensor(0.7500)
+    >>> signal_fraction(torch.tensor([0.04, 0.0, torch.nan]), 0.1)
+    tensor([0.7500, 0.0000, 0.0000])
     """
-    return ((relative_square - max(floor**2, 1e-30)) / relative_square).clamp(min=0)
+    return ((relative_square - max(floor**2, 1e-30)) / relative_square).nan_to_num(0.0).clamp(min=0)
 
 
 def evaluated(
