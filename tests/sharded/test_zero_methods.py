@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
 
+import torch
 import zero_worker as worker
 from test_zero import BF16_OPTIMIZER, LOSS_SCALE, OFFLOADED, OLD, SETTINGS, STEPS, largest_error
 
@@ -117,6 +118,21 @@ def test_the_radius_finds_itself(pair, stage):
     assert radii[0] == START
     assert len(set(radii)) == 4
     assert ranks[0]["metrics"] == ranks[1]["metrics"]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_gradient_of_zero(pair, stage):
+    """In bf16, after a check: momentum alone moves the masters, the radius stays, and every figure is finite."""
+    skip_what_is_no_engine(stage, {"precision": "bf16"})
+    settings = {name: value for name, value in SETTINGS.items() if name not in ("eps", "radius")}
+    config = worker.make_config(stage, precision="bf16")
+    for found in pair.run(worker.train, config, settings, steps=4, worthless=(1, 2)):
+        for name, (first, second, third, last) in {n: [m[n] for m in found["masters"]] for n in found["masters"][0]}.items():
+            torch.testing.assert_close(third - second, 0.9 * (second - first), rtol=1e-4, atol=1e-6, msg=name)
+            assert last.isfinite().all()
+        assert [entry["g1_norm"] == entry["penalty_ratio"] == 0 for entry in found["metrics"]] == [False, True, True, False]
+        assert len({entry["radius"] for entry in found["metrics"][1:]}) == 1
+        assert all(math.isfinite(value) for entry in found["metrics"] for value in entry.values())
 
 
 def test_exact_is_refused(pair):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import warnings
+from collections.abc import Collection
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -262,8 +263,11 @@ def weights(engine: Any) -> dict[str, Tensor]:
     return found
 
 
-def window(engine: Any, step: int, inputs: Tensor, targets: Tensor, on_pass: Any = None) -> Any:
-    """A closure over one accumulation window of ``step``; ``on_pass(number)`` is called as each pass begins."""
+def window(engine: Any, step: int, inputs: Tensor, targets: Tensor, on_pass: Any = None, worth: float = 1.0) -> Any:
+    """A closure over one accumulation window of ``step``; ``on_pass(number)`` is called as each pass begins.
+
+    The loss is multiplied by ``worth``.
+    """
     calls: list[int] = []
     rank, dtype = dist.get_rank(), next(engine.module.parameters()).dtype
 
@@ -274,7 +278,7 @@ def window(engine: Any, step: int, inputs: Tensor, targets: Tensor, on_pass: Any
         loss = None
         for micro_batch in range(inputs.shape[1]):
             x, y = inputs[step, micro_batch, rank].to(dtype), targets[step, micro_batch, rank]
-            loss = (engine(x).float() - y).square().mean()
+            loss = worth * (engine(x).float() - y).square().mean()
             engine.backward(loss)
             engine.step()
         return loss
@@ -314,8 +318,12 @@ def train(
     one_tensor: bool = False,
     parts: bool = False,
     loop: str = "",
+    worthless: Collection[int] = (),
 ) -> dict[str, Any]:
-    """Masters after each step, metrics, and whether the masters changed during the detour to θ'."""
+    """Masters after each step, metrics, and whether the masters changed during the detour to θ'.
+
+    In ``worthless`` steps the loss is multiplied by 0.
+    """
     from gradreg_optim import ZeroGradRegOptimizer
 
     engine = make_engine(config, groups=groups, kind=kind, kinds=kinds)
@@ -336,7 +344,8 @@ def train(
                 seen["moved"] += any(not torch.equal(at_theta[name], now) for name, now in weights(engine).items())
 
         with quiet():
-            closure = (in_parts if parts else window)(engine, step, inputs, targets, on_pass)
+            more = {"worth": 0.0} if step in worthless else {}
+            closure = (in_parts if parts else window)(engine, step, inputs, targets, on_pass, **more)
             if loop:
                 for _ in optimizer.passes():
                     closure()
