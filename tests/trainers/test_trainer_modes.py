@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_trainer_scaler import scaled
 from test_trainer_update import FIRST_LABEL, Steps, distance, formula, norm, sft_loss, sgd, trained
-from trainers import REAL, Spy, assert_same, build, llama, weights
+from trainers import REAL, Spy, assert_same, build, llama, penalties, weights
 
 from gradreg_optim import attach, detach
 
@@ -125,3 +125,31 @@ def test_adapters_alone_move(dtype, accumulation, tmp_path):
     assert_same({name: end[name] for name in frozen}, {name: start[name] for name in frozen})
     # Float32 arithmetic, as above, on adapters of either base.
     assert_update({name: start[name] - end[name] for name in expected}, expected, g1, 2e-5)
+
+
+class Solved:
+    """In the first step each completion is worth something else, and later all are right."""
+
+    __name__, calls = "reward", 0
+
+    def __call__(self, completions, **_):
+        self.calls += 1
+        return [float(number) if self.calls == 1 else 1.0 for number in range(len(completions))]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_answers_that_are_all_right_move_nothing(kind, bf16, tmp_path):
+    """All advantages are 0, and so is the gradient."""
+    model = llama()
+    arguments = {"model": model, "base": sgd, "callbacks": [steps := Steps(model)], "reward": Solved(), "bf16": bf16}
+    trainer = build(kind, tmp_path, wrapped={"strength": 0.05}, **arguments)
+    trainer.train()
+    first, second, *later = steps.weights
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    assert len(later) == 2
+    for after in later:
+        assert_same(after, second)
+    ratios = penalties(trainer, "penalty_ratio")
+    assert ratios[0] > 0
+    assert ratios[1:] == [0.0, 0.0]
