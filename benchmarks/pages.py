@@ -239,6 +239,7 @@ PARTS: dict[str, dict[str, Callable[[Results], str]]] = {
         "judge-with-kl": with_kl("judge"),
         "learned-longer": with_kl("learned", steps=240),
         "loophole-longer": with_kl("loophole", steps=240),
+        "judge-longer": with_kl("judge", steps=240),
         "learned-wider": with_kl("learned", answers=256),
         "loophole-wider": with_kl("loophole", answers=256),
         "learned-untuned": compared("kl-and-gr-untuned", "learned.jsonl", "kl-0.3"),
