@@ -6,7 +6,7 @@ The sides have equally many settings: KL penalties at some learning rates, and t
 (``resample="sequence"``) at as many strengths. All settings run on one seed, the best quarter on two more, and the setting
 with the highest final gold over the three is reported, on other seeds. So is the KL penalty of the best pair without GR. GR
 without a KL penalty is tuned in the same way. The settings that were found at 120 steps are also run for 240. Then, with 256
-answers a step in place of 64, all is tuned again, over fewer settings.
+answers a step in place of 64, what ``WIDE_STAGES`` names is tuned again, over fewer settings.
 
 Each run is a line of ``--output``/result.jsonl, and a run that is there is not repeated. ``--report`` runs nothing, and
 writes tables and pictures of the runs that are there. Tables replace the part of result.md between its marks.

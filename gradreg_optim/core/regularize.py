@@ -188,7 +188,7 @@ def penalty(
     weights = [plan.scheme.weight(group) for group in first.groups]
     floor = plan.floor if check is None else check.floor
     if floor is not None and plan.scheme.noise is not None:
-        relative_square = (delta.squares.sum() / total).masked_fill(total == 0, torch.nan)  # where g1 is 0, nothing is known
+        relative_square = delta.squares.sum() / total  # NaN, "nothing is known", where g1 and with it Δ is 0
         signal = signal_fraction(relative_square, floor * plan.scheme.noise)
         if first.auto_radius is not None:
             is_swallowed = check is not None and check.is_swallowed

@@ -53,9 +53,7 @@ class Recorder:
         self._trainer = trainer
         self._is_open = False  # True from the beginning of a micro-batch to the end of its backward
         self._current: MicroBatch | None = None  # the micro-batch whose loss was recorded last
-        if plan is None or not plan.regularizes:
-            return
-        if plan.fraction < 1:
+        if plan is not None and plan.regularizes and plan.fraction < 1:
             if trainer.args.gradient_accumulation_steps == 1:
                 raise ValueError(
                     f"fraction={plan.fraction!r} repeats a fraction of the micro-batches of a step, but each step has only "

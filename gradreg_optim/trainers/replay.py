@@ -129,10 +129,11 @@ class Replay:
         """The loss of ``micro_batch`` at the current weights, computed with gradients ``enabled`` or without."""
         losses: list[Tensor] = []
         accelerator: Any = self.trainer.accelerator
+        has_backward = is_fsdp2(micro_batch.model)
 
         def backward(loss: Tensor, **_: Any) -> None:
             losses.append(loss.detach())
-            if is_fsdp2(micro_batch.model):
+            if has_backward:
                 torch.autograd.backward(loss)
 
         with self._prepared(optimizer) as replaced, torch.set_grad_enabled(enabled), warnings.catch_warnings():
@@ -141,7 +142,7 @@ class Replay:
             for parameter in micro_batch.model.parameters():  # a loss may run a backward
                 replaced.callback(setattr, parameter, "grad", parameter.grad)
                 parameter.grad = None
-            reduces = not enabled or is_fsdp2(micro_batch.model) or hasattr(optimizer, "held_step")
+            reduces = not enabled or has_backward or hasattr(optimizer, "held_step")
             with nullcontext() if reduces else accelerator.no_sync(micro_batch.model):
                 self._repeat(optimizer.resample, micro_batch, micro_batch.is_last)
         return losses[0]

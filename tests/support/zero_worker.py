@@ -286,7 +286,7 @@ def window(engine: Any, step: int, inputs: Tensor, targets: Tensor, on_pass: Any
     return closure
 
 
-def in_parts(engine: Any, step: int, inputs: Tensor, targets: Tensor, on_pass: Any) -> Any:
+def in_parts(engine: Any, step: int, inputs: Tensor, targets: Tensor, on_pass: Any, worth: float) -> Any:
     """The same window as :class:`MicroBatches`."""
     from gradreg_optim import MicroBatches
 
@@ -299,7 +299,7 @@ def in_parts(engine: Any, step: int, inputs: Tensor, targets: Tensor, on_pass: A
         if len(calls) == inputs.shape[1] + 1:
             on_pass(2)
         x, y = inputs[step, micro_batch, rank].to(dtype), targets[step, micro_batch, rank]
-        loss = (engine(x).float() - y).square().mean()
+        loss = worth * (engine(x).float() - y).square().mean()
         engine.backward(loss)
         engine.step()
         return loss.detach()
@@ -344,8 +344,8 @@ def train(
                 seen["moved"] += any(not torch.equal(at_theta[name], now) for name, now in weights(engine).items())
 
         with quiet():
-            more = {"worth": 0.0} if step in worthless else {}
-            closure = (in_parts if parts else window)(engine, step, inputs, targets, on_pass, **more)
+            worth = 0.0 if step in worthless else 1.0
+            closure = (in_parts if parts else window)(engine, step, inputs, targets, on_pass, worth)
             if loop:
                 for _ in optimizer.passes():
                     closure()
