@@ -68,7 +68,7 @@ reward-hacking: $(DEMO)  ## Show a policy that hacks a learned reward, without a
 
 .PHONY: test
 test: $(DEV)  ## Run the tests (PYTEST_ARGS="...", WORKERS=2)
-	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 .PHONY: test-pinned
 test-pinned:  ## Run the tests with the library versions that the published implementation recommends
@@ -78,7 +78,7 @@ test-pinned:  ## Run the tests with the library versions that the published impl
 .PHONY: test-matrix
 test-matrix: $(PAIRS:%=.venv-%/.stamp-core)  ## Run the core tests with the oldest and the newest Python and torch (PAIRS="...")
 	for pair in $(PAIRS); do \
-	    HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-$$pair/bin/python -m pytest -n $(WORKERS) --dist loadfile \
+	    HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-$$pair/bin/python -m pytest -n $(WORKERS) --dist loadgroup \
 	        tests/core tests/wrapping tests/package $(PYTEST_ARGS); \
 	done
 
