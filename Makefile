@@ -86,7 +86,7 @@ test-matrix: $(PAIRS:%=.venv-%/.stamp-core)  ## Run the core tests with the olde
 optimizers:  ## Test every optimizer that people wrap, and write the table of docs/optimizers.md
 	$(MAKE) env VENV=.venv-optimizers EXTRAS=dev
 	$(UV_PIP) --python .venv-optimizers/bin/python --no-deps $(OPTIMIZERS)
-	.venv-optimizers/bin/python -m benchmarks.optimizers
+	EVERY_OPTIMIZER=1 .venv-optimizers/bin/python -m benchmarks.optimizers
 
 .PHONY: lint
 lint: $(DEV)  ## Check style (ruff)
