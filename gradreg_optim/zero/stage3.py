@@ -37,7 +37,7 @@ class Stage3Partitions(Partitions):
     for fp32 training, but up to 0.19.8 it compares the devices wrongly and keeps two tensors.
     """
 
-    MASTERS, RECORDS = "fp32_partitioned_groups_flat", "averaged_gradients"
+    MASTERS = "fp32_partitioned_groups_flat"
 
     def __init__(self, engine: Any) -> None:
         zero, fragments = engine.optimizer, []
@@ -48,10 +48,11 @@ class Stage3Partitions(Partitions):
                 slice_size = parameter.partition_numel()
                 size = min(slice_size, parameter.ds_numel - rank * slice_size)
                 if size > 0:
-                    fragments.append(Fragment(parameter, zero.sub_group_to_group_id[index], index, start, size))
+                    fragments.append(
+                        Fragment(parameter, zero.sub_group_to_group_id[index], index, start, size)
+                    )
                 start += slice_size
-        super().__init__(engine, fragments)
-        self.offloaded = bool(zero.offload_optimizer)
+        super().__init__(engine, fragments, offloaded=bool(zero.offload_optimizer))
 
     def named_groups(self) -> list[dict[str, Any]]:
         """The model's trainable parameters, as parameter groups."""
