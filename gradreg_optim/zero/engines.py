@@ -26,18 +26,18 @@ SUPPORTED = (
 # fmt: off
 PROBLEMS = (
     (lambda engine: isinstance(engine, PipelineEngine),
-     "pipeline parallelism: train_batch() runs whole steps and takes no closure. Use ZeRO without a pipeline."),
+     "pipeline parallelism: train_batch() runs whole steps, and no closure. Use ZeRO without a pipeline."),
     (lambda engine: engine.zenflow,
      "ZenFlow: it updates selected columns between steps, so the passes have no common θ. Remove zenflow."),
     (lambda engine: not engine.zero_optimization() and getattr(engine.optimizer, "loss_scale", 1.0) != 1.0,
-     "a loss scale of {scale:g} in stage 0: DeepSpeed (0.18 and 0.19) does not multiply the loss by it, although "
+     "a loss scale of {scale:g} in stage 0: DeepSpeed (0.18 and 0.19) does not multiply the loss by it, but "
      "its step divides gradients by it. Use stage 1, 2 or 3, or bf16 with deepspeed 0.19."),
     (lambda engine: not isinstance(engine.optimizer, SUPPORTED),
      "{optimizer}: it is not known where its gradients are. Give deepspeed.initialize an optimizer."),
     (lambda engine: engine.has_moe_layers,
      "mixture of experts: norms are not summed over the experts' own process groups. Use a dense model."),
-    (lambda engine: not getattr(engine, "managed_gradient_accumulation", lambda: True)(),  # 0.18 always manages it
-     "managed_gradient_accumulation=false: gradients are complete only inside engine.step(). Set it to true."),
+    (lambda engine: not getattr(engine, "managed_gradient_accumulation", lambda: True)(),  # 0.18: always
+     "managed_gradient_accumulation=false: gradients are complete in engine.step() alone. Set it to true."),
     (lambda engine: getattr(engine, "mics_shard_size", int)() > 0,  # deepspeed 0.18 has it, 0.19 does not
      "MiCS (mics_shard_size): norms would add up several copies of the model. Remove mics_shard_size."),
     (lambda engine: engine.zero_hpz_partition_size() > 1,
@@ -47,27 +47,27 @@ PROBLEMS = (
      "NVMe offload: masters and gradients are on disk between the passes. Offload to the CPU."),
     (lambda engine: getattr(engine.optimizer, "torch_autocast_gradscaler", None)
                     or getattr(engine, "torch_autocast_z0_gradscaler", None),
-     "torch_autocast with float16: its GradScaler is stepped once per group and cannot take two gradients of one "
-     "scale. Use bfloat16, or DeepSpeed's fp16."),
-    (lambda engine: engine.zero_optimization() and "muon" in type(engine.optimizer.optimizer).__name__.lower(),
+     "torch_autocast with float16: its GradScaler is stepped once per group and cannot take two gradients of "
+     "one scale. Use bfloat16, or DeepSpeed's fp16."),
+    (lambda engine: engine.zero_optimization() and "Muon" in type(engine.optimizer.optimizer).__name__,
      "Muon: DeepSpeed turns gradients into updates before they can be combined. Use another optimizer."),
     (lambda engine: any(getattr(engine.mpu, f"get_{kind}_parallel_world_size", int)() > 1
                         for kind in ("tensor_model", "model")),
      "tensor parallelism: norms would count replicated parameters once per rank. Use data parallelism."),
 )
 # fmt: on
-"""What is refused, and what is said about it: what would be wrong unseen, or would fail half-way through a step.
+"""What is refused, with reason and remedy: what would be wrong unseen, or would fail in the middle of a step.
 
-Later conditions rely on earlier ones having been refused.
+The first condition that holds counts, and each relies on those before it.
 """
 
 
 def check_engine(engine: Any) -> None:
-    """Raise ``TypeError`` if ``engine`` is no DeepSpeed engine, and ``ValueError`` if it cannot be regularized."""
+    """Raise ``TypeError`` if ``engine`` is none of DeepSpeed's, ``ValueError`` if it cannot be regularized."""
     if not isinstance(engine, DeepSpeedEngine):
         raise TypeError(
-            f"engine={type(engine).__name__}: ZeroGradRegOptimizer works on a DeepSpeed engine, the first value that "
-            "deepspeed.initialize returns. Without DeepSpeed, use GradRegOptimizer."
+            f"engine={type(engine).__name__}: ZeroGradRegOptimizer works on a DeepSpeed engine, the first "
+            "value that deepspeed.initialize returns. Without DeepSpeed, use GradRegOptimizer."
         )
     problem = next((problem for is_met, problem in PROBLEMS if is_met(engine)), None)
     if problem is not None:
@@ -85,11 +85,8 @@ class HeldStep:
         self.take: Callable[[], Any] = engine.step
 
     @contextmanager
-    def held_back(self, *, counting: bool = True) -> Iterator[list[Callable[[], Any]]]:
-        """Inside the block ``engine.step`` at the end of a window only adds itself to the yielded list.
-
-        Before the end of a window ``engine.step`` runs as usual, or only advances ``micro_steps`` if not ``counting``.
-        """
+    def held_back(self) -> Iterator[list[Callable[[], Any]]]:
+        """Inside the block ``engine.step`` at the end of a window only adds itself to the yielded list."""
         engine, step = self._engine, self._engine.step
         held: list[Callable[[], Any]] = []
 
@@ -97,10 +94,8 @@ class HeldStep:
         def held_step(*args: Any, **kwargs: Any) -> None:
             if engine.is_gradient_accumulation_boundary():
                 held.append(functools.partial(step, *args, **kwargs))
-            elif counting:
-                step(*args, **kwargs)
             else:
-                engine.micro_steps += 1
+                step(*args, **kwargs)
 
         engine.step = held_step
         try:
@@ -112,19 +107,18 @@ class HeldStep:
 
     @contextmanager
     def repeated(self, first_micro_step: int | None = None) -> Iterator[None]:
-        """Inside the block the engine counts from ``first_micro_step``; its counters and timer are restored afterwards."""
+        """Inside the block the engine counts from ``first_micro_step``; then counters and timer are as before."""
         engine, timer = self._engine, vars(self._engine.tput_timer)
         before, end = dict(timer), engine.micro_steps
         engine.micro_steps = end if first_micro_step is None else first_micro_step
         try:
-            with self.held_back(counting=False):
+            with self.held_back():
                 yield
         finally:
             engine.micro_steps = end
             timer.update(before)
-            if (
-                not engine.is_gradient_accumulation_boundary()
-            ):  # set by hand, in a block that raised before its end
+            # A trainer sets the boundary by hand. A block that raised may not have come to its own.
+            if not engine.is_gradient_accumulation_boundary():
                 engine.set_gradient_accumulation_boundary(True)
 
 
@@ -149,7 +143,7 @@ def accumulation_windows(
                 yield
             if len(held) != 1:
                 raise RuntimeError(
-                    f"The closure ran {len(held)} accumulation windows to their end, but a step needs exactly one. "
+                    f"The closure ran {len(held)} accumulation windows to their end, but a step needs one. "
                     "Run engine(...), engine.backward(loss) and engine.step() on "
                     f"{engine.gradient_accumulation_steps()} micro-batches (gradient_accumulation_steps)."
                 )

@@ -18,14 +18,15 @@ from gradreg_optim.zero.storage import Fragment, Partitions
 PRIVATE = (
     "all_grad_tensors", "averaged_gradients", "bit16_groups", "bit16_groups_flat", "cpu_offload",
     "dp_process_group", "get_param_id", "grad_partition_insertion_offset", "grad_start_offset", "loss_scale",
-    "micro_step_id", "optimizer", "parallel_partitioned_bit16_groups", "params_in_partition", "partition_size",
-    "real_dp_process_group", "single_partition_of_fp32_groups", "update_lp_params", "zero_grad",
+    "micro_step_id", "optimizer", "parallel_partitioned_bit16_groups", "params_in_partition",
+    "partition_size", "real_dp_process_group", "single_partition_of_fp32_groups", "update_lp_params",
+    "zero_grad",
 )  # fmt: skip
 PRIVATE_IF_OFFLOADED = ("local_overflow", "norm_for_param_grads")
 PRIVATE_BF16 = (
-    "bf16_groups", "bf16_groups_flat", "bf16_partitioned_groups", "dp_process_group", "fp32_groups_flat_partition",
-    "fp32_groups_gradient_flat_partition", "fp32_groups_gradients_flat", "fp32_groups_has_gradients", "optimizer",
-    "real_dp_process_group", "update_lp_params", "zero_grad",
+    "bf16_groups", "bf16_groups_flat", "bf16_partitioned_groups", "dp_process_group",
+    "fp32_groups_flat_partition", "fp32_groups_gradient_flat_partition", "fp32_groups_gradients_flat",
+    "fp32_groups_has_gradients", "optimizer", "real_dp_process_group", "update_lp_params", "zero_grad",
 )  # fmt: skip
 
 all_gather = (
@@ -47,9 +48,9 @@ class GatheredPartitions(Partitions):
 
     A slice may hold parts of several parameters, or nothing but padding.
 
-    Communication: one all-gather of the bit16 weights at each θ'. The gather at the end of the engine's step replaces
-    θ'. After an exception the slices are gathered over a separate gloo group: ranks may have failed at different
-    places, and a process group cannot be used any more once a collective has timed out in it.
+    Communication: one all-gather of the bit16 weights at each θ'. The gather at the end of the engine's step
+    replaces θ'. After an exception the slices are gathered over a separate gloo group: ranks may have failed
+    at different places, and a process group cannot be used any more once a collective has timed out in it.
     """
 
     # Names of DeepSpeed's attributes, which hold, for each group:
@@ -97,8 +98,9 @@ class GatheredPartitions(Partitions):
 class Stage12Partitions(GatheredPartitions):
     """Stages 1 and 2 partition gradients, masters and optimizer state alike.
 
-    Memory: without offload g1 is not copied, except where DeepSpeed accumulated it in views of larger tensors. The
-    next backward accumulates in new tensors. Stage 1 also keeps the gradients of the other ranks' slices.
+    Memory: without offload g1 is not copied, except where DeepSpeed accumulated it in views of larger
+    tensors. The next backward accumulates in new tensors. Stage 1 also keeps the gradients of the other
+    ranks' slices.
     """
 
     MASTERS = "single_partition_of_fp32_groups"
@@ -132,7 +134,7 @@ class Stage12Partitions(GatheredPartitions):
         if self.offloaded:
             return super()._detached()
         for tensors in self.zero.averaged_gradients.values():
-            # DeepSpeed keeps a view of a parameter that the partition's end cuts, and with it the whole gradient.
+            # Where a partition ends inside a parameter, DeepSpeed keeps a view and with it the whole gradient.
             tensors[:] = [detached_from_bucket(tensor) for tensor in tensors]
         return self.gradients()
 
@@ -148,8 +150,8 @@ class BF16Partitions(GatheredPartitions):
 
     Each rank keeps g1, and computes the combined gradient, for its own slice.
 
-    Communication beyond :class:`GatheredPartitions`: one all-gather of the combined fp32 gradient, because the engine's
-    step computes norm and clip from the whole gradient on each rank.
+    Communication beyond :class:`GatheredPartitions`: one all-gather of the combined fp32 gradient, because
+    the engine's step computes norm and clip from the whole gradient on each rank.
     """
 
     MASTERS = "fp32_groups_flat_partition"
@@ -184,5 +186,5 @@ class BF16Partitions(GatheredPartitions):
 
     def _release(self) -> None:
         super()._release()
-        # The engine's norm leaves out parameters that have no gradient here; one that no pass reached adds 0 to it.
+        # The engine's norm leaves out parameters that are marked False. One that no pass reached adds 0 to it.
         self.zero.fp32_groups_has_gradients[:] = [[True] * len(group) for group in self.zero.bf16_groups]

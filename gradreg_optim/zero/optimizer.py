@@ -1,8 +1,8 @@
 """ZeroGradRegOptimizer: the regularized step on a DeepSpeed engine with ZeRO.
 
 It differs from :class:`~gradreg_optim.GradRegOptimizer` in its storage, which is the engine's partitions
-(:mod:`gradreg_optim.zero.storage`), in the context of each pass (:mod:`gradreg_optim.zero.window`), and in the optimizer
-step, which is the engine's.
+(:mod:`gradreg_optim.zero.storage`), in the context of each pass (:mod:`gradreg_optim.zero.window`), and in
+the optimizer step, which is the engine's.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from gradreg_optim.zero.stage3 import Stage3Partitions
 from gradreg_optim.zero.storage import Partitions, WholeGradients
 
 OF_ENGINE = ("model", "scaler", "rounding")
-"""Settings that the engine makes pointless: it has the model, the loss scale, and fp32 masters to round from."""
+"""Settings that the engine makes pointless: it has the model, the loss scale and fp32 masters."""
 
 
 def _holder(engine: Any) -> Any:
-    """What has the client optimizer as its ``optimizer``: DeepSpeed's own optimizer, or the engine if there is none."""
+    """What holds the client optimizer as ``optimizer``: DeepSpeed's own, or the engine if there is none."""
     return engine if isinstance(engine.optimizer, Optimizer) else engine.optimizer
 
 
@@ -49,25 +49,30 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
     """Gradient regularization under DeepSpeed's ZeRO stages 0 to 3. Whatever DeepSpeed shards stays sharded.
 
     Args:
-        engine: the engine that ``deepspeed.initialize`` returned. Its client optimizer, stage, precision, clipping, loss
+        engine: the engine that ``deepspeed.initialize`` returned. Its client optimizer, stage, precision,
+        clipping, loss
             scaling and LR scheduler work unchanged. ``gradient_clipping`` acts on the combined gradient.
-        settings: those of :class:`~gradreg_optim.GradRegOptimizer`, but for ``model``, ``scaler`` and ``rounding``,
+        settings: those of :class:`~gradreg_optim.GradRegOptimizer`, but for ``model``, ``scaler`` and
+        ``rounding``,
             which the engine decides. ``exclude`` matches the parameter names of ``engine.module``.
 
     Raises:
-        TypeError: ``engine`` is no DeepSpeed engine, or there is no setting of a given name.
-        ValueError: the engine keeps weights or gradients where a second gradient cannot be taken (pipeline, experts,
+        TypeError: ``engine`` is no DeepSpeed engine, or there is no setting of a given name. ValueError: the
+        engine keeps weights or gradients where a second gradient cannot be taken (pipeline, experts,
             NVMe, …), or a setting breaks its rule.
 
-    Memory beyond plain DeepSpeed: g1, one partition in the dtype in which gradients are accumulated. On N ranks that is 4/N
-    bytes a parameter in fp32 and 2/N in bf16 or fp16. Stage 0 has no partitions: g1 is whole, and θ is copied.
+    Memory beyond plain DeepSpeed: g1, one partition in the dtype in which gradients are accumulated. On N
+    ranks that is 4/N bytes a parameter in fp32 and 2/N in bf16 or fp16. Stage 0 has no partitions: g1 is
+    whole, and θ is copied.
 
-    Communication beyond two backward passes and one step: two all_reduces of a few float32 numbers (norms, before and after
-    the second pass), and that of :class:`~gradreg_optim.zero.gathered.GatheredPartitions` (stages 1 and 2),
-    :class:`~gradreg_optim.zero.gathered.BF16Partitions` or :class:`~gradreg_optim.zero.stage3.Stage3Partitions`.
+    Communication beyond two backward passes and one step: two all_reduces of a few float32 numbers (norms,
+    before and after the second pass), and that of :class:`~gradreg_optim.zero.gathered.GatheredPartitions`
+    (stages 1 and 2), :class:`~gradreg_optim.zero.gathered.BF16Partitions` or
+    :class:`~gradreg_optim.zero.stage3.Stage3Partitions`.
 
-    The perturbed weights are round(fp32 master + ε·d); in stage 0 they are round(weight + ε·d). Only the engine's step
-    writes to the masters. It then copies them to the model, which also moves the weights from θ' to the new θ.
+    The perturbed weights are round(fp32 master + ε·d); in stage 0 they are round(weight + ε·d). Only the
+    engine's step writes to the masters. It then copies them to the model, which also moves the weights from
+    θ' to the new θ.
 
     Example::
 
@@ -83,8 +88,8 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
 
         optimizer.step(closure)              # runs it twice and takes exactly one engine step
 
-    In your own loop, put that inner loop into the body of ``for _ in optimizer.passes():``. The end of the loop takes
-    the engine's step.
+    In your own loop, put that inner loop into the body of ``for _ in optimizer.passes():``. The end of the
+    loop takes the engine's step.
     """
 
     _is_stepping = False  # whether the engine's step is running
@@ -95,7 +100,7 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
         holder = _holder(engine)
         if isinstance(
             holder.optimizer, OptimizerWrapper
-        ):  # this object replaces that wrapper and shares its groups
+        ):  # this object takes its place and shares its groups
             holder.optimizer = engine.basic_optimizer = holder.optimizer.optimizer
         self.engine, self.held_step = engine, HeldStep(engine)
         self._storage = _storage_of(engine)
@@ -114,8 +119,9 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
     ) -> ZeroGradRegOptimizer:
         """Create the optimizer of an engine that a trainer drives, and make it the engine's client optimizer.
 
-        It gets the settings and groups of ``wrapper``; without one, ``settings``. ``excluded`` are the model's parameters
-        to leave out. The groups of ``wrapper`` do not hold them any more, but flat partitions.
+        It gets the settings and groups of ``wrapper``; without one, ``settings``. ``excluded`` are the
+        model's parameters to leave out. The groups of ``wrapper`` do not hold them any more, but flat
+        partitions.
         """
         groups: list[dict[str, Any]] = []
         if wrapper is not None:
@@ -168,8 +174,7 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
 
     def finish_window(self) -> None:
         """Take the engine's step that was held back while a trainer ran the window."""
-        if self._attachment is not None:
-            self._attachment.check_consulted()
+        self._attachment.check_consulted()
         self._base_step()
 
 

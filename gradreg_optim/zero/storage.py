@@ -1,4 +1,4 @@
-"""Storage of gradients and weights under DeepSpeed: partitions of its ZeRO optimizers, and whole ones in stage 0."""
+"""Gradients and weights under DeepSpeed: in the partitions of its ZeRO optimizers, and whole in stage 0."""
 
 from __future__ import annotations
 
@@ -18,18 +18,16 @@ from gradreg_optim.core.local import LocalStorage
 from gradreg_optim.core.multi_tensor import of_group, shift_, step_moments
 from gradreg_optim.core.step import FirstGradient, Gradients, GroupGradients, Scalar
 
-PRIVATE_STAGE_0 = (
-    "fp16_groups",
-    "loss_scale",
-    "optimizer",
-)  # of FP16_Optimizer and FP16_UnfusedOptimizer, for bf16
+# Of FP16_Optimizer and FP16_UnfusedOptimizer, which train bf16 in stage 0.
+PRIVATE_STAGE_0 = ("fp16_groups", "loss_scale", "optimizer")
 
 
 class WholeGradients(LocalStorage):
-    """The storage of one step in stage 0: every rank holds all weights, and the engine averages gradients in ``.grad``.
+    """The storage of one step in stage 0: every rank holds all weights and the averaged gradient.
 
-    θ and θ' are the model's weights. In bf16 DeepSpeed keeps fp32 masters beside them, to which only the engine's step
-    writes. Communication: none, since all ranks hold the same averaged gradient and compute the same from it.
+    θ and θ' are the model's weights. In bf16 DeepSpeed keeps fp32 masters beside them, to which only the
+    engine's step writes. Communication: none, since all ranks hold the same averaged gradient and compute the
+    same from it.
     """
 
     is_moved = False  # after a pass the weights are at θ again
@@ -53,9 +51,10 @@ class WholeGradients(LocalStorage):
 
 @dataclass(frozen=True)
 class Fragment:
-    """The elements of one parameter that this rank owns: ``start`` to ``start + size`` of the flat partition ``index``.
+    """The elements of one parameter that this rank owns.
 
-    ``group`` is the optimizer's parameter group. Padding between and behind parameters belongs to no fragment.
+    They are those from ``start`` to ``start + size`` of the flat partition ``index``. ``group`` is the
+    optimizer's parameter group. Padding between and behind parameters belongs to no fragment.
     """
 
     parameter: nn.Parameter
@@ -70,10 +69,11 @@ class Fragment:
 
 
 class Partitions(ABC):
-    """The :class:`~gradreg_optim.core.storage.Storage` of a DeepSpeed engine: this rank's gradients, masters, weights.
+    """The :class:`~gradreg_optim.core.storage.Storage` of a ZeRO engine: what this rank owns of its tensors.
 
-    The weights at θ' are round(fp32 master + ε·d). No method writes to the masters. The weights stay at θ' after
-    :meth:`moved`; ``is_moved`` is true until the engine's step copies the masters into them, or :meth:`abandon` does.
+    The weights at θ' are round(fp32 master + ε·d). No method writes to the masters. The weights stay at θ'
+    after :meth:`moved`; ``is_moved`` is true until the engine's step copies the masters into them, or
+    :meth:`abandon` does.
 
     Memory: g1 of this rank's fragments. Communication: one all_reduce of a few float32 numbers for each
     :meth:`sum_over_ranks`. The subclasses state the cost of writing and restoring the weights.
@@ -95,7 +95,7 @@ class Partitions(ABC):
 
     @abstractmethod
     def named_groups(self) -> list[dict[str, Any]]:
-        """The model's trainable parameters, as parameter groups. The optimizer's own groups hold flat partitions."""
+        """The model's trainable parameters, as parameter groups. The optimizer's own hold flat partitions."""
 
     @abstractmethod
     def _gradients_on_device(self) -> list[Tensor]:
@@ -114,11 +114,11 @@ class Partitions(ABC):
         """Make the written weights visible to the model on every rank."""
 
     def _rescue(self) -> None:
-        """:meth:`restore` after an exception, when other ranks may still wait in a collective of the second pass."""
+        """:meth:`restore` after an exception, while other ranks may wait in a collective of the second pass."""
         self.restore()
 
     def _detached(self) -> list[Tensor]:
-        """The gradients, where the next backward cannot overwrite them: copies, because DeepSpeed reuses its buffers."""
+        """The gradients, out of reach of the next backward: copies, because DeepSpeed reuses its buffers."""
         return [gradient.clone() for gradient in self.gradients()]
 
     def _clear(self) -> None:
@@ -140,7 +140,7 @@ class Partitions(ABC):
         if not self.offloaded:
             return self._gradients_on_device()
         if torch.accelerator.is_available():
-            torch.accelerator.synchronize()  # DeepSpeed does not wait for its copies from the device to the CPU
+            torch.accelerator.synchronize()  # DeepSpeed does not wait for its copies to the CPU
         masters = getattr(self.zero, self.MASTERS)
         return [fragment.of(masters[fragment.index].grad) for fragment in self.fragments]
 
@@ -178,8 +178,8 @@ class Partitions(ABC):
     def take(self, strengths: Sequence[float], excluded: Sequence[frozenset[int]]) -> FirstGradient:
         """Take g1 of this rank's fragments."""
         first = FirstGradient([GroupGradients(strength) for strength in strengths])
-        pairs = zip(self.named_groups(), excluded, strict=True)
-        left_out = {id(group["params"][i]) for group, positions in pairs for i in positions}
+        positions = zip(self.named_groups(), excluded, strict=True)
+        left_out = {id(group["params"][i]) for group, of_group in positions for i in of_group}
         self._averaged = copy(getattr(self.zero, "averaged_gradients", {}))
         self.first = self.take_sum()
         for fragment, gradient in zip(self.fragments, self.first, strict=True):
@@ -203,7 +203,7 @@ class Partitions(ABC):
         measured: bool,
         signs: int | None = None,
     ) -> Iterator[None]:
-        """Write θ' into the weights on every rank and leave it there. Rounds to nearest, whatever ``seed`` is."""
+        """Write θ' into the weights on every rank and leave it there. Rounds to nearest whatever ``seed`` is."""
         self.is_moved = True
         self._write(first, steps, measured, signs)  # whose temporaries are gone during the pass
         self._spread()

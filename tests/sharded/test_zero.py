@@ -205,7 +205,9 @@ def test_offloaded_masters_are_on_another_device_than_weights(pair, stage, preci
 # Other points, and the check of the difference.
 
 
-@pytest.mark.parametrize(("stage", "more"), [(0, {}), (1, {}), (2, OFFLOADED), (3, {"micro_batches": 2}), (1, BF16_OPTIMIZER)])
+@pytest.mark.parametrize(
+    ("stage", "more"), [(0, {}), (1, {}), (2, OFFLOADED), (3, {"micro_batches": 2}), (1, BF16_OPTIMIZER)]
+)
 def test_central_difference(pair, stage, more):
     """Three windows and one engine step walk the central path."""
     follows(pair, stage, CENTRAL, **more)
