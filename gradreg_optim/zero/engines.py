@@ -63,7 +63,7 @@ The first condition that holds counts, and each relies on those before it.
 
 
 def check_engine(engine: Any) -> None:
-    """Raise ``TypeError`` if ``engine`` is none of DeepSpeed's, ``ValueError`` if it cannot be regularized."""
+    """Raise ``TypeError`` for what is no engine of DeepSpeed, ``ValueError`` for one that is refused."""
     if not isinstance(engine, DeepSpeedEngine):
         raise TypeError(
             f"engine={type(engine).__name__}: ZeroGradRegOptimizer works on a DeepSpeed engine, the first "
@@ -107,7 +107,7 @@ class HeldStep:
 
     @contextmanager
     def repeated(self, first_micro_step: int | None = None) -> Iterator[None]:
-        """Inside the block the engine counts from ``first_micro_step``; then counters and timer are as before."""
+        """Inside the block the engine counts from ``first_micro_step``; afterwards as if it had not run."""
         engine, timer = self._engine, vars(self._engine.tput_timer)
         before, end = dict(timer), engine.micro_steps
         engine.micro_steps = end if first_micro_step is None else first_micro_step

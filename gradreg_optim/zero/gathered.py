@@ -134,7 +134,7 @@ class Stage12Partitions(GatheredPartitions):
         if self.offloaded:
             return super()._detached()
         for tensors in self.zero.averaged_gradients.values():
-            # Where a partition ends inside a parameter, DeepSpeed keeps a view and with it the whole gradient.
+            # Where a partition ends inside a parameter DeepSpeed keeps a view, and so the whole gradient.
             tensors[:] = [detached_from_bucket(tensor) for tensor in tensors]
         return self.gradients()
 
@@ -186,5 +186,5 @@ class BF16Partitions(GatheredPartitions):
 
     def _release(self) -> None:
         super()._release()
-        # The engine's norm leaves out parameters that are marked False. One that no pass reached adds 0 to it.
+        # The engine's norm leaves out parameters that are marked False. One without gradient adds 0 to it.
         self.zero.fp32_groups_has_gradients[:] = [[True] * len(group) for group in self.zero.bf16_groups]

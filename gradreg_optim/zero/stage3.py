@@ -12,8 +12,8 @@ from gradreg_optim.zero.storage import Fragment, Partitions
 PRIVATE = (
     "_partition_all_parameters", "_unflatten_partitioned_parameters", "averaged_gradients",
     "dp_process_group", "fp16_groups", "fp16_partitioned_groups", "fp16_partitioned_groups_flat",
-    "fp32_partitioned_groups_flat", "get_param_id", "loss_scale", "offload_optimizer", "optimizer", "persistent_parameters",
-    "sub_group_to_group_id", "zero_grad",
+    "fp32_partitioned_groups_flat", "get_param_id", "loss_scale", "offload_optimizer", "optimizer",
+    "persistent_parameters", "sub_group_to_group_id", "zero_grad",
 )  # fmt: skip
 PRIVATE_IF_OFFLOADED = ("norm_for_param_grads",)
 
@@ -23,10 +23,10 @@ class Stage3Partitions(Partitions):
 
     ::
 
-        parameters        | weight A     | bias B | weight C         |
-        rank 0            | A[0] | B[0] | C[0] |                    each slice is 1/N of its parameter, padded;
-        rank 1            | A[1] | B[1] | C[1] |                    a bias shorter than N leaves some ranks with
-        rank 2            | A[2] | pad  | C[2] |                    padding only
+        parameters        | weight A     | bias B | weight C         | rank 0            | A[0] | B[0] | C[0]
+        |                    each slice is 1/N of its parameter, padded; rank 1            | A[1] | B[1] |
+        C[1] |                    a bias shorter than N leaves some ranks with rank 2            | A[2] | pad
+        | C[2] |                    padding only
 
     Partition i is a *sub-group*: all slices of one parameter group, or some of them if ``sub_group_size`` is
     small.

@@ -86,9 +86,7 @@ class Partitions(ABC):
         self.fragments, self.offloaded = fragments, offloaded  # whether gradients and masters are on the CPU
         self.first: list[Tensor] = []  # g1 of each fragment
         self.is_moved = False
-        self._averaged: dict[int, Any] | None = (
-            None  # DeepSpeed's dict when g1 was taken; ``None``: g1 is in its place
-        )
+        self._averaged: dict[int, Any] | None = None  # DeepSpeed's dict of g1; ``None``: g1 is in its place
         self._groups: list[GroupGradients | None] = []  # of each fragment; ``None``: it is not regularized
 
     # Overridden for each ZeRO optimizer.
@@ -114,7 +112,7 @@ class Partitions(ABC):
         """Make the written weights visible to the model on every rank."""
 
     def _rescue(self) -> None:
-        """:meth:`restore` after an exception, while other ranks may wait in a collective of the second pass."""
+        """:meth:`restore` after an exception, while other ranks may wait in a collective of that pass."""
         self.restore()
 
     def _detached(self) -> list[Tensor]:
@@ -203,7 +201,7 @@ class Partitions(ABC):
         measured: bool,
         signs: int | None = None,
     ) -> Iterator[None]:
-        """Write θ' into the weights on every rank and leave it there. Rounds to nearest whatever ``seed`` is."""
+        """Write θ' into the weights on every rank and leave it there, rounded to nearest."""
         self.is_moved = True
         self._write(first, steps, measured, signs)  # whose temporaries are gone during the pass
         self._spread()
@@ -228,11 +226,8 @@ class Partitions(ABC):
 
     def laid_out(self, first: FirstGradient, gradients: list[Tensor]) -> Gradients:
         """Sort the gradients of regularized fragments by group."""
-        owners = self._groups
-        return [
-            [g for owner, g in zip(owners, gradients, strict=True) if owner is group]
-            for group in first.groups
-        ]
+        pairs = list(zip(self._groups, gradients, strict=True))
+        return [[gradient for owner, gradient in pairs if owner is group] for group in first.groups]
 
     def sum_over_ranks(self, sums: Tensor) -> Tensor:
         """Add up ``sums`` over the data-parallel group, in float32, with one all_reduce."""
@@ -261,9 +256,7 @@ class Partitions(ABC):
         """Forget g1, and note norms and the overflow flag of the gradients on which the engine will step."""
         if self.offloaded:  # DeepSpeed noted those of the last pass while it copied gradients to the CPU
             pairs = zip(self.fragments, self.gradients(), strict=True)
-            norms = {
-                self.zero.get_param_id(fragment.parameter): gradient.norm() for fragment, gradient in pairs
-            }
+            norms = {self.zero.get_param_id(f.parameter): gradient.norm() for f, gradient in pairs}
             self.zero.norm_for_param_grads = norms
             self.zero.local_overflow = not all(bool(torch.isfinite(norm)) for norm in norms.values())
         self.first, self._averaged, self._groups = [], None, []
