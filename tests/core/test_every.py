@@ -1,15 +1,13 @@
 """``every=k``: which steps are regularized, and that those between them are plain."""
 
 import torch
-from problems import assert_same, closure_of, regression, twin_of, weights
-
-from gradreg_optim import GradRegOptimizer
+from problems import assert_same, closure_of, regression, twin_of, unchecked, weights
 
 SETTINGS = {"strength": 0.3, "eps": 1e-4, "g1_clip": None, "g2_clip": None}
 
 
 def trained(steps, model, loss, **settings):
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.05), **{**SETTINGS, **settings})
+    optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.05), **{**SETTINGS, **settings})
     closure = closure_of(optimizer, loss)
     calls = []
     for _ in range(steps):

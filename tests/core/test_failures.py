@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import assert_same, by_closure, by_loop, closure_of, regression, twin_of, weights
+from problems import assert_same, by_closure, by_loop, closure_of, regression, twin_of, unchecked, weights
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,7 +34,7 @@ def failing(closure, error, in_call, before_backward=False):
 def test_an_exception_in_the_second_pass(error, early):
     """The exception goes on; weights, ``.grad``, state, step count and random numbers are those after one pass."""
     model, loss = regression(nn.Dropout(0.5), nn.BatchNorm1d(6))
-    optimizer = GradRegOptimizer(torch.optim.AdamW(model.parameters(), lr=0.1), strength=0.1, eps=0.5)
+    optimizer = unchecked(torch.optim.AdamW(model.parameters(), lr=0.1), strength=0.1, eps=0.5)
     optimizer.step(closure_of(optimizer, loss))
     before = weights(model)
     random = torch.get_rng_state()
@@ -57,7 +57,7 @@ def test_an_exception_in_the_second_pass(error, early):
 def test_an_exception_in_the_first_pass():
     """It goes on as from any optimizer; nothing has moved."""
     model, loss = regression()
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.1))
     before = weights(model)
     with pytest.raises(KeyboardInterrupt):
         optimizer.step(failing(closure_of(optimizer, loss), KeyboardInterrupt(), in_call=1))
@@ -72,7 +72,7 @@ def test_an_exception_while_excluded_parameters_have_other_gradients():
         {"params": [(name, parameters[name]) for name in ("layer", "late", "embed")]},
         {"params": [("fixed", parameters["fixed"])], "gradreg_strength": 0.0},
     ]
-    optimizer = GradRegOptimizer(torch.optim.SGD(groups, lr=0.1), exclude="embed", g1_clip=None)
+    optimizer = unchecked(torch.optim.SGD(groups, lr=0.1), exclude="embed", g1_clip=None)
     calls = iter([("layer", "embed", "fixed"), ("layer", "late", "embed", "fixed")])
 
     def loss():
@@ -90,7 +90,7 @@ def test_a_second_gradient_that_is_not_finite(value):
     """The step is the base optimizer's on g1, and counts as skipped."""
     model, loss = regression()
     other, other_loss = twin_of(model, loss)
-    optimizer = GradRegOptimizer(torch.optim.AdamW(model.parameters(), lr=0.1), strength=0.1)
+    optimizer = unchecked(torch.optim.AdamW(model.parameters(), lr=0.1), strength=0.1)
     bare = torch.optim.AdamW(other.parameters(), lr=0.1)
     for number in range(1, 3):
         closure = closure_of(optimizer, loss)
@@ -114,7 +114,7 @@ def test_a_second_gradient_that_is_not_finite(value):
 def test_a_late_gradient_that_is_not_finite():
     """A parameter that the second pass alone reached, with NaN, has no gradient again: weight decay leaves it alone."""
     w, late = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    optimizer = GradRegOptimizer(torch.optim.SGD([w, late], lr=0.1, weight_decay=0.5))
+    optimizer = unchecked(torch.optim.SGD([w, late], lr=0.1, weight_decay=0.5))
     calls = iter([0.0, math.nan])
 
     def loss():
@@ -132,7 +132,7 @@ def test_a_first_gradient_that_is_not_finite(value):
     """No second pass; the base optimizer sees the gradient as it is, and the step counts as skipped."""
     model, loss = regression()
     other, other_loss = twin_of(model, loss)
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.1))
     bare = torch.optim.SGD(other.parameters(), lr=0.1)
     closures = []
     for current, its_loss, its_model in ((optimizer, loss, model), (bare, other_loss, other)):
@@ -156,7 +156,7 @@ def test_a_first_gradient_that_is_not_finite(value):
 def test_weights_that_the_second_pass_spoils(value):
     """A second pass that overwrites its weights with NaN or inf has not touched θ."""
     model, loss = regression()
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.0))
+    optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.0))
     before = weights(model)
     closure = closure_of(optimizer, loss)
 
@@ -177,7 +177,7 @@ def test_theta_is_restored_to_the_bit(dtype):
     model, loss = regression(dtype=dtype)
     before = weights(model)
     for settings in ({"eps": 1e-3}, {"eps": 10.0}, {"radius": 0.02}):
-        optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), check_every=0, **settings)
+        optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.0), check_every=0, **settings)
         closure = closure_of(optimizer, loss)
         optimizer.step(closure)
         assert closure.calls == 2
@@ -187,7 +187,7 @@ def test_theta_is_restored_to_the_bit(dtype):
 def test_a_second_pass_that_leaves_no_gradient():
     """A closure that does nothing the second time is an error, and leaves g1."""
     model, loss = regression()
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.1))
     closure = closure_of(optimizer, loss)
     with pytest.raises(RuntimeError, match="second call of the closure"):
         optimizer.step(lambda: closure() if closure.calls == 0 else None)
@@ -198,7 +198,7 @@ def test_a_second_pass_that_leaves_no_gradient():
 def test_the_mark_of_a_gradient_is_gone(set_to_none):
     """Finding out whether a closure clears gradients leaves nothing behind, also if it raises before it does."""
     model, loss = regression()
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.0))
+    optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.0))
     loss().backward()
     before = [parameter.grad.clone() for parameter in model.parameters()]
 

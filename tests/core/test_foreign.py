@@ -4,16 +4,14 @@ import warnings
 
 import pytest
 import torch
-from problems import assert_same, closure_of, regression, weights
+from problems import assert_same, closure_of, regression, unchecked, weights
 from torch import nn
-
-from gradreg_optim import GradRegOptimizer
 
 SETTINGS = {"strength": 0.1, "eps": 0.1}
 
 
 def wrapped(model, **settings):
-    return GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **{**SETTINGS, **settings})
+    return unchecked(torch.optim.SGD(model.parameters(), lr=0.1), **{**SETTINGS, **settings})
 
 
 def stepping(parameters, clear):
@@ -135,9 +133,7 @@ def test_weights_that_the_forward_writes_are_welcome():
     torch.manual_seed(1)
     embedding, layer = nn.Embedding(5, 3, max_norm=0.5), nn.Linear(3, 1)
     codebook = nn.Parameter(torch.ones(2))
-    optimizer = GradRegOptimizer(
-        torch.optim.SGD([*embedding.parameters(), *layer.parameters(), codebook], lr=0.1), **SETTINGS
-    )
+    optimizer = unchecked(torch.optim.SGD([*embedding.parameters(), *layer.parameters(), codebook], lr=0.1), **SETTINGS)
     embedding.weight.register_hook(lambda gradient: gradient * 0.5)  # a mask, as for new tokens
 
     def loss():
@@ -181,7 +177,7 @@ class Static:
 def test_gradients_that_are_refilled_in_place_are_noticed(write, method):
     """The same tensor put back with other values, seen by its version or, where that does not count, by its address."""
     problem = Static()
-    optimizer = GradRegOptimizer(torch.optim.SGD([problem.weight], lr=0.1), strength=0.5, eps=1e-2, method=method)
+    optimizer = unchecked(torch.optim.SGD([problem.weight], lr=0.1), strength=0.5, eps=1e-2, method=method)
 
     def closure():
         values = problem.curvature * problem.weight.detach()
@@ -217,9 +213,7 @@ def test_excluded_gradients_are_noticed_too():
     """A parameter that is left out gets g1 back, which has to be there."""
     problem = Static()
     layer = nn.Linear(2, 1, bias=False)
-    optimizer = GradRegOptimizer(
-        torch.optim.SGD([("layer", layer.weight), ("static", problem.weight)], lr=0.1), exclude="static"
-    )
+    optimizer = unchecked(torch.optim.SGD([("layer", layer.weight), ("static", problem.weight)], lr=0.1), exclude="static")
 
     def closure():
         layer.weight.grad = None
@@ -236,9 +230,7 @@ def test_gradients_of_their_own_are_right(layout):
     """A copy in every pass, or views into a larger buffer, of which g1 is copied: the closed form."""
     problem = Static()
     flat = torch.zeros(4)
-    optimizer = GradRegOptimizer(
-        torch.optim.SGD([problem.weight], lr=0.1), strength=0.5, eps=1e-2, g1_clip=None, g2_clip=None
-    )
+    optimizer = unchecked(torch.optim.SGD([problem.weight], lr=0.1), strength=0.5, eps=1e-2, g1_clip=None, g2_clip=None)
 
     def closure():
         problem.refill()

@@ -10,10 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import assert_same, closure_of, regression, weights
+from problems import assert_same, closure_of, regression, unchecked, weights
 from torch import nn
 
-from gradreg_optim import GradRegOptimizer
 from gradreg_optim.core import multi_tensor
 from gradreg_optim.core.multi_tensor import eager
 
@@ -185,7 +184,7 @@ def step_of(dtype, **settings):
     """Three steps on a small network, the last of which raises in its second pass; weights, gradients and metrics."""
     torch.manual_seed(0)
     model, loss = regression(dtype=dtype)
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.05), strength=0.1, check_every=0, **settings)
+    optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.05), strength=0.1, check_every=0, **settings)
     for _ in range(2):
         optimizer.step(closure_of(optimizer, loss))
     return weights(model), [p.grad.clone() for p in model.parameters()], {k: float(v) for k, v in optimizer.metrics.items()}
@@ -209,7 +208,7 @@ def test_whole_steps(interpreted, monkeypatch, dtype, settings):
 def test_one_launch_an_operation(interpreted):
     """Of parameters of one dtype, however many there are."""
     parameters = [nn.Parameter(torch.ones(3, n).bfloat16()) for n in range(1, 30)]
-    optimizer = GradRegOptimizer(torch.optim.SGD(parameters, lr=0.1), radius=0.1, check_every=0)
+    optimizer = unchecked(torch.optim.SGD(parameters, lr=0.1), radius=0.1, check_every=0)
     optimizer.step(closure_of(optimizer, lambda: sum(p.float().square().sum() for p in parameters)))
     assert interpreted == ["_norm_kernel", "_shift_kernel", "_copy_kernel", "_moments_kernel", "_combine_kernel"]
 

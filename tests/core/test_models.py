@@ -4,10 +4,8 @@ import copy
 
 import pytest
 import torch
-from problems import assert_same, closure_of, regression, twin_of, weights
+from problems import assert_same, closure_of, regression, twin_of, unchecked, weights
 from torch import distributed, nn
-
-from gradreg_optim import GradRegOptimizer
 
 
 def in_place(model):
@@ -32,7 +30,7 @@ def test_a_compiled_model_takes_the_same_steps(way, known):
     names = {"model": compiled if known else None}
     for current, its_loss, extra in ((model, lambda: loss(compiled), names), (other, other_loss, {})):
         parameters = current.named_parameters() if not extra.get("model") else current.parameters()
-        optimizer = GradRegOptimizer(torch.optim.SGD(parameters, lr=0.1), strength=0.1, eps=0.1, exclude="0.", **extra)
+        optimizer = unchecked(torch.optim.SGD(parameters, lr=0.1), strength=0.1, eps=0.1, exclude="0.", **extra)
         for _ in range(2):
             closure = closure_of(optimizer, its_loss)
             optimizer.step(closure)
@@ -49,7 +47,7 @@ def test_a_compiled_loss_function():
     """A compiled function calls no module hooks, and finding BatchNorm layers by them would fail: ``model=`` does not."""
     model, loss = regression(nn.BatchNorm1d(6))
     compiled = torch.compile(loss, backend="eager")
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+    optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
     for step in range(3):
         optimizer.step(closure_of(optimizer, compiled))
         assert model[2].num_batches_tracked == step + 1
@@ -60,7 +58,7 @@ def test_compiling_does_not_change_which_names_match():
     model, _ = regression()
     compiled = torch.compile(model, backend="eager")
     assert next(iter(dict(compiled.named_parameters()))).startswith("_orig_mod.")
-    optimizer = GradRegOptimizer(torch.optim.SGD(compiled.named_parameters(), lr=0.1), exclude="2.weight")
+    optimizer = unchecked(torch.optim.SGD(compiled.named_parameters(), lr=0.1), exclude="2.weight")
     assert optimizer.param_groups[0]["gradreg_excluded"] == [2]
 
 
@@ -78,7 +76,7 @@ def test_distributed_data_parallel(one_process_group, as_view):
     other, other_loss = twin_of(model, loss)
     wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=as_view)
     for current, its_model, its_loss in ((wrapped, wrapped, lambda: loss(wrapped)), (other, other, other_loss)):
-        optimizer = GradRegOptimizer(
+        optimizer = unchecked(
             torch.optim.SGD(current.parameters(), lr=0.1), strength=0.1, eps=0.1, exclude="2.bias", model=its_model
         )
         assert optimizer.param_groups[0]["gradreg_excluded"] == [3]
@@ -93,7 +91,7 @@ def test_accumulation_without_synchronisation(one_process_group):
     other = copy.deepcopy(model)
     wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     batches = torch.randn(3, 4, 3, dtype=torch.float64)
-    optimizer = GradRegOptimizer(torch.optim.SGD(wrapped.parameters(), lr=0.1), strength=0.1, eps=0.1)
+    optimizer = unchecked(torch.optim.SGD(wrapped.parameters(), lr=0.1), strength=0.1, eps=0.1)
 
     def closure():
         optimizer.zero_grad()
@@ -102,7 +100,7 @@ def test_accumulation_without_synchronisation(one_process_group):
                 (wrapped(batch).cosh().log().mean() / 3).backward()
         (wrapped(batches[-1]).cosh().log().mean() / 3).backward()
 
-    expected = GradRegOptimizer(torch.optim.SGD(other.parameters(), lr=0.1), strength=0.1, eps=0.1)
+    expected = unchecked(torch.optim.SGD(other.parameters(), lr=0.1), strength=0.1, eps=0.1)
     for _ in range(2):
         optimizer.step(closure)
         expected.step(closure_of(expected, lambda: other(batches.flatten(0, 1)).cosh().log().mean()))

@@ -5,13 +5,13 @@ import warnings
 
 import pytest
 import torch
+from gradreg_optim.core.losses import low_dtype_behind
 from problems import closure_of, regression, weights
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from gradreg_optim import GradRegOptimizer, MicroBatches
 from gradreg_optim.core import losses
-from gradreg_optim.core.losses import low_dtype_behind
 
 
 def under_autocast(model, loss):

@@ -8,16 +8,14 @@ from contextlib import nullcontext
 import numpy
 import pytest
 import torch
-from problems import assert_same, closure_of, leave_unread, regression, twin_of, weights
+from gradreg_optim.core.losses import Losses
+from problems import assert_same, closure_of, leave_unread, regression, twin_of, unchecked, weights
 from reference import Reference, norm
 from torch import nn
 
-from gradreg_optim import GradRegOptimizer
-from gradreg_optim.core.losses import Losses
-
 
 def sgd(module, **settings):
-    return GradRegOptimizer(torch.optim.SGD(module.parameters(), lr=0.1), **settings)
+    return unchecked(torch.optim.SGD(module.parameters(), lr=0.1), **settings)
 
 
 def test_the_closure_runs_twice_with_gradients_and_the_base_optimizer_without_one():
@@ -30,7 +28,7 @@ def test_the_closure_runs_twice_with_gradients_and_the_base_optimizer_without_on
             seen.append(closure)
             return super().step(closure)
 
-    optimizer = GradRegOptimizer(Base(model.parameters(), lr=0.1))
+    optimizer = unchecked(Base(model.parameters(), lr=0.1))
     closure = closure_of(optimizer, loss)
     with torch.no_grad():
         assert not torch.is_grad_enabled()
@@ -59,7 +57,7 @@ def test_the_second_pass_stands_at_the_second_point():
     model, loss = regression()
     start = weights(model)
     standing = []
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), eps=0.25)
+    optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.0), eps=0.25)
     closure = closure_of(optimizer, lambda: (standing.append(weights(model)), loss())[1])
     optimizer.step(closure)
     assert_same(standing[0], start)
@@ -129,7 +127,7 @@ def test_dropout_noise_is_no_penalty():
 def test_batch_norm_statistics_move_once(known):
     """After three steps the running statistics are those of three passes, not six."""
     model, loss = regression(nn.BatchNorm1d(6))
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model=model if known else None)
+    optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.1), model=model if known else None)
     for step in range(3):
         other = copy.deepcopy(model)
         loss(other)
@@ -193,7 +191,7 @@ def test_two_clips_that_leave_no_difference(known, monkeypatch):
         leave_unread(monkeypatch)
     for value in torch.linspace(0.1, 3.0, 50).tolist():
         w = nn.Parameter(torch.full((7,), value))
-        optimizer = GradRegOptimizer(torch.optim.SGD([w], lr=0.1), g1_clip=0.5, g2_clip=0.5, max_penalty_ratio=0.5)
+        optimizer = unchecked(torch.optim.SGD([w], lr=0.1), g1_clip=0.5, g2_clip=0.5, max_penalty_ratio=0.5)
         optimizer.step(closure_of(optimizer, lambda w=w: (3 * w**2).sum()))
         assert math.isfinite(float(optimizer.metrics["penalty_ratio"]))
         # The clipped gradient has norm ½ and points along w; 1e-3: rounding, times γ/ε, and the bound.
@@ -205,7 +203,7 @@ def test_a_second_gradient_of_zero_is_finite(monkeypatch):
     monkeypatch.setattr(Losses, "are_far", lambda *_: False)  # the second loss is another one on purpose
     for value in torch.linspace(0.1, 3.0, 50).tolist():
         w = nn.Parameter(torch.full((7,), value))
-        optimizer = GradRegOptimizer(torch.optim.SGD([w], lr=0.1), strength=0.5, eps=1.0, g1_clip=None)
+        optimizer = unchecked(torch.optim.SGD([w], lr=0.1), strength=0.5, eps=1.0, g1_clip=None)
         calls = iter([1.0, 0.0])
         optimizer.step(closure_of(optimizer, lambda w=w, calls=calls: next(calls) * (w**3).sum()))
         assert optimizer.metrics["skipped"] == 0
@@ -268,7 +266,7 @@ def test_fidelity_tells_a_step_that_does_not_arrive():
     fidelity = {}
     for dtype in (torch.bfloat16, torch.float32):
         w = nn.Parameter(torch.ones(8, dtype=dtype))
-        optimizer = GradRegOptimizer(torch.optim.SGD([w], lr=0.1), eps=1e-4)
+        optimizer = unchecked(torch.optim.SGD([w], lr=0.1), eps=1e-4)
         with pytest.warns(UserWarning, match="equal to the last bit") if dtype == torch.bfloat16 else nullcontext():
             optimizer.step(closure_of(optimizer, lambda w=w: 0.5 * w.square().sum()))
         fidelity[dtype] = float(optimizer.metrics["perturbation_fidelity"])
@@ -280,6 +278,6 @@ def test_fidelity_tells_a_step_that_does_not_arrive():
 def test_norms_of_half_precision_are_right(dtype):
     """‖g1‖ of 10 000 half precision elements of 8 is 800: squares that neither overflow nor stop adding up."""
     w = nn.Parameter(torch.ones(10_000, dtype=dtype))
-    optimizer = GradRegOptimizer(torch.optim.SGD([w], lr=0.1), g1_clip=None)
+    optimizer = unchecked(torch.optim.SGD([w], lr=0.1), g1_clip=None)
     optimizer.step(closure_of(optimizer, lambda: (8 * w).sum()))
     assert float(optimizer.metrics["g1_norm"]) == pytest.approx(800.0, rel=1e-6)  # a sum in float32

@@ -4,10 +4,8 @@ import math
 
 import pytest
 import torch
-from problems import assert_same, closure_of, leave_unread, regression, twin_of, weights
+from problems import assert_same, closure_of, leave_unread, regression, twin_of, unchecked, weights
 from torch import nn
-
-from gradreg_optim import GradRegOptimizer
 
 SETTINGS = {"strength": 0.25, "eps": 0.125, "g1_clip": None, "g2_clip": None}  # γ/ε = 2
 
@@ -18,7 +16,7 @@ def test_frozen_parameters_stay_frozen():
     model[0].requires_grad_(False)
     before = weights(model[0])
     standing = []
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **SETTINGS)
+    optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.1), **SETTINGS)
     closure = closure_of(optimizer, lambda: (standing.append(weights(model[0])), loss())[1])
     optimizer.step(closure)
     assert_same(standing, [before, before])
@@ -34,7 +32,7 @@ def test_a_gradient_left_on_a_frozen_parameter_is_left_there():
     model, loss = regression()
     model[0].requires_grad_(False)
     model[0].weight.grad = torch.full_like(model[0].weight, 3.0)
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **SETTINGS)
+    optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.1), **SETTINGS)
 
     def closure():
         model[2].zero_grad()
@@ -49,7 +47,7 @@ def test_a_gradient_left_on_a_frozen_parameter_is_left_there():
 def test_unused_parameters_keep_no_gradient():
     """A parameter that no pass reaches has ``None`` afterwards: momentum and weight decay leave it alone."""
     used, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    optimizer = GradRegOptimizer(torch.optim.AdamW([used, unused], lr=0.1, weight_decay=0.5), **SETTINGS)
+    optimizer = unchecked(torch.optim.AdamW([used, unused], lr=0.1, weight_decay=0.5), **SETTINGS)
     optimizer.step(closure_of(optimizer, lambda: used.square().sum()))
     assert unused.grad is None
     assert_same(unused.detach(), torch.ones(2))
@@ -63,7 +61,7 @@ def test_tied_parameters_are_perturbed_once():
     start = layer.weight.detach().clone()
     inputs = torch.randn(5, 3)
     standing = []
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **SETTINGS)
+    optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.1), **SETTINGS)
     closure = closure_of(optimizer, lambda: (standing.append(weights(layer)[0]), model(inputs).square().mean())[1])
     optimizer.step(closure)
     assert len(closure.gradients[0]) == 1
@@ -80,7 +78,7 @@ def test_a_gradient_in_the_first_pass_only():
         standing.append(v.detach().clone())
         return w.square().sum() + (v.square().sum() if next(calls) else 0.0)
 
-    optimizer = GradRegOptimizer(torch.optim.SGD([w, v], lr=0.0), **SETTINGS)
+    optimizer = unchecked(torch.optim.SGD([w, v], lr=0.0), **SETTINGS)
     optimizer.step(closure_of(optimizer, loss))
     assert_same(standing, [torch.tensor([2.0]), torch.tensor([2.5])])
     assert_same(v.detach(), torch.tensor([2.0]))
@@ -91,7 +89,7 @@ def test_a_gradient_in_the_second_pass_only():
     """g1 is 0 there: the parameter does not move before the second pass, and its gradient is 2·(g2 − 0)."""
     w, v = nn.Parameter(torch.tensor([1.0, 3.0])), nn.Parameter(torch.tensor([2.0]))
     calls = iter([False, True])
-    optimizer = GradRegOptimizer(torch.optim.SGD([w, v], lr=0.0), **SETTINGS)
+    optimizer = unchecked(torch.optim.SGD([w, v], lr=0.0), **SETTINGS)
     optimizer.step(closure_of(optimizer, lambda: w.square().sum() + (v.square().sum() if next(calls) else 0.0)))
     assert_same(v.grad, torch.tensor([8.0]))
     # ‖g2‖: w moves to (1.25, 3.75), whose gradient is (2.5, 7.5); v's is 4.
@@ -102,7 +100,7 @@ def test_excluded_parameters_with_a_gradient_in_one_pass_only():
     """They end the step with what the first pass left, be it nothing."""
     w, v, u = (nn.Parameter(torch.ones(1)) for _ in range(3))
     calls = iter([v, u])
-    optimizer = GradRegOptimizer(torch.optim.SGD([("w", w), ("out.v", v), ("out.u", u)], lr=0.0), exclude="out", **SETTINGS)
+    optimizer = unchecked(torch.optim.SGD([("w", w), ("out.v", v), ("out.u", u)], lr=0.0), exclude="out", **SETTINGS)
     optimizer.step(closure_of(optimizer, lambda: (w * next(calls)).square().sum()))
     assert_same(v.grad, torch.tensor([2.0]))
     assert u.grad is None
@@ -113,7 +111,7 @@ def test_scalars_and_empty_tensors(shape):
     """Parameters without dimensions or without elements pass through every phase."""
     w, odd = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(shape))
     for settings in (SETTINGS, {"radius": 0.1, "max_penalty_ratio": 0.1}):
-        optimizer = GradRegOptimizer(torch.optim.AdamW([w, odd], lr=0.1), **settings)
+        optimizer = unchecked(torch.optim.AdamW([w, odd], lr=0.1), **settings)
         optimizer.step(closure_of(optimizer, lambda: w.square().sum() + odd.square().sum()))
         assert odd.grad.shape == shape
 
@@ -126,7 +124,7 @@ def test_strides_of_any_kind(layout):
     parameters = nn.Parameter(odd.clone(memory_format=torch.preserve_format)), nn.Parameter(odd.contiguous())
     assert not parameters[0].is_contiguous()
     for parameter in parameters:
-        optimizer = GradRegOptimizer(torch.optim.SGD([parameter], lr=0.1), **SETTINGS)
+        optimizer = unchecked(torch.optim.SGD([parameter], lr=0.1), **SETTINGS)
         for _ in range(2):
             optimizer.step(closure_of(optimizer, lambda parameter=parameter: (parameter * parameter * parameter).sum()))
     assert_same(parameters[0].detach().contiguous(), parameters[1].detach())
@@ -135,7 +133,7 @@ def test_strides_of_any_kind(layout):
 def test_mixed_precisions_in_one_group():
     """float64, float32 and bfloat16 parameters side by side: each gradient keeps its dtype, and γ = ε leaves g2."""
     parameters = [nn.Parameter(torch.randn(3).to(dtype)) for dtype in (torch.bfloat16, torch.float32, torch.float64)]
-    optimizer = GradRegOptimizer(torch.optim.SGD(parameters, lr=0.1), strength=0.5, eps=0.5, check_every=0)
+    optimizer = unchecked(torch.optim.SGD(parameters, lr=0.1), strength=0.5, eps=0.5, check_every=0)
     closure = closure_of(optimizer, lambda: sum(parameter.double().pow(4).sum() for parameter in parameters) / 100)
     optimizer.step(closure)
     assert_same([parameter.grad for parameter in parameters], closure.gradients[1])
@@ -154,7 +152,7 @@ def test_sparse_gradients_are_refused_and_nothing_has_changed():
     """The error comes before any weight moves, and every gradient of the first pass is where it was."""
     model, loss = embedding(sparse=True)
     before = weights(model)
-    optimizer = GradRegOptimizer(torch.optim.SGD(reversed(list(model.parameters())), lr=0.1), **SETTINGS)
+    optimizer = unchecked(torch.optim.SGD(reversed(list(model.parameters())), lr=0.1), **SETTINGS)
     closure = closure_of(optimizer, loss)
     with pytest.raises(ValueError, match="sparse"):
         optimizer.step(closure)
@@ -169,7 +167,7 @@ def test_sparse_gradients_of_excluded_parameters_are_fine():
     results = []
     for sparse in (True, False):
         model, loss = embedding(sparse)
-        optimizer = GradRegOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.1), exclude="embed", **SETTINGS)
+        optimizer = unchecked(torch.optim.SGD(model.named_parameters(), lr=0.1), exclude="embed", **SETTINGS)
         optimizer.step(closure_of(optimizer, loss))
         assert model["embed"].weight.grad.is_sparse == sparse
         results.append(weights(model))
@@ -179,9 +177,9 @@ def test_sparse_gradients_of_excluded_parameters_are_fine():
 def test_sparse_adam_is_wrapped_if_all_is_excluded_and_refused_otherwise():
     """SparseAdam wants sparse gradients, which are not regularized: of strength 0 it is itself."""
     model, loss = embedding(sparse=True)
-    optimizer = GradRegOptimizer(torch.optim.SparseAdam([model["embed"].weight]), strength=0.0)
+    optimizer = unchecked(torch.optim.SparseAdam([model["embed"].weight]), strength=0.0)
     optimizer.step(closure_of(optimizer, loss))
-    optimizer = GradRegOptimizer(torch.optim.SparseAdam([model["embed"].weight]))
+    optimizer = unchecked(torch.optim.SparseAdam([model["embed"].weight]))
     with pytest.raises(ValueError, match=r"layout torch\.sparse_coo"):
         optimizer.step(closure_of(optimizer, loss))
 
@@ -193,7 +191,7 @@ def test_a_zero_gradient_has_no_direction(settings, read, monkeypatch):
     if not read:
         leave_unread(monkeypatch)
     w = nn.Parameter(torch.zeros(3))
-    optimizer = GradRegOptimizer(torch.optim.SGD([w], lr=0.1), **settings)
+    optimizer = unchecked(torch.optim.SGD([w], lr=0.1), **settings)
     optimizer.step(closure_of(optimizer, lambda: w.square().sum()))
     assert_same(w.detach(), torch.zeros(3))
     assert_same(w.grad, torch.zeros(3))
@@ -204,7 +202,7 @@ def test_a_zero_gradient_has_no_direction(settings, read, monkeypatch):
 def test_no_gradient_at_all():
     """A batch that reaches no parameter leaves the step to the base optimizer, after one pass; one warning says so."""
     w = nn.Parameter(torch.ones(3))
-    optimizer = GradRegOptimizer(torch.optim.SGD([w], lr=0.1))
+    optimizer = unchecked(torch.optim.SGD([w], lr=0.1))
     calls = []
     with pytest.warns(UserWarning, match=r"left no gradient .* 1 parameters 1 require a gradient and 0 have one.*backward"):
         optimizer.step(lambda: calls.append(1))
@@ -226,7 +224,7 @@ def test_only_parameters_that_are_left_out_have_a_gradient(by):
         {"params": list(model[0].named_parameters(prefix="0"))},
         {"params": list(model[2].named_parameters(prefix="2")), **own},
     ]
-    optimizer = GradRegOptimizer(torch.optim.SGD(groups, lr=0.1), exclude="2." if by == "exclude" else ())
+    optimizer = unchecked(torch.optim.SGD(groups, lr=0.1), exclude="2." if by == "exclude" else ())
     bare = torch.optim.SGD(other.parameters(), lr=0.1)
     with pytest.warns(UserWarning, match="4 parameters 2 require a gradient and 2 have one, which exclude="):
         optimizer.step(closure_of(optimizer, loss))
@@ -243,8 +241,8 @@ def test_gradients_that_share_a_buffer_are_kept():
     other, other_loss = twin_of(model, loss)
     parameters = list(model.parameters())
     buffer = torch.zeros(sum(parameter.numel() for parameter in parameters), dtype=torch.float64)
-    optimizer = GradRegOptimizer(torch.optim.SGD(parameters, lr=0.1), **SETTINGS)
-    expected = GradRegOptimizer(torch.optim.SGD(other.parameters(), lr=0.1), **SETTINGS)
+    optimizer = unchecked(torch.optim.SGD(parameters, lr=0.1), **SETTINGS)
+    expected = unchecked(torch.optim.SGD(other.parameters(), lr=0.1), **SETTINGS)
 
     def closure():
         buffer.zero_()

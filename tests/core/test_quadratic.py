@@ -4,10 +4,8 @@ import copy
 
 import pytest
 import torch
-from problems import Quadratic, assert_same, closure_of, every_optimizer
+from problems import Quadratic, assert_same, closure_of, every_optimizer, unchecked
 from torch import nn
-
-from gradreg_optim import GradRegOptimizer
 
 STRENGTH, EPS = 2.0**-3, 2.0**-5  # with integer A and W every number of the first gradients is exact
 
@@ -24,7 +22,7 @@ def test_step_is_the_base_step_on_the_exact_gradient(optimizer_class):
     exact = nn.Parameter(loss.weight.detach().clone())
     base = optimizer_class([exact], **settings_of(optimizer_class))
     inner = optimizer_class([loss.weight], **settings_of(optimizer_class))
-    optimizer = GradRegOptimizer(inner, strength=STRENGTH, eps=EPS, g1_clip=None, g2_clip=None)
+    optimizer = unchecked(inner, strength=STRENGTH, eps=EPS, g1_clip=None, g2_clip=None)
     for _ in range(3):
         value = optimizer.step(closure_of(optimizer, loss))
         g1 = hessian @ exact.detach()
@@ -47,7 +45,7 @@ def test_penalty_changes_the_step(optimizer_class):
     loss.weight.data = 4 * torch.tensor([[1.0, 2.0, -1.0], [-2.0, 1.0, 1.0], [1.0, 1.0, 2.0], [2.0, -1.0, 1.0]]).double()
     other = copy.deepcopy(loss)
     for strength, quadratic in ((8.0, loss), (0.0, other)):
-        optimizer = GradRegOptimizer(
+        optimizer = unchecked(
             optimizer_class([quadratic.weight], **settings_of(optimizer_class)), strength=strength, eps=EPS
         )
         for _ in range(3):
@@ -61,7 +59,7 @@ def test_any_eps_is_exact(power):
     loss = Quadratic()
     expected = loss.hessian @ loss.weight.detach()
     expected = expected + STRENGTH * loss.hessian @ expected
-    optimizer = GradRegOptimizer(
+    optimizer = unchecked(
         torch.optim.SGD([loss.weight], lr=0.1), strength=STRENGTH, eps=2.0**power, g1_clip=None, g2_clip=None
     )
     optimizer.step(closure_of(optimizer, loss))
@@ -73,7 +71,7 @@ def test_any_radius_is_exact(radius):
     """The length of the step makes no difference on a quadratic either, and is kept."""
     loss = Quadratic()
     g1 = loss.hessian @ loss.weight.detach()
-    optimizer = GradRegOptimizer(
+    optimizer = unchecked(
         torch.optim.SGD([loss.weight], lr=0.1), strength=STRENGTH, radius=radius, g1_clip=None, g2_clip=None
     )
     closure = closure_of(optimizer, loss)
@@ -91,9 +89,7 @@ def test_figures_on_a_quadratic():
     g1 = (loss.hessian @ loss.weight.detach()).flatten()
     product = (loss.hessian @ loss.hessian @ loss.weight.detach()).flatten()
     g2 = g1 + EPS * product
-    optimizer = GradRegOptimizer(
-        torch.optim.SGD([loss.weight], lr=0.1), strength=STRENGTH, eps=EPS, g1_clip=None, g2_clip=None
-    )
+    optimizer = unchecked(torch.optim.SGD([loss.weight], lr=0.1), strength=STRENGTH, eps=EPS, g1_clip=None, g2_clip=None)
     optimizer.step(closure_of(optimizer, loss))
     expected = {
         "strength": STRENGTH,
@@ -121,8 +117,6 @@ def test_variants_of_one_optimizer(flags):
     exact = nn.Parameter(loss.weight.detach().clone())
     exact.grad = g1 + STRENGTH * loss.hessian @ g1
     torch.optim.AdamW([exact], **flags).step()
-    optimizer = GradRegOptimizer(
-        torch.optim.AdamW([loss.weight], **flags), strength=STRENGTH, eps=EPS, g1_clip=None, g2_clip=None
-    )
+    optimizer = unchecked(torch.optim.AdamW([loss.weight], **flags), strength=STRENGTH, eps=EPS, g1_clip=None, g2_clip=None)
     optimizer.step(closure_of(optimizer, loss))
     assert_same(loss.weight.detach(), exact.detach())

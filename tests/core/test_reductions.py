@@ -5,10 +5,8 @@ import copy
 import pytest
 import pytorch_optimizer
 import torch
-from problems import DENSE_OPTIMIZERS, Quadratic, assert_same, closure_of, regression, twin_of, weights
+from problems import DENSE_OPTIMIZERS, Quadratic, assert_same, closure_of, regression, twin_of, unchecked, weights
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from gradreg_optim import GradRegOptimizer
 
 
 class Operations(TorchDispatchMode):
@@ -38,7 +36,7 @@ def test_strength_zero_is_the_base_optimizer(optimizer_class, settings):
     other = copy.deepcopy(loss)
     base = optimizer_class([other.weight])
     inner = optimizer_class([loss.weight])
-    optimizer = GradRegOptimizer(inner, **settings)
+    optimizer = unchecked(inner, **settings)
     for _ in range(3):
         closure, bare_closure = closure_of(optimizer, loss), closure_of(base, other)
         with Operations() as wrapped:
@@ -78,9 +76,7 @@ def test_strength_equal_to_eps_is_sam(optimizer_class):
     """γ = ε leaves exactly g2, and ten steps are those of un-normalised SAM, bit for bit."""
     model, loss = regression(dtype=torch.float32)
     other, other_loss = twin_of(model, loss)
-    optimizer = GradRegOptimizer(
-        optimizer_class(model.parameters(), lr=0.05), strength=0.3, eps=0.3, g1_clip=None, g2_clip=None
-    )
+    optimizer = unchecked(optimizer_class(model.parameters(), lr=0.05), strength=0.3, eps=0.3, g1_clip=None, g2_clip=None)
     sam = Sam(optimizer_class(other.parameters(), lr=0.05), rho=0.3)
     for _ in range(10):
         closure = closure_of(optimizer, loss)
@@ -95,7 +91,7 @@ def test_radius_form_is_sam_of_pytorch_optimizer():
     model, loss = regression()
     other, other_loss = twin_of(model, loss)
     radius = 0.05
-    optimizer = GradRegOptimizer(
+    optimizer = unchecked(
         torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), strength=1.0, radius=radius, g1_clip=None, g2_clip=None
     )
     sam = pytorch_optimizer.SAM(other.parameters(), torch.optim.SGD, rho=radius, lr=0.1, momentum=0.9)
@@ -124,7 +120,7 @@ def test_radius_form_is_the_gradient_norm_penalty():
             parameter += radius * gradient / length
     g2 = torch.autograd.grad(other_loss(), list(other.parameters()))
     expected = [(1 - alpha) * a + alpha * b for a, b in zip(g1, g2, strict=True)]
-    optimizer = GradRegOptimizer(
+    optimizer = unchecked(
         torch.optim.SGD(parameters, lr=0.1), strength=alpha * radius / length, radius=radius, g1_clip=None, g2_clip=None
     )
     optimizer.step(closure_of(optimizer, loss))
@@ -152,7 +148,7 @@ def test_every_switch_changes_something(switch):
     other, other_loss = twin_of(model, loss)
     for settings, current, its_loss in (({}, model, loss), (switch, other, other_loss)):
         inner = torch.optim.SGD(current.named_parameters(), lr=0.1)
-        optimizer = GradRegOptimizer(inner, **{"strength": 0.1, **settings})
+        optimizer = unchecked(inner, **{"strength": 0.1, **settings})
         for _ in range(2):
             optimizer.step(closure_of(optimizer, its_loss))
     differences = [(a - b).abs().max().item() for a, b in zip(weights(model), weights(other), strict=True)]
@@ -165,7 +161,7 @@ def test_nothing_excluded_is_the_default_of_the_bare_wrapper():
     for exclude in ((), "none", ("none",), None):
         torch.manual_seed(0)
         model, loss = regression()
-        optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), strength=0.1, exclude=exclude)
+        optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.1), strength=0.1, exclude=exclude)
         optimizer.step(closure_of(optimizer, loss))
         results.append(weights(model))
     for other in results[1:]:

@@ -4,10 +4,8 @@ import math
 
 import pytest
 import torch
-from problems import assert_same, closure_of, regression, twin_of, weights
+from problems import assert_same, closure_of, regression, twin_of, unchecked, weights
 from torch import nn
-
-from gradreg_optim import GradRegOptimizer
 
 SCALE = 2.0**16
 SETTINGS = {"strength": 0.125, "eps": 0.0625, "g1_clip": None, "g2_clip": None}
@@ -16,7 +14,7 @@ SETTINGS = {"strength": 0.125, "eps": 0.0625, "g1_clip": None, "g2_clip": None}
 def scaled(model, base=torch.optim.SGD, enabled=True, **settings):
     scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, enabled=enabled)
     flags = {"lr": 0.1} if base is torch.optim.SGD else {"lr": 0.1, "fused": True}
-    optimizer = GradRegOptimizer(base(model.parameters(), **flags), scaler=scaler, **{**SETTINGS, **settings})
+    optimizer = unchecked(base(model.parameters(), **flags), scaler=scaler, **{**SETTINGS, **settings})
     return optimizer, scaler
 
 
@@ -26,7 +24,7 @@ def test_scaling_leaves_no_trace(base):
     model, loss = regression()
     other, other_loss = twin_of(model, loss)
     optimizer, scaler = scaled(model, base)
-    plain = GradRegOptimizer(base(other.parameters(), **optimizer_flags(base)), **SETTINGS)
+    plain = unchecked(base(other.parameters(), **optimizer_flags(base)), **SETTINGS)
     for _ in range(4):
         value = optimizer.step(closure_of(optimizer, loss, scaler.scale))
         scaler.update()
@@ -51,7 +49,7 @@ def test_every_length_is_that_of_the_unscaled_gradient(settings):
     model, loss = regression()
     other, other_loss = twin_of(model, loss)
     optimizer, scaler = scaled(model, **settings)
-    plain = GradRegOptimizer(torch.optim.SGD(other.parameters(), lr=0.1), **{**SETTINGS, **settings})
+    plain = unchecked(torch.optim.SGD(other.parameters(), lr=0.1), **{**SETTINGS, **settings})
     for _ in range(3):
         optimizer.step(closure_of(optimizer, loss, scaler.scale))
         scaler.update()
@@ -113,7 +111,7 @@ def test_a_scaler_that_is_off_is_none():
     model, loss = regression()
     other, other_loss = twin_of(model, loss)
     optimizer, scaler = scaled(model, enabled=False)
-    plain = GradRegOptimizer(torch.optim.SGD(other.parameters(), lr=0.1), **SETTINGS)
+    plain = unchecked(torch.optim.SGD(other.parameters(), lr=0.1), **SETTINGS)
     for spoil in (False, True):
         for current, its_loss, its_model in ((optimizer, loss, model), (plain, other_loss, other)):
             closure = closure_of(current, its_loss, scaler.scale)
@@ -151,7 +149,7 @@ def test_clipping_after_a_loop_over_passes(by):
     model, loss = regression()
     other, other_loss = twin_of(model, loss)
     optimizer, scaler = scaled(model)
-    plain = GradRegOptimizer(torch.optim.SGD(other.parameters(), lr=0.1), **SETTINGS)
+    plain = unchecked(torch.optim.SGD(other.parameters(), lr=0.1), **SETTINGS)
     before = weights(model)
     assert clipped_steps(optimizer, model, loss, scaler, by) == [SCALE] * 3
     clipped_steps(plain, other, other_loss, torch.amp.GradScaler("cpu", enabled=False), "optimizer")
@@ -213,7 +211,7 @@ def test_a_scaler_that_the_optimizer_was_not_given():
     for enabled in (True, False):
         model, loss = regression()
         before = weights(model)
-        optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **SETTINGS)
+        optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.1), **SETTINGS)
         torch.optim.lr_scheduler.StepLR(optimizer, 10)  # which puts a frame of its own between the two
         scaler = torch.amp.GradScaler("cpu", enabled=enabled)
         for _ in optimizer.passes():
@@ -283,8 +281,8 @@ def test_a_scaler_that_unscales_in_the_closure(in_pass):
     """Both gradients come unscaled: the bits of a step without scaler. An overflow in either pass skips the step."""
     model, loss = regression()
     other, other_loss = twin_of(model, loss)
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), **SETTINGS)
-    plain = GradRegOptimizer(torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9), **SETTINGS)
+    optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), **SETTINGS)
+    plain = unchecked(torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9), **SETTINGS)
     scaler, calls = ClosureScaler("cpu", init_scale=SCALE), []
     assert optimizer._step_supports_amp_closure  # Composer asks for it under this name
 

@@ -7,11 +7,9 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from problems import assert_same, closure_of, leave_unread
+from problems import assert_same, closure_of, leave_unread, unchecked
 from reference import Reference
 from torch import nn
-
-from gradreg_optim import GradRegOptimizer
 
 # (γ/ε) times the rounding of g2 − g1; ε is never below 1e-3 here, and steps compound it.
 CLOSE = {"rtol": 1e-8, "atol": 1e-9}
@@ -100,7 +98,7 @@ def test_every_step_is_that_of_the_twin(base, descriptions, settings):
     assume(len(excluded) < len(parameters))
     patterns = ("frozen",) if excluded else ()
     inner = base(named(copy.copy(groups), excluded))
-    optimizer = GradRegOptimizer(inner, exclude=patterns, schedule=schedule, schedule_steps=3, **settings)
+    optimizer = unchecked(inner, exclude=patterns, schedule=schedule, schedule_steps=3, **settings)
 
     twin_groups, twin_parameters, twin_excluded, twin_loss = build(descriptions)
     factor = factor_of(schedule, settings.get("warmup_steps", 0), 3)
@@ -150,7 +148,7 @@ def test_gradients_that_come_and_go(seed):
 
     parameters, present, spoiled = problem()
     twin_parameters, _, _ = problem()
-    optimizer = GradRegOptimizer(torch.optim.SGD(parameters, lr=1e-3, momentum=0.9), strength=0.1, eps=0.1)
+    optimizer = unchecked(torch.optim.SGD(parameters, lr=1e-3, momentum=0.9), strength=0.1, eps=0.1)
     optimizer._losses.is_due = False  # the two losses differ on purpose
     twin = Reference(torch.optim.SGD(twin_parameters, lr=1e-3, momentum=0.9), strength=0.1, eps=0.1)
     for step in range(5):
@@ -179,7 +177,7 @@ def test_complex_parameters_are_pairs_of_reals():
         return lambda: torch.view_as_real(mixing @ value()).square().square().mean()
 
     complex_loss, real_loss = loss_of(lambda: as_complex), loss_of(lambda: torch.view_as_complex(as_real))
-    optimizer = GradRegOptimizer(torch.optim.AdamW([as_complex], lr=0.1), strength=0.1, radius=0.1, max_penalty_ratio=0.3)
+    optimizer = unchecked(torch.optim.AdamW([as_complex], lr=0.1), strength=0.1, radius=0.1, max_penalty_ratio=0.3)
     twin = Reference(torch.optim.AdamW([as_real], lr=0.1), strength=0.1, radius=0.1, max_penalty_ratio=0.3)
     for _ in range(4):
         optimizer.step(closure_of(optimizer, complex_loss))
@@ -206,7 +204,7 @@ def test_lower_precision_follows_the_twin(dtype, tolerance):
 
     (parameters, loss), (twin_parameters, twin_loss) = problem(), problem()
     # The twin does not shrink. In a network this small a step this long meets changing curvature, which counts as noise.
-    optimizer = GradRegOptimizer(torch.optim.SGD(parameters, lr=0.1), strength=0.5, eps=0.25, shrink=False)
+    optimizer = unchecked(torch.optim.SGD(parameters, lr=0.1), strength=0.5, eps=0.25, shrink=False)
     twin = Reference(torch.optim.SGD(twin_parameters, lr=0.1), strength=0.5, eps=0.25)
     optimizer.step(closure_of(optimizer, loss))
     twin.step(closure_of(twin.optimizer, twin_loss))
@@ -227,7 +225,7 @@ def test_unread_scalars_take_the_same_steps(monkeypatch):
         if unread:
             leave_unread(monkeypatch)
         groups, parameters, excluded, loss = build(descriptions)
-        optimizer = GradRegOptimizer(
+        optimizer = unchecked(
             torch.optim.SGD(named(groups, excluded), lr=0.05),
             strength=0.1,
             exclude="frozen",
@@ -265,7 +263,7 @@ def test_unread_scalars_are_not_read(monkeypatch):
 
     leave_unread(monkeypatch)
     groups, _, _, loss = build([{"shapes": [(3, 2)], "excluded": 9}, {"shapes": [(2,)], "excluded": 9}])
-    optimizer = GradRegOptimizer(torch.optim.SGD(groups, lr=0.05), radius=0.1, max_penalty_ratio=0.1)
+    optimizer = unchecked(torch.optim.SGD(groups, lr=0.05), radius=0.1, max_penalty_ratio=0.1)
     for _ in range(2):  # the first step compares the losses of its passes, the second one sees gradients cleared
         optimizer.step(closure_of(optimizer, loss))
     with Reads():
@@ -280,7 +278,7 @@ def test_the_twin_is_bitwise_the_optimizer_where_nothing_is_rounded():
     """On integers the twin and the optimizer are the same, bit for bit: tolerances above are for rounding alone."""
     weight, twin_weight = (nn.Parameter(torch.tensor([3.0, -2.0])) for _ in range(2))
     settings = {"strength": 0.5, "eps": 0.25, "g1_clip": None, "g2_clip": None}
-    optimizer = GradRegOptimizer(torch.optim.SGD([weight], lr=0.5), **settings)
+    optimizer = unchecked(torch.optim.SGD([weight], lr=0.5), **settings)
     twin = Reference(torch.optim.SGD([twin_weight], lr=0.5), **settings)
     optimizer.step(closure_of(optimizer, lambda: weight.square().sum()))
     twin.step(closure_of(twin.optimizer, lambda: twin_weight.square().sum()))

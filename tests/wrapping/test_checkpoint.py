@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from problems import assert_same, closure_of, every_optimizer, regression, twin_of, weights
+from problems import assert_same, closure_of, every_optimizer, regression, twin_of, unchecked, weights
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
@@ -35,10 +35,10 @@ def test_resuming_is_bitwise(optimizer_class):
     model, loss = regression(dtype=torch.float32)  # torch loads all of ASGD's state in the dtype of the weights
     if optimizer_class.__name__ == "Muon":
         model[0].bias, model[2].bias = None, None  # Muon takes matrices only
-    optimizer = GradRegOptimizer(optimizer_class(model.parameters(), lr=0.01), **SETTINGS)
+    optimizer = unchecked(optimizer_class(model.parameters(), lr=0.01), **SETTINGS)
     take_steps(optimizer, loss, 3)
     resumed, resumed_loss = twin_of(model, loss)
-    other = GradRegOptimizer(optimizer_class(resumed.parameters(), lr=0.5))
+    other = unchecked(optimizer_class(resumed.parameters(), lr=0.5))
     other.load_state_dict(through_a_file(optimizer.state_dict()))
     assert other.step_count == 3
     take_steps(optimizer, loss, 3)
@@ -51,9 +51,9 @@ def test_resuming_is_bitwise(optimizer_class):
 def test_every_setting_is_saved_and_loaded(settings):
     """The groups' settings come back from disk as plain values, whatever the new wrapper was constructed with."""
     model, loss = regression()
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **settings)
+    optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.1), **settings)
     take_steps(optimizer, loss, 1)
-    other = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), strength=0.7, eps=0.3, g1_clip=None)
+    other = unchecked(torch.optim.SGD(model.parameters(), lr=0.1), strength=0.7, eps=0.3, g1_clip=None)
     with pytest.warns(UserWarning, match="replaces strength=0.7 by"):
         other.load_state_dict(through_a_file(optimizer.state_dict()))
     assert other.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
@@ -76,8 +76,8 @@ RESUMED = [
 def test_settings_that_a_checkpoint_replaces_are_named(saved, given, replaced):
     """What was given by hand and is not in the checkpoint is named with both values; what was left at its default is not."""
     model, loss = regression()
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **{"strength": 0.1, **saved})
-    other = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **given)
+    optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.1), **{"strength": 0.1, **saved})
+    other = unchecked(torch.optim.SGD(model.parameters(), lr=0.1), **given)
     state = through_a_file(optimizer.state_dict())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -99,7 +99,7 @@ def test_a_group_whose_own_strength_is_replaced_is_named():
 
     def wrapped(strength, own):
         groups = [{"params": [p], **({"gradreg_strength": own} if p.ndim == 1 else {})} for p in model.parameters()]
-        return GradRegOptimizer(torch.optim.SGD(groups, lr=0.1), strength=strength)
+        return unchecked(torch.optim.SGD(groups, lr=0.1), strength=strength)
 
     with pytest.warns(UserWarning, match=r"replaces strength=0\.5 by 0\.1, strength=0\.25 by 0\.0: ") as caught:
         wrapped(0.5, 0.25).load_state_dict(wrapped(0.1, 0.0).state_dict())
@@ -110,12 +110,12 @@ def test_the_state_holds_nothing_but_the_base_optimizers():
     """No scratch of the second pass in ``state``: its keys, sizes and types are those of the bare optimizer."""
     model, loss = regression()
     other, other_loss = twin_of(model, loss)
-    optimizer = GradRegOptimizer(torch.optim.AdamW(model.parameters()))
+    optimizer = unchecked(torch.optim.AdamW(model.parameters()))
     bare = torch.optim.AdamW(other.parameters())
     take_steps(optimizer, loss, 2)
     for _ in range(2):
         bare.step(closure_of(bare, other_loss))
-    assert set(vars(optimizer)) == set(vars(GradRegOptimizer(torch.optim.AdamW(model.parameters()))))
+    assert set(vars(optimizer)) == set(vars(unchecked(torch.optim.AdamW(model.parameters()))))
     for state, expected in zip(optimizer.state.values(), bare.state.values(), strict=True):
         assert {key: (value.shape, value.dtype) for key, value in state.items()} == {
             key: (value.shape, value.dtype) for key, value in expected.items()
@@ -125,14 +125,14 @@ def test_the_state_holds_nothing_but_the_base_optimizers():
 def test_into_the_bare_optimizer_and_back():
     """A checkpoint loads into the bare base optimizer and, saved from there, into the wrapper again, in silence."""
     model, loss = regression()
-    optimizer = GradRegOptimizer(torch.optim.AdamW(model.parameters(), lr=0.05), strength=0.3)
+    optimizer = unchecked(torch.optim.AdamW(model.parameters(), lr=0.05), strength=0.3)
     take_steps(optimizer, loss, 2)
     bare = torch.optim.AdamW(model.parameters())
     bare.load_state_dict(through_a_file(optimizer.state_dict()))
     assert bare.param_groups[0]["lr"] == 0.05
     assert_same(bare.state_dict()["state"], optimizer.state_dict()["state"])
     bare.step(closure_of(bare, loss))
-    back = GradRegOptimizer(torch.optim.AdamW(model.parameters()))
+    back = unchecked(torch.optim.AdamW(model.parameters()))
     back.load_state_dict(through_a_file(bare.state_dict()))
     assert back.param_groups[0]["gradreg_strength"] == 0.3
     assert back.step_count == 2
@@ -148,7 +148,7 @@ def test_from_the_bare_optimizer():
     ]
     bare = torch.optim.AdamW([{"params": group["params"]} for group in groups], lr=0.05)
     bare.step(closure_of(bare, loss))
-    optimizer = GradRegOptimizer(torch.optim.AdamW(groups), **SETTINGS)
+    optimizer = unchecked(torch.optim.AdamW(groups), **SETTINGS)
     before = copy.deepcopy(optimizer.state_dict()["param_groups"])
     take_steps(optimizer, loss, 3)
     with pytest.warns(UserWarning, match="gradreg_strength.*saved without GradRegOptimizer.*step 0"):
@@ -163,13 +163,13 @@ def test_from_the_bare_optimizer():
 def test_keys_of_settings_that_are_gone_are_dropped():
     """A checkpoint whose groups carry keys of settings that the package no longer has loads in silence, and trains."""
     model, loss = regression()
-    optimizer = GradRegOptimizer(torch.optim.AdamW(model.parameters(), lr=0.05), strength=0.3)
+    optimizer = unchecked(torch.optim.AdamW(model.parameters(), lr=0.05), strength=0.3)
     take_steps(optimizer, loss, 2)
     state = optimizer.state_dict()
     gone = {"gradreg_memory": "full", "gradreg_between": "reuse", "gradreg_along": 0.5}
     for group in state["param_groups"]:
         group.update(gone)
-    other = GradRegOptimizer(torch.optim.AdamW(model.parameters()))
+    other = unchecked(torch.optim.AdamW(model.parameters()))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         other.load_state_dict(through_a_file(state))
@@ -187,7 +187,7 @@ def test_groups_that_came_through_the_inner_optimizer_are_saved_and_loaded():
     wrappers = []
     for strength in (0.5, 0.1):
         inner = torch.optim.SGD(model[0].parameters(), lr=0.1)
-        wrappers.append(GradRegOptimizer(inner, strength=strength))
+        wrappers.append(unchecked(inner, strength=strength))
         inner.add_param_group({"params": list(model[2].parameters())})
     with pytest.warns(UserWarning, match="replaces strength=0.1 by 0.5"):
         wrappers[1].load_state_dict(through_a_file(wrappers[0].state_dict()))
@@ -197,8 +197,8 @@ def test_groups_that_came_through_the_inner_optimizer_are_saved_and_loaded():
 def test_exclusion_is_about_this_model_and_is_not_loaded():
     """Positions are those of the names in the model at hand, not those of the saved run."""
     model, _ = regression()
-    saved = GradRegOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.1), exclude="0.")
-    current = GradRegOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.1), exclude="2.")
+    saved = unchecked(torch.optim.SGD(model.named_parameters(), lr=0.1), exclude="0.")
+    current = unchecked(torch.optim.SGD(model.named_parameters(), lr=0.1), exclude="2.")
     current.load_state_dict(saved.state_dict())
     assert current.param_groups[0]["gradreg_excluded"] == [2, 3]
 
@@ -206,11 +206,9 @@ def test_exclusion_is_about_this_model_and_is_not_loaded():
 def test_a_callable_schedule_is_not_saved_and_stays():
     """Like LambdaLR's, a callable is not part of the checkpoint; the one given to the constructor goes on."""
     model, loss = regression()
-    optimizer = GradRegOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.1), strength=1.0, schedule=lambda step: 1 / (1 + step)
-    )
+    optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.1), strength=1.0, schedule=lambda step: 1 / (1 + step))
     take_steps(optimizer, loss, 3)
-    other = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), schedule=lambda step: 1 / (1 + step))
+    other = unchecked(torch.optim.SGD(model.parameters(), lr=0.1), schedule=lambda step: 1 / (1 + step))
     other.load_state_dict(through_a_file(optimizer.state_dict()))
     take_steps(other, loss, 1)
     assert other.metrics["strength"] == 0.25
@@ -223,7 +221,7 @@ def test_a_callable_schedule_is_not_saved_and_stays():
 def test_copies_go_their_own_way(duplicate, scheduled):
     """A copy of model and optimizer takes the same steps on its own weights, and leaves those of the original alone."""
     model, loss = regression()
-    optimizer = GradRegOptimizer(
+    optimizer = unchecked(
         torch.optim.AdamW(model.named_parameters(), lr=0.05),
         exclude="2.bias",
         model=model,
@@ -246,7 +244,7 @@ def test_copies_go_their_own_way(duplicate, scheduled):
 def test_a_pickle_does_not_carry_the_model():
     """The optimizer's pickle holds parameters and state, not modules with their buffers."""
     model, loss = regression(nn.BatchNorm1d(6))
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+    optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
     take_steps(optimizer, loss, 1)
     assert b"BatchNorm" not in pickle.dumps(optimizer)
 
@@ -255,14 +253,14 @@ def test_a_pickle_does_not_carry_the_model():
 def test_distributed_checkpoint(base):
     """get/set_optimizer_state_dict of torch.distributed.checkpoint resume bit for bit, by parameter name."""
     model, loss = regression()
-    optimizer = GradRegOptimizer(base(model.parameters(), lr=0.05), **SETTINGS)
+    optimizer = unchecked(base(model.parameters(), lr=0.05), **SETTINGS)
     take_steps(optimizer, loss, 3)
     optimizer.zero_grad()
     state = get_optimizer_state_dict(model, optimizer)
     assert "0.weight" in state["param_groups"][0]["params"]
     resumed, resumed_loss = twin_of(model, loss)
     before = weights(resumed)
-    other = GradRegOptimizer(base(resumed.parameters(), lr=0.5))
+    other = unchecked(base(resumed.parameters(), lr=0.5))
     set_optimizer_state_dict(resumed, other, through_a_file(state))
     assert_same(weights(resumed), before)
     assert other.step_count == 3
@@ -274,7 +272,7 @@ def test_distributed_checkpoint(base):
 def test_only_state_initialization_may_step_without_a_closure():
     """torch.distributed.checkpoint steps on zero gradients at rates of 0 to create state; any other bare step() raises."""
     model, loss = regression()
-    optimizer = GradRegOptimizer(torch.optim.AdamW(model.parameters(), lr=0.05))
+    optimizer = unchecked(torch.optim.AdamW(model.parameters(), lr=0.05))
     before = weights(model)
     with pytest.raises(RuntimeError, match="closure"):
         optimizer.step()
@@ -297,7 +295,7 @@ def test_only_state_initialization_may_step_without_a_closure():
 def test_hooks_of_state_dicts_run_on_wrapper_and_base():
     """All four kinds of state-dict hooks are called, and may replace what they are given."""
     model, loss = regression()
-    optimizer = GradRegOptimizer(torch.optim.AdamW(model.parameters()))
+    optimizer = unchecked(torch.optim.AdamW(model.parameters()))
     take_steps(optimizer, loss, 1)
     called = []
     for target, name in ((optimizer, "wrapper"), (optimizer.optimizer, "base")):

@@ -4,10 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import assert_same, closure_of, regression, weights
+from problems import assert_same, closure_of, regression, unchecked, weights
 from torch import nn
 
-from gradreg_optim import GradRegOptimizer
 from gradreg_optim.wrapping.groups import KEYS, excluded_positions, parameter_names
 
 
@@ -27,14 +26,14 @@ def test_groups_bring_their_own_settings():
         {"params": [parameter(1)], "gradreg_radius": 0.25},
         {"params": [parameter(1)], "gradreg_eps": 0.125},
     ]
-    with_eps = GradRegOptimizer(torch.optim.SGD([dict(group) for group in groups], lr=0.1), strength=1.0, eps=2.0)
+    with_eps = unchecked(torch.optim.SGD([dict(group) for group in groups], lr=0.1), strength=1.0, eps=2.0)
     assert [keys(group) for group in with_eps.param_groups] == [
         {"strength": 1.0, "eps": 2.0, "radius": None},
         {"strength": 0.5, "eps": 2.0, "radius": None},
         {"strength": 1.0, "eps": None, "radius": 0.25},
         {"strength": 1.0, "eps": 0.125, "radius": None},
     ]
-    with_radius = GradRegOptimizer(torch.optim.SGD([dict(group) for group in groups], lr=0.1), strength=1.0, radius=2.0)
+    with_radius = unchecked(torch.optim.SGD([dict(group) for group in groups], lr=0.1), strength=1.0, radius=2.0)
     assert [(group["gradreg_eps"], group["gradreg_radius"]) for group in with_radius.param_groups] == [
         (None, 2.0),
         (None, 2.0),
@@ -47,7 +46,7 @@ def test_a_group_of_strength_zero_is_neither_perturbed_nor_regularized():
     """Its parameters stay at θ, get g1, and count in no norm."""
     w, v = parameter(3), parameter(3)
     standing = []
-    optimizer = GradRegOptimizer(
+    optimizer = unchecked(
         torch.optim.SGD([{"params": [w]}, {"params": [v], "gradreg_strength": 0.0}], lr=0.1),
         strength=0.1,
         eps=0.1,
@@ -67,7 +66,7 @@ def test_a_radius_is_a_length_over_all_groups():
     """ε = ρ/‖d‖ with the norm over everything regularized, so two groups with one radius move ρ together."""
     w, v = parameter(3), parameter(2, 2)
     standing = []
-    optimizer = GradRegOptimizer(torch.optim.SGD([{"params": [w]}, {"params": [v]}], lr=0.0), radius=0.5)
+    optimizer = unchecked(torch.optim.SGD([{"params": [w]}, {"params": [v]}], lr=0.0), radius=0.5)
     closure = closure_of(optimizer, lambda: (standing.append(weights(optimizer)), w.square().sum() + v.pow(4).sum())[1])
     optimizer.step(closure)
     moved = torch.cat([(b - a).flatten() for a, b in zip(*standing, strict=True)])
@@ -79,7 +78,7 @@ def test_groups_added_later(through):
     """A group that comes later, through either optimizer, inherits the settings or brings its own, and is regularized."""
     w, v, u = parameter(3), parameter(3), parameter(3)
     inner = torch.optim.SGD([w], lr=0.1)
-    optimizer = GradRegOptimizer(inner, strength=0.2, eps=0.2, g1_clip=None, g2_clip=None)
+    optimizer = unchecked(inner, strength=0.2, eps=0.2, g1_clip=None, g2_clip=None)
     optimizer.step(closure_of(optimizer, lambda: w.pow(4).sum()))
     target = optimizer if through == "wrapper" else inner
     target.add_param_group({"params": [v], "lr": 0.01})
@@ -100,7 +99,7 @@ def test_later_groups_are_excluded_by_name_too():
     model, loss = regression()
     names = dict(model.named_parameters())
     inner = torch.optim.SGD([("2.bias", names.pop("2.bias"))], lr=0.1)
-    optimizer = GradRegOptimizer(inner, strength=0.1, eps=0.1, exclude="bias")
+    optimizer = unchecked(inner, strength=0.1, eps=0.1, exclude="bias")
     optimizer.add_param_group({"params": list(names.items())})
     assert [group["gradreg_excluded"] for group in optimizer.param_groups] == [[0], [1]]
     closure = closure_of(optimizer, loss)
@@ -112,7 +111,7 @@ def test_later_groups_are_excluded_by_name_too():
 def test_settings_can_be_written_between_steps():
     """param_groups are the settings: what a scheduler writes there counts in the next step."""
     model, loss = regression()
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.1))
     optimizer.param_groups[0]["gradreg_strength"] = optimizer.param_groups[0]["gradreg_eps"] = 0.3
     closure = closure_of(optimizer, loss)
     optimizer.step(closure)
@@ -129,7 +128,7 @@ def test_settings_can_be_written_between_steps():
 def test_settings_written_between_steps_are_checked(name, value):
     """A value that the constructor would refuse is refused by the step, before any pass."""
     model, loss = regression()
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.1))
     optimizer.param_groups[0][f"gradreg_{name}"] = value
     closure = closure_of(optimizer, loss)
     with pytest.raises(ValueError, match=name):
@@ -141,7 +140,7 @@ def test_settings_that_groups_bring_are_checked():
     """What the constructor accepts, the step accepts: a group's own settings are checked at once, shared ones too."""
     for key, value in (("gradreg_strength", -1.0), ("gradreg_g1_clip", float("nan"))):
         with pytest.raises(ValueError, match=key.removeprefix("gradreg_")):
-            GradRegOptimizer(torch.optim.SGD([{"params": [parameter(1)], key: value}], lr=0.1))
+            unchecked(torch.optim.SGD([{"params": [parameter(1)], key: value}], lr=0.1))
 
 
 def test_names_from_the_model_or_from_the_optimizer():
@@ -149,7 +148,7 @@ def test_names_from_the_model_or_from_the_optimizer():
     for known in (True, False):
         model, _ = regression()
         parameters = model.parameters() if known else model.named_parameters()
-        optimizer = GradRegOptimizer(torch.optim.SGD(parameters, lr=0.1), exclude="0.", model=model if known else None)
+        optimizer = unchecked(torch.optim.SGD(parameters, lr=0.1), exclude="0.", model=model if known else None)
         assert optimizer.param_groups[0]["gradreg_excluded"] == [0, 1]
 
 
@@ -179,7 +178,7 @@ def test_positions_are_those_of_matching_names(entries):
 def test_leaving_out_parameters_by_hand():
     """``leave_out`` adds to what is excluded already."""
     model, _ = regression()
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.1), exclude="2.bias")
+    optimizer = unchecked(torch.optim.SGD(model.named_parameters(), lr=0.1), exclude="2.bias")
     optimizer.leave_out([model[0].weight])
     assert optimizer.param_groups[0]["gradreg_excluded"] == [0, 3]
 
@@ -188,9 +187,9 @@ def test_wrapping_again_takes_the_new_settings():
     """A bare optimizer that was wrapped before keeps the step count and none of the old wrapper's settings."""
     model, loss = regression()
     inner = torch.optim.SGD(model.named_parameters(), lr=0.1)
-    first = GradRegOptimizer(inner, strength=0.5, radius=0.1, g1_clip=1.0, warmup_steps=3, exclude="bias")
+    first = unchecked(inner, strength=0.5, radius=0.1, g1_clip=1.0, warmup_steps=3, exclude="bias")
     first.step(closure_of(first, loss))
-    second = GradRegOptimizer(inner, strength=0.25, eps=0.5, g1_clip=None)
+    second = unchecked(inner, strength=0.25, eps=0.5, g1_clip=None)
     group = second.param_groups[0]
     assert keys(group) == {"strength": 0.25, "eps": 0.5, "radius": None}
     assert group["gradreg_g1_clip"] is None

@@ -9,11 +9,11 @@ import warnings
 import numpy
 import pytest
 import torch
+from gradreg_optim.wrapping.advice import MANY_STEPS
 from problems import assert_same, closure_of, regression, twin_of, weights
 from torch import nn
 
 from gradreg_optim import GradRegConfig, GradRegOptimizer
-from gradreg_optim.wrapping.advice import MANY_STEPS
 from gradreg_optim.wrapping.settings import SETTINGS, Settings
 
 

@@ -4,12 +4,10 @@ import copy
 
 import pytest
 import torch
-from problems import assert_same, by_closure, by_loop, by_micro_batches, closure_of, regression, twin_of, weights
+from problems import assert_same, by_closure, by_loop, by_micro_batches, closure_of, regression, twin_of, unchecked, weights
 from torch import nn
 from torch.optim import Optimizer, lr_scheduler, swa_utils
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-
-from gradreg_optim import GradRegOptimizer
 
 SCHEDULERS = {
     "LambdaLR": lambda opt: lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step)),
@@ -53,7 +51,7 @@ def test_schedulers(build, on):
     model, loss = regression()
     other, other_loss = twin_of(model, loss)
     inner = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    optimizer = GradRegOptimizer(inner, strength=0.1, eps=0.1)
+    optimizer = unchecked(inner, strength=0.1, eps=0.1)
     scheduler = build(optimizer if on == "wrapper" else inner)
     bare = torch.optim.SGD(other.parameters(), lr=0.05, momentum=0.9)
     bare_scheduler = build(bare)
@@ -72,7 +70,7 @@ def test_schedulers(build, on):
 def test_the_rate_of_a_scheduler_reaches_the_step():
     """With the rate at 0 nothing moves: the step reads the rate that the scheduler wrote."""
     model, loss = regression()
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.5))
+    optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.5))
     lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
     before = weights(model)
     optimizer.step(closure_of(optimizer, loss))
@@ -85,7 +83,7 @@ def test_a_saved_scheduler_resumes():
     other, other_loss = twin_of(model, loss)
     pairs = []
     for current in (model, other):
-        optimizer = GradRegOptimizer(torch.optim.SGD(current.parameters(), lr=0.1))
+        optimizer = unchecked(torch.optim.SGD(current.parameters(), lr=0.1))
         pairs.append((optimizer, lr_scheduler.CosineAnnealingLR(optimizer, 6)))
     (optimizer, scheduler), (resumed, resumed_scheduler) = pairs
     for _ in range(3):
@@ -105,7 +103,7 @@ def test_it_is_an_optimizer_that_shares_everything():
     """One isinstance check, one list of groups, one state, one set of defaults: nothing can diverge."""
     model, _ = regression()
     inner = torch.optim.AdamW(model.parameters(), lr=0.1)
-    optimizer = GradRegOptimizer(inner)
+    optimizer = unchecked(inner)
     assert isinstance(optimizer, Optimizer)
     assert optimizer.param_groups is inner.param_groups
     assert optimizer.state is inner.state
@@ -119,7 +117,7 @@ def test_replaced_groups_reach_the_base_optimizer():
     """DeepSpeed swaps ``param_groups`` before it calls the optimizer once a group: each group is then stepped once."""
     w, v = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
     inner = torch.optim.SGD([{"params": [w]}, {"params": [v]}], lr=0.5)
-    optimizer = GradRegOptimizer(inner, strength=0.0)
+    optimizer = unchecked(inner, strength=0.0)
     groups = optimizer.param_groups
     for group in groups:
         optimizer.param_groups = [group]
@@ -137,7 +135,7 @@ def test_step_hooks_on_wrapper_and_base():
     """Hooks of either run once a step: the wrapper's around both passes, the base optimizer's around the update."""
     model, loss = regression()
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer = GradRegOptimizer(inner)
+    optimizer = unchecked(inner)
     order = []
     optimizer.register_step_pre_hook(lambda opt, args, kwargs: order.append(("before", opt)))
     optimizer.register_step_post_hook(lambda opt, args, kwargs: order.append(("after", opt)))
@@ -158,7 +156,7 @@ def test_hooks_can_be_removed_and_replace_arguments():
     """A pre-hook may bring the closure; a removed hook runs no more."""
     model, loss = regression()
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer = GradRegOptimizer(inner)
+    optimizer = unchecked(inner)
     closure = closure_of(optimizer, loss)
     handle = optimizer.register_step_pre_hook(lambda opt, args, kwargs: ((opt, closure), {}))
     optimizer.step()
@@ -183,7 +181,7 @@ def test_hooks_on_every_optimizer_see_the_wrapper_once(take_step):
     """An average of the weights in such a hook moves once a step, after the update, which hooks of the base are around."""
     model, loss = regression()
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer, seen, start = GradRegOptimizer(inner), [], weights(model)
+    optimizer, seen, start = unchecked(inner), [], weights(model)
     inner.register_step_post_hook(lambda opt, args, kwargs: seen.append(("update", opt)))
 
     def moved():
@@ -210,7 +208,7 @@ def test_hooks_on_every_optimizer_see_another_one_in_the_closure():
     """A closure that steps another optimizer, as for a discriminator, does so with its hooks; an error restores them."""
     model, loss = regression()
     other = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
-    optimizer, seen = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1)), []
+    optimizer, seen = unchecked(torch.optim.SGD(model.parameters(), lr=0.1)), []
     closure = closure_of(optimizer, lambda: (other.step(), loss())[1])
     handle = register_optimizer_step_post_hook(lambda opt, args, kwargs: seen.append(opt))
     try:
@@ -228,7 +226,7 @@ def test_hooks_on_every_optimizer_see_another_one_in_the_closure():
 def test_a_profiler_sees_one_step():
     """The range ``Optimizer.step#…`` is the wrapped optimizer's, as without the wrapper."""
     model, loss = regression()
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.1))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         optimizer.step(closure_of(optimizer, loss))
     steps = {event.key: event.count for event in profile.key_averages() if event.key.startswith("Optimizer.step#")}
@@ -240,7 +238,7 @@ def test_an_average_kept_by_a_scheduler_moves_once():
     for on in ("wrapper", "base"):
         model, loss = regression()
         inner = torch.optim.SGD(model.parameters(), lr=0.1)
-        optimizer, averaged = GradRegOptimizer(inner), swa_utils.AveragedModel(model)
+        optimizer, averaged = unchecked(inner), swa_utils.AveragedModel(model)
         holder = optimizer if on == "wrapper" else inner
         scheduler = lr_scheduler.StepLR(holder, 1, gamma=0.5)
         holder.register_step_post_hook(lambda *_, a=averaged, m=model, s=scheduler: (a.update_parameters(m), s.step())[:0])
@@ -255,7 +253,7 @@ def test_clearing_gradients():
     model, loss = regression()
     other, other_loss = twin_of(model, loss)
     optimizer, expected = (
-        GradRegOptimizer(torch.optim.SGD(current.parameters(), lr=0.1), strength=0.1) for current in (model, other)
+        unchecked(torch.optim.SGD(current.parameters(), lr=0.1), strength=0.1) for current in (model, other)
     )
 
     def closure():
@@ -279,7 +277,7 @@ def test_a_closure_that_does_not_clear_gradients():
     model, loss = regression()
     other, other_loss = twin_of(model, loss)
     optimizer, expected = (
-        GradRegOptimizer(torch.optim.SGD(current.parameters(), lr=0.1), strength=0.1) for current in (model, other)
+        unchecked(torch.optim.SGD(current.parameters(), lr=0.1), strength=0.1) for current in (model, other)
     )
 
     def closure():
@@ -298,7 +296,7 @@ def test_another_backward_before_gradients_are_cleared():
     """A closure may run another network's backward before it clears: the wrapper's own gradients are not added to."""
     model, loss = regression()
     _, other_loss = regression()
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.1))
     loss().backward()
 
     def closure():
@@ -323,7 +321,7 @@ def test_public_attributes_of_the_base_optimizer():
             self.mode = "eval"
 
     inner = ScheduleFree([nn.Parameter(torch.ones(1))], lr=0.1)
-    optimizer = GradRegOptimizer(inner)
+    optimizer = unchecked(inner)
     optimizer.eval()
     assert inner.mode == "eval"
     optimizer.train()
@@ -331,11 +329,11 @@ def test_public_attributes_of_the_base_optimizer():
     inner._step_supports_amp_scaling = True
     assert not hasattr(optimizer, "_step_supports_amp_scaling")
     assert not hasattr(optimizer, "no_such_name")
-    GradRegOptimizer(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)).train()  # a base without one
+    unchecked(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)).train()  # a base without one
 
 
 def test_its_repr_shows_the_settings():
     """Groups print with their regularization."""
-    text = repr(GradRegOptimizer(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1), strength=0.25))
+    text = repr(unchecked(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1), strength=0.25))
     assert text.startswith("GradRegOptimizer")
     assert "gradreg_strength: 0.25" in text
