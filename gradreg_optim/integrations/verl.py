@@ -65,7 +65,9 @@ def _forward_backward(
         output = run(engine, data, loss_function, forward_only=False)
         first = output if first is None else first
     if first:
-        first["metrics"].update({f"grad_reg/{name}": [float(value)] for name, value in optimizer.metrics.items()})
+        first["metrics"].update(
+            {f"grad_reg/{name}": [float(value)] for name, value in optimizer.metrics.items()}
+        )
     return first
 
 
