@@ -65,6 +65,10 @@ reward-hacking: $(DEMO)  ## Show a policy that hacks a learned reward, without a
 test: $(DEV)  ## Run the tests (PYTEST_ARGS="...", WORKERS=2)
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
+.PHONY: mutants
+mutants: $(DEV)  ## Plant faults in the package, one at a time, and name the test that finds each (ARGS="zero slice")
+	DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(PY) -m tests.mutants $(ARGS)
+
 .PHONY: test-pinned
 test-pinned:  ## Run the tests with the library versions that the published implementation recommends
 	$(MAKE) test VENV=.venv-pinned CONSTRAINTS=constraints-published.txt

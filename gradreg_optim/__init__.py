@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from gradreg_optim.by_name import GradReg
 from gradreg_optim.config import GradRegConfig
-from gradreg_optim.drivers.micro_batches import MicroBatches
-from gradreg_optim.extras import import_part
 from gradreg_optim.optimizer import GradRegOptimizer
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ __all__ = [
     "GradRegCallback",
     "GradRegConfig",
     "GradRegOptimizer",
-    "MicroBatches",
     "ZeroGradRegOptimizer",
     "attach",
     "detach",
@@ -36,6 +34,23 @@ _LAZY = {
     "attach": "gradreg_optim.trainers.attach",
     "detach": "gradreg_optim.trainers.attach",
 }
+
+
+def import_part(module: str, what: str) -> Any:
+    """Import ``module``, which provides ``what``.
+
+    Raises:
+        ImportError: it cannot be imported; the message names the extra that installs what it needs.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        extra = "deepspeed" if module.startswith("gradreg_optim.zero") else "trl"
+        raise ImportError(
+            f"{what} needs packages that are missing or do not fit ({error}). Install them with its extra: "
+            f"pip install 'gradreg_optim[{extra}]'.",
+            name=error.name,
+        ) from error
 
 
 def __getattr__(name: str) -> Any:

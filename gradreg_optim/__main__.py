@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gradreg_optim.extras import import_part
+from gradreg_optim import import_part
 
 
 def main() -> None:

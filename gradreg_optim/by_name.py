@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from gradreg_optim.config import from_text
 from gradreg_optim.optimizer import GradRegOptimizer
-from gradreg_optim.wrapping.settings import SETTINGS, Settings, shown, suggestion
+from gradreg_optim.wrapping.settings import SETTINGS, Settings, check_names, shown
 
 _KINDS = {setting.name: setting.rule.kind for setting in SETTINGS}
 
@@ -72,9 +72,7 @@ def _settings(gradreg: Mapping[str, Any] | None) -> dict[str, Any]:
             f"gradreg={shown(gradreg)} is a {type(gradreg).__name__}: it must be a mapping of GradRegOptimizer's keyword "
             "arguments. Write, for example, gradreg={'strength': 1e-2}."
         )
-    for name in gradreg or {}:
-        if name not in Settings.__annotations__:
-            raise TypeError(f"gradreg has an unexpected setting {name!r}. {suggestion(str(name), Settings.__annotations__)}")
+    check_names("gradreg", map(str, gradreg or {}))
     return {name: from_text(value, _KINDS.get(name)) for name, value in (gradreg or {}).items()}
 
 

@@ -1,15 +1,14 @@
 """GradRegOptimizer: the regularized step around any torch optimizer.
 
-The algorithm is :func:`gradreg_optim.core.regularize.regularized`; here it is driven by a closure, by
-:class:`~gradreg_optim.MicroBatches` or by the caller's own ``for``, and followed by the wrapped optimizer's step.
+The algorithm is :func:`gradreg_optim.core.regularize.regularized`; here it is driven by a closure or by the caller's own
+``for``, and followed by the wrapped optimizer's step.
 """
 
 from __future__ import annotations
 
-import inspect
 import weakref
-from collections.abc import Callable, Generator, Iterable
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,21 +16,28 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gradreg_optim.core.local import LocalStorage
-from gradreg_optim.core.losses import Clearing, Losses
 from gradreg_optim.core.plan import Plan
-from gradreg_optim.core.regularize import call_in_each, regularized
-from gradreg_optim.core.repeatable import Buffers, same_start
-from gradreg_optim.core.step import Figure, Outcome, PartOfPass, Point, Scalar, computed
+from gradreg_optim.core.regularize import call_in_each
+from gradreg_optim.core.same_start import ModuleState, same_start
+from gradreg_optim.core.scalars import Scalar
+from gradreg_optim.core.step import Figure, Outcome, Point, computed
 from gradreg_optim.core.storage import Storage
-from gradreg_optim.drivers.micro_batches import MicroBatches
+from gradreg_optim.core.witnesses import Clearing, Losses, Witnesses
+from gradreg_optim.passes import Passes
 from gradreg_optim.wrapping import upwards
-from gradreg_optim.wrapping.advice import Advice
-from gradreg_optim.wrapping.refusals import check_driver, no_gradient
+from gradreg_optim.wrapping.held_clips import HeldClips
+from gradreg_optim.wrapping.refusals import check_engines, check_resample, no_gradient
 from gradreg_optim.wrapping.schedule import Schedule, ScheduleName
-from gradreg_optim.wrapping.settings import DEFAULT_EPS, DEFAULT_STRENGTH, Method, Radius, Resample, Rounding, settings_among
+from gradreg_optim.wrapping.settings import (
+    DEFAULT_STRENGTH,
+    Method,
+    Radius,
+    Resample,
+    Rounding,
+    check_names,
+    settings_among,
+)
 from gradreg_optim.wrapping.wrapper import OptimizerWrapper
-
-Passes = Generator[Point, PartOfPass | None, None]
 
 
 class GradRegOptimizer(OptimizerWrapper):
@@ -45,9 +51,10 @@ class GradRegOptimizer(OptimizerWrapper):
         optimizer: any optimizer whose ``step`` needs no closure. The wrapper shares its ``param_groups``, ``state`` and
             ``defaults``. A group may bring its own ``gradreg_strength``, ``gradreg_eps`` or ``gradreg_radius``.
         strength: γ ≥ 0, the weight of the penalty. A group of strength 0 is neither perturbed nor regularized.
-        eps: ε > 0; the weights move by ``eps`` times the clipped gradient.
-        radius: ρ > 0, the length ‖θ' − θ‖ over all regularized parameters; each step uses ``eps = radius/‖g1‖``. ``"auto"``
-            finds it (:mod:`gradreg_optim.core.radius`): the default in half precision, unless ``eps`` is given.
+        eps: ε > 0; the weights move by ``eps`` times the clipped gradient. Default: the published 1e-3 in full precision,
+            ``radius="auto"`` in low precision, which the first regularized step finds out.
+        radius: ρ > 0, the length ‖θ' − θ‖ over all regularized parameters; each step uses ``eps = radius/‖g1‖``.
+            ``"auto"`` adapts it (:mod:`gradreg_optim.core.precision`).
         warmup_steps: optimizer steps at the beginning without the penalty.
         schedule: ``"constant"``, ``"linear"`` or ``"cosine"`` (both rise from 0 to 1), or a callable that maps the number of
             the step, from 0, to a factor on the strength. Checkpoints do not contain callables.
@@ -56,24 +63,21 @@ class GradRegOptimizer(OptimizerWrapper):
         g2_clip: bound on ‖g2‖. A clip that engages biases the difference.
         max_penalty_ratio: bound on ‖penalty‖/‖g1‖. It shortens the penalty and keeps its direction. ``None``: no bound.
         method: ``"forward"``: the formula above, two gradients a step. ``"central"``: (g₊ − g₋)/2 in place of g2 − g1, where
-            g± = ∇L(θ ± ε·g1); three gradients, an error of order ε², and rounding in g1 cancels. ``"exact"``: γ·H·g1 by
-            double backward, at the time of 2 to 3 gradients and several times the memory; not under ZeRO or FSDP2.
+            g± = ∇L(θ ± ε·g1); three gradients, an error of order ε², and rounding in g1 cancels.
         rounding: how bfloat16 weights without fp32 masters take the step. ``"stochastic"`` rounds each weight up or down
             with the probability that is right on average; ``"nearest"``, as published, loses steps below half a spacing.
         check_every: number of steps between two checks of the difference, at two more gradients each (central: one). They
-            add ``self_check`` and ``noise_floor`` to ``metrics``. 0: none. ``None``: 100 in half precision, else 0.
-        shrink: multiply the penalty by its share of signal, 1 − floor²/rel², which checks measure.
+            add ``self_check`` and ``noise_floor`` to ``metrics``. 0: none. ``None``: one in the first regularized step,
+            and in low precision one every 100 steps.
+        shrink: in low precision, multiply the penalty by its share of signal, 1 − floor²/rel², which checks measure.
         every: regularize every ``every``-th step, beginning with the first after the warm-up. Multiply ``strength`` by
             ``every`` to compensate; this worked in every experiment we ran.
-        fraction: the fraction of a step's micro-batches that are repeated, at the cost of 1 + ``fraction`` gradients
-            (:mod:`gradreg_optim.drivers.micro_batches`). Works in trainers and with :class:`~gradreg_optim.MicroBatches`.
         exclude: parts of parameter names. Matching parameters are neither perturbed nor regularized; their update uses g1.
             ``"none"`` excludes nothing. Default in trainers: embeddings and heads.
         resample: in trainers of GRPO and RLOO, the completions of the second pass. ``"reuse"``: as they are, as published.
-            ``"importance"``, ``"sequence"``: reweighted by the loss's own ratio, or by that of whole completions
-            (:mod:`gradreg_optim.trainers.old_policy`).
+            ``"sequence"``: reweighted by the ratio of whole completions (:mod:`gradreg_optim.trainers.old_policy`).
         model: the module, for the names in ``exclude`` and for its buffers. Not needed if the optimizer was built on
-            ``named_parameters()``, unless you compile more than the model: otherwise module hooks find all buffers.
+            ``named_parameters()``, unless you compile more than the model: otherwise module hooks find all modules.
         scaler: the :class:`torch.amp.GradScaler` that scales the closure's loss. It steps the wrapped optimizer and skips
             the step if either pass overflowed. Call ``scaler.update()`` yourself. To clip, see :meth:`passes`.
 
@@ -102,7 +106,7 @@ class GradRegOptimizer(OptimizerWrapper):
         optimizer: Optimizer,
         *,
         strength: float = DEFAULT_STRENGTH,
-        eps: float = DEFAULT_EPS,
+        eps: float | None = None,
         radius: Radius = None,
         warmup_steps: int = 0,
         schedule: ScheduleName | Schedule | None = None,
@@ -115,34 +119,36 @@ class GradRegOptimizer(OptimizerWrapper):
         check_every: int | None = None,
         shrink: bool = True,
         every: int = 1,
-        fraction: float = 1.0,
         exclude: str | Iterable[str] = (),
         resample: Resample = "reuse",
         model: nn.Module | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        **unknown: Any,
     ) -> None:
+        check_names(type(self).__name__, unknown)
         self._set_up(optimizer, settings_among(locals()), scaler=scaler, exclude=exclude, model=model)
 
     def _set_up(self, optimizer: Optimizer, settings: dict[str, Any], **more: Any) -> None:
         super().__init__(optimizer, settings, **more)
-        self.resample, self.advice = settings["resample"], Advice()
+        self.resample, self.witnesses = settings["resample"], Witnesses()
         self._figures: dict[str, Figure] = {}
         self._skipped: Scalar = 0
-        self._clearing, self._buffers, self._losses = Clearing(), Buffers(), Losses()
-        self._noting: Losses | None = None  # the same, in steps in which it has something to do
-        self._running: weakref.ref[Passes] | None = None  # of the loop over passes() that began last
-        self._pending: Callable[[], None] | None = None  # what a step() after that loop does
+        self._clearing, self._module_state, self._losses, self._clips = Clearing(), ModuleState(), Losses(), HeldClips()
+        self._passes: weakref.ref[Passes] | None = None  # of the loop over passes() that began last
+        self._is_complete = False  # whether that loop has ended, and a step() is to follow
+        self._is_proven = False  # whether a regularized step has shown that θ comes back
 
     @property
     def metrics(self) -> dict[str, Scalar]:
         """Figures of the last step: Python numbers, or 0-d tensors; only reading a tensor waits for the device.
 
-        ``strength`` and ``eps`` of the first regularized group; ``radius``, if it finds itself; ``g1_norm``, ``g2_norm``
-        before clipping; ``g1_clipped``, ``g2_clipped``: 1 if the clip engaged; ``penalty_ratio`` = ‖penalty‖/‖g1‖;
-        ``curvature`` = g1·(g2−g1)/(ε‖g1‖²); ``cosine`` of g1 and g2; ``perturbation_fidelity`` = ⟨θ'_real − θ, εd⟩/‖εd‖²;
-        ``skipped``: steps so far whose penalty was left out because a gradient was not finite. With checks
-        (:mod:`gradreg_optim.core.self_check`) ``noise_floor``, ``signal`` and ``self_check``. A step without penalty has
-        ``strength`` and ``skipped`` alone.
+        ``strength`` and ``eps`` of the first regularized group; ``radius``, if it adapts; ``g1_norm``, ``g2_norm`` before
+        clipping; ``g1_clipped``, ``g2_clipped``: 1 if the clip engaged; ``penalty_ratio`` = ‖penalty‖/‖g1‖; ``curvature``
+        = g1·(g2−g1)/(ε‖g1‖²); ``cosine`` of g1 and g2; ``perturbation_fidelity`` = ⟨θ'_real − θ, εd⟩/‖εd‖²;
+        ``loss_check`` = (L(θ') − L(θ))/(ε·⟨d, (g1+g2)/2⟩), near 1 in a right step, unless the loss is not the integral of
+        its gradient; ``skipped``: steps so far whose penalty was left out because a gradient was not finite, or the loss
+        not the same function in both passes. With checks (:mod:`gradreg_optim.core.precision`) ``noise_floor``,
+        ``signal`` and ``self_check``. A step without penalty has ``strength`` and ``skipped`` alone.
         """
         return {name: computed(figure) for name, figure in self.figures().items()}
 
@@ -151,37 +157,32 @@ class GradRegOptimizer(OptimizerWrapper):
         return {**self._figures, "skipped": self._skipped}
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | MicroBatches | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one regularized step; returns the loss at θ, as the first call of ``closure`` returned it.
 
         Args:
             closure: clears the gradients, runs forward and backward over the whole batch and returns the loss. It is called
                 with gradients enabled: twice; once in a step without penalty; three times for ``method="central"``; four
-                times in the step of a check; once more in the first step if its loss seems not to be repeatable. Or
-                :class:`~gradreg_optim.MicroBatches`. ``None`` after :meth:`passes`.
+                times in the step of a check, such as the first regularized one; once more there if it wrote the weights,
+                and once more if its loss seems not to be repeatable. ``None`` after :meth:`passes`.
 
         Raises:
-            RuntimeError: there is no closure, no completed :meth:`passes` and no attached trainer; the closure runs whole
-                steps, and ``fraction`` is less than 1; or the loss is another one at each call.
+            RuntimeError: there is no closure, no completed :meth:`passes` and no attached trainer; or the loss is another
+                one at each call.
         """
         was_under_way = self._abandon_passes()
-        if closure is None:
-            return self._step_on_gradients(was_under_way)
-        plan = self.plan(storage := self.storage())
-        if plan.fraction < 1 or self.resample != "reuse":
-            check_driver(plan, self.resample, "" if isinstance(closure, MicroBatches) else "this closure runs them all")
-        with closing(self._passes(plan, storage)) as passes:
-            if isinstance(closure, MicroBatches):
-                loss, is_whole = closure.drive(passes, storage, plan, self._buffers), True
-            else:
-                loss, is_whole = call_in_each(closure, passes, self._returned, upwards.calling_scaler)
+        if closure is None or self._is_complete:
+            return self._step_on_gradients(was_under_way, closure)
+        check_resample(self.resample)
+        with closing(self.begin()) as passes:
+            loss, is_whole = call_in_each(closure, passes, self._losses.returned, upwards.calling_scaler)
         if not is_whole:
             self.note(Outcome({"strength": 0.0}, 1))
             return self._advance()
         self._base_step()
         return loss
 
-    def passes(self) -> Passes:
+    def passes(self) -> Iterator[Point]:
         """The passes of one step, for loops that cannot hand over a closure.
 
         ::
@@ -192,72 +193,86 @@ class GradRegOptimizer(OptimizerWrapper):
             clip_grad_norm_(model.parameters(), 1.0)    # under a scaler, call scaler.unscale_(optimizer) before
             optimizer.step()                 # on the combined gradient
 
-        Every pass starts from the same random numbers and buffers. After the loop the weights are at θ and ``.grad`` holds
-        the combined gradient. If the body raises, or leaves the loop by ``break``, the weights are at θ, bit
+        Every pass starts from the same random numbers and module states. After the loop the weights are at θ and ``.grad``
+        holds the combined gradient. If the body raises, or leaves the loop by ``break``, the weights are at θ, bit
         for bit, and ``.grad`` holds g1; the step then has to be begun again.
 
         Raises:
-            RuntimeError: ``fraction`` or ``resample`` are set, which a loop body cannot serve; see also :meth:`step`.
+            RuntimeError: ``resample`` is set, which a loop body cannot serve; see also :meth:`step`.
         """
-        plan = self.plan(storage := self.storage())
-        if plan.fraction < 1 or self.resample != "reuse":
-            check_driver(plan, self.resample, "the body of this loop runs them all")
+        check_resample(self.resample)
         self._abandon_passes()
-        passes = self._passes_of_loop(plan, storage)
-        self._running = weakref.ref(passes)
+        if self._is_complete:
+            self.witnesses.tell(
+                "steps",
+                "passes() began again before optimizer.step(): warm-up, schedule and every stand still",
+                "a step of the optimizer inside, or none, after the loop over passes()",
+                "call step() of the wrapper, once after each loop over passes()",
+            )
+        self._is_complete = False
+        passes = self.begin(completes=True)
+        self._passes = weakref.ref(passes)
         return passes
 
-    def _passes_of_loop(self, plan: Plan, storage: Storage) -> Passes:
-        yield from self._passes(plan, storage)
-        self._end_loop()
+    def begin(
+        self, surroundings: Callable[[Point], AbstractContextManager[Any]] | None = None, *, completes: bool = False
+    ) -> Passes:
+        """Begin a step: its passes, each with ``surroundings`` around it. ``completes``: a ``step()`` is to follow."""
+        storage = self.storage()
+        plan = self.plan(storage)
+        if plan.points and not self._is_proven:
+            check_engines(self.param_groups)
+        self._module_state.own(p for group in self._groups_with_names() for p in group["params"])
+        losses = self._losses.begun(self._module_state.modules)
+        around = self.surroundings(storage, plan) if surroundings is None else surroundings
 
-    def _passes(self, plan: Plan, storage: Storage) -> Passes:
-        """Yield each point with everything prepared for the pass there; afterwards note what came out."""
-        self._pending = None
-        is_checked = self._losses.is_due or len(plan.points) > len(plan.scheme.points)
-        self._noting = self._losses.begun(self._buffers.modules) if is_checked else None
-        surroundings, part = self.surroundings(storage, plan), None
-        with closing(regularized(storage, plan, self._noting)) as points:
-            while True:
-                try:
-                    point = points.send(part)
-                except StopIteration as end:
-                    self.note(end.value)
-                    return
-                with surroundings(point):
-                    part = yield point
+        def end(outcome: Outcome) -> None:
+            self.note(outcome)
+            self._clips.release()
+            if completes:
+                self._end_loop()
 
-    def _returned(self, loss: Any) -> Any:
-        return loss if self._noting is None else self._noting.returned(loss)
+        return Passes(plan, storage, losses, around, end)
 
     def _abandon_passes(self) -> bool:
         """Bring the weights back if :meth:`passes` stand at a point; whether they did."""
-        passes = None if self._running is None else self._running()
-        if passes is None or inspect.getgeneratorstate(passes) == inspect.GEN_CLOSED:
-            return False
-        passes.close()
-        return True
+        passes = None if self._passes is None else self._passes()
+        return passes is not None and passes.close()
 
     def note(self, outcome: Outcome) -> None:
         """Take in what a step did: its metrics, and what a check found."""
         self._figures = outcome.figures
         self._skipped = self._skipped + outcome.skipped
+        self._is_proven = self._is_proven or outcome.symptoms is not None
         self._remember(outcome)
-        self.advice.note(outcome)
+        norm = outcome.figures.get("g1_norm")
+        self.witnesses.note(outcome, is_on_cpu=isinstance(norm, torch.Tensor) and norm.device.type == "cpu")
         if outcome.is_empty and self._attachment is None:  # a trainer's attachment has its own check
-            self.advice.tell("empty", no_gradient(self.param_groups, self.exclude, self._excluded))
+            self.witnesses.warn("empty", no_gradient(self.param_groups, self.exclude, self.exclusion.positions))
 
     def storage(self) -> Storage:
         """Where gradients and weights are in the step to come: ``.grad`` and the parameters."""
-        return LocalStorage(self.param_groups, self._scaler, (self, self.optimizer))
+        return LocalStorage(
+            self.param_groups, self._scaler, (self, self.optimizer), is_first=not self._is_proven
+        )
 
     def surroundings(self, storage: Storage, plan: Plan) -> Callable[[Point], AbstractContextManager[Any]]:
         """What is around each pass of one step, so that all of them are passes of the same function."""
         if not plan.points:
             return lambda _point: nullcontext()
-        parameters = (parameter for group in self.param_groups for parameter in group["params"])
-        first = nullcontext() if self._clearing.is_seen else self._clearing.required(parameters)
-        return same_start(storage.devices, self._model, self._buffers, self._noting, first)
+
+        def first() -> AbstractContextManager[None]:
+            parameters = (parameter for group in self.param_groups for parameter in group["params"])
+            return nullcontext() if self._clearing.is_seen else self._clearing.required(parameters)
+
+        start = same_start(storage.devices, self._model, self._module_state, self._losses, first)
+
+        @contextmanager
+        def around(point: Point) -> Iterator[None]:
+            with start(point), self._clips.around(is_first=point is Point.THETA):
+                yield
+
+        return around
 
     def _base_step(self) -> None:
         """The wrapped optimizer's step on the combined gradient; under a scaler, unless a pass overflowed."""
@@ -272,19 +287,24 @@ class GradRegOptimizer(OptimizerWrapper):
 
     def _end_loop(self) -> None:
         """After a loop over :meth:`passes`: leave the step to the caller."""
-        self._pending = self._base_step
+        self._is_complete = True
 
-    def _step_on_gradients(self, was_under_way: bool) -> None:
-        """A step without a closure: after :meth:`passes`, or in the hands of a trainer."""
+    def _step_on_gradients(self, was_under_way: bool, closure: Callable[[], Any] | None = None) -> None:
+        """A step without a closure: after :meth:`passes`, or in the hands of a trainer.
+
+        After :meth:`passes` a closure may come that leaves the gradients alone, as in Lightning's manual optimization.
+        """
         if was_under_way:
             raise RuntimeError(
                 "step() was called before the passes of this step ended: .grad does not hold the combined gradient. "
                 "Let the loop over optimizer.passes() run to its end, and call step() after it."
             )
-        if self._pending is not None:
+        if self._is_complete:
+            self._is_complete = False
+            if closure is not None:
+                self._require_idle(closure)
             upwards.check_scaler(self._scaler)
-            pending, self._pending = self._pending, None
-            pending()
+            self._base_step()
         elif self._is_state_initialization():
             self._step_wrapped(self.optimizer.step)
         elif self._attachment is not None:
@@ -297,4 +317,19 @@ class GradRegOptimizer(OptimizerWrapper):
                 "Pass a closure that clears the gradients, runs forward and backward and returns the loss, or run both in "
                 "`for _ in optimizer.passes():` before step(), or let a Trainer drive the optimizer (optimizers=(optimizer, "
                 "None), or gradreg_optim.attach(trainer) if the trainer creates it)."
+            )
+
+    def _require_idle(self, closure: Callable[[], Any]) -> None:
+        """Call a closure that comes after :meth:`passes`; raise if it touches the gradients."""
+
+        def gradients() -> list[tuple[int, int]]:
+            parameters = (parameter for group in self.param_groups for parameter in group["params"])
+            return [(id(p.grad), p.grad._version) for p in parameters if p.grad is not None]
+
+        before = gradients()
+        torch.enable_grad()(closure)()
+        if gradients() != before:
+            raise RuntimeError(
+                "step(closure) after a loop over passes(): the closure changed the combined gradient. Run forward and "
+                "backward in one of the two: in `for _ in optimizer.passes():` followed by step(), or in step(closure)."
             )

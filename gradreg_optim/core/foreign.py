@@ -7,10 +7,15 @@ from typing import NoReturn
 
 from torch import Tensor
 
-NO_SECOND_GRADIENT = (
-    "The second call of the closure left no gradient on any regularized parameter, the first one did. "
-    "Let the closure clear the gradients and run forward and backward each time it is called."
-)
+
+class NoSecondGradient(RuntimeError):
+    """The last pass left no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The second call of the closure left no gradient on any regularized parameter, the first one did. "
+            "Let the closure clear the gradients and run forward and backward each time it is called."
+        )
 
 
 def refuse_foreign(trainable: Sequence[Tensor], moved: Sequence[Tensor]) -> None:
@@ -36,6 +41,15 @@ def _is_stepped_by_hook(parameter: Tensor) -> bool:
 
 def _has_hooks(parameter: Tensor) -> bool:
     return bool(parameter._post_accumulate_grad_hooks or parameter._backward_hooks)
+
+
+def refuse_shared() -> NoReturn:
+    """Raise because other processes write the weights."""
+    raise RuntimeError(
+        "The parameters are in memory that processes share (share_memory(), Hogwild): the others would compute at θ', and "
+        "what they write while this one is there is lost when θ comes back. Give each process a copy of its own and "
+        "average the gradients (torch.nn.parallel.DistributedDataParallel)."
+    )
 
 
 def refuse_meta(trainable: Sequence[Tensor]) -> NoReturn:

@@ -11,9 +11,16 @@ import torch
 from torch import Tensor
 
 from gradreg_optim.core import multi_tensor
-from gradreg_optim.core.foreign import NO_SECOND_GRADIENT, refuse_foreign, refuse_meta, refuse_refilled, refuse_unscaled
-from gradreg_optim.core.shards import aligned, is_counted
-from gradreg_optim.core.step import FirstGradient, Gradients, GroupGradients, Scalar
+from gradreg_optim.core.foreign import (
+    NoSecondGradient,
+    refuse_foreign,
+    refuse_meta,
+    refuse_refilled,
+    refuse_shared,
+    refuse_unscaled,
+)
+from gradreg_optim.core.scalars import Scalar
+from gradreg_optim.core.step import FirstGradient, Gradients, GroupGradients
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -34,8 +41,14 @@ class LocalStorage:
     float64 numbers over each dimension of the mesh.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], scaler: Any = None, optimizers: Sequence[Any] = ()) -> None:
-        """View ``groups``; ``scaler`` scales their gradients, unless it unscales them as those of one of ``optimizers``."""
+    def __init__(
+        self, groups: list[dict[str, Any]], scaler: Any = None, optimizers: Sequence[Any] = (), *, is_first: bool = False
+    ) -> None:
+        """View ``groups``; ``scaler`` scales their gradients, unless it unscales them as those of one of ``optimizers``.
+
+        ``is_first``: no step has shown yet that θ comes back.
+        """
+        self._is_first = is_first
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._optimizers = optimizers
         self.loss_scale = 1.0 if self._scaler is None else float(scaler.get_scale())
@@ -49,9 +62,15 @@ class LocalStorage:
         self._held: list[tuple[Tensor, Tensor, int]] = []  # parameters, their gradients in the first pass, their versions
         self._trainable = [parameter for parameter in self._parameters() if parameter.requires_grad]
         self._versions = [parameter._version for parameter in self._trainable]
+        self._addresses = [parameter.data_ptr() for parameter in self._trainable] if is_first and self._mesh is None else []
+        # Gradients that frozen parameters have from before: a pass may train such a parameter and freeze it again (GANs).
+        frozen = (parameter for parameter in self._parameters() if not parameter.requires_grad)
+        self._stale = {id(p): (p.grad, p.grad._version) for p in frozen if p.grad is not None}
         self._was_unscaled = self._is_unscaled()
         if any(parameter.is_meta for parameter in self._trainable):
             refuse_meta(self._trainable)
+        if is_first and any(p.device.type == "cpu" and p.is_shared() for p in self._trainable):
+            refuse_shared()
 
     @property
     def devices(self) -> set[torch.device]:
@@ -73,6 +92,13 @@ class LocalStorage:
         if self._is_unscaled() and not self._was_unscaled:
             refuse_unscaled()
 
+    @property
+    def first_pass_moved(self) -> bool:
+        """Whether the first pass of a first step wrote weights, or gave them new memory."""
+        moved = (p._version != version for p, version in zip(self._trainable, self._versions, strict=True))
+        replaced = (p.data_ptr() != address for p, address in zip(self._trainable, self._addresses, strict=False))
+        return self._is_first and (any(moved) or any(replaced))
+
     def _is_unscaled(self) -> bool:
         return self._scaler is not None and any(map(self._scaler._found_inf_per_device, self._optimizers))
 
@@ -82,12 +108,19 @@ class LocalStorage:
         try:
             for number, group in enumerate(self._groups):
                 for position, parameter in enumerate(group["params"]):
-                    is_regularized = strengths[number] and position not in excluded[number] and parameter.requires_grad
+                    is_trained = parameter.requires_grad or self._is_fresh(parameter)
+                    is_regularized = strengths[number] and position not in excluded[number] and is_trained
+                    first.is_frozen_again |= bool(is_regularized) and not parameter.requires_grad
                     self._take_one(first.groups[number], number, parameter, is_regularized)
         except BaseException:
             self.put_back(first)
             raise
         return first
+
+    def _is_fresh(self, parameter: Tensor) -> bool:
+        """Whether a frozen parameter has a gradient from this pass."""
+        gradient, version = self._stale.get(id(parameter), (None, 0))
+        return parameter.grad is not None and (parameter.grad is not gradient or gradient._version != version)
 
     def _take_one(self, group: GroupGradients, number: int, parameter: Tensor, is_regularized: object) -> None:
         gradient = detached_from_bucket(self._gradient_of(parameter))
@@ -149,22 +182,27 @@ class LocalStorage:
         finally:
             for group, theta in zip(first.groups, saved, strict=False):  # fewer if a copy could not be had
                 multi_tensor.restore_(group.weights, theta)
+            self._restore_replaced(first, saved)
             torch.clear_autocast_cache()
+
+    def _restore_replaced(self, first: FirstGradient, saved: list[list[Tensor]]) -> None:
+        """Restore θ where the pass gave a parameter new memory (``.data = …``); in a first step, compare all of it."""
+        for reached, group, copies in zip(self._reached, first.groups, saved, strict=False):
+            for parameter, weight, theta in zip(reached, group.weights, copies, strict=False):
+                if self._mesh is None and parameter.data_ptr() != weight.data_ptr() and parameter.shape == theta.shape:
+                    real(parameter).copy_(theta)
+                if self._is_first and not parameter.is_meta and differ(real(parameter), theta):
+                    raise RuntimeError(
+                        f"A parameter of shape {tuple(parameter.shape)} is not what it was before the further passes: one of "
+                        "them wrote it or replaced it. Let forwards leave the optimizer's parameters alone, and write "
+                        "them after step()."
+                    )
 
     def _measure(self, group: GroupGradients, theta: list[Tensor], arrived: tuple[Scalar, Scalar] | None) -> None:
         tensors = [group.counted(xs) for xs in (theta, group.weights, group.g1)]
         if arrived is None or len(tensors[0]) < len(theta):
             arrived = multi_tensor.step_moments(*tensors)
         group.moved_along, group.step_squared = arrived
-
-    def leaves(self, first: FirstGradient) -> tuple[list[Tensor], list[Tensor]]:
-        """The parameters and g1, unless they are distributed over ranks."""
-        if self._mesh is not None:
-            raise RuntimeError(
-                "method='exact': no second derivatives are taken of parameters that are distributed over ranks (DTensor). "
-                "Use method='forward' or 'central' under FSDP2 and tensor parallelism."
-            )
-        return [*chain(*self._reached)], [*chain(*self._gradients)]
 
     # Gradients at further points.
 
@@ -177,7 +215,7 @@ class LocalStorage:
         for parameter, gradient in self._kept:
             parameter.grad = gradient
         if not any(parameter.grad is not None for parameter in chain(*self._reached, *self._unreached)):
-            raise RuntimeError(NO_SECOND_GRADIENT)
+            raise NoSecondGradient
         return [self._last_of(number, group) for number, group in enumerate(first.groups)]
 
     def _last_of(self, number: int, group: GroupGradients) -> list[Tensor]:
@@ -195,11 +233,6 @@ class LocalStorage:
 
     # Micro-batches.
 
-    def begin_window(self, micro_batches: int) -> None:
-        """Clear ``.grad``, as ``zero_grad`` does; any number of micro-batches will do."""
-        for parameter in self._parameters():
-            parameter.grad = None
-
     def announce(self, *, is_summed: bool) -> None:
         """Nothing to do: gradients are complete, unless the caller accumulates without reducing them."""
 
@@ -212,9 +245,9 @@ class LocalStorage:
             parameter.grad = None
         return taken
 
-    def copy_sum(self) -> _Sum:
-        """Copy the gradients in ``.grad``."""
-        return {id(p): gradient.clone() for p in self._parameters() if (gradient := self._gradient_of(p)) is not None}
+    def see_sum(self) -> _Sum:
+        """The gradients in ``.grad``, which stay there."""
+        return {id(p): gradient for p in self._parameters() if (gradient := self._gradient_of(p)) is not None}
 
     def add_sum(self, gradients: _Sum) -> None:
         """Add to the gradients in ``.grad``."""
@@ -238,6 +271,11 @@ class LocalStorage:
 
     def _parameters(self) -> Iterator[Tensor]:
         return (parameter for group in self._groups for parameter in group["params"])
+
+    @property
+    def loss_ranks(self) -> int:
+        """The ranks of the mesh."""
+        return 1 if self._mesh is None else self._mesh.size()
 
     def sum_over_ranks(self, sums: Tensor) -> Tensor:
         """Complete sums over all ranks that hold shards."""
@@ -290,3 +328,34 @@ def real(tensor: Tensor) -> Tensor:
     """What the arithmetic runs on: shares memory with ``tensor``, and has one element per real number in it."""
     local = local_shard(tensor.detach())
     return torch.view_as_real(local) if local.is_complex() else local
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def differ(tensor: Tensor, before: Tensor) -> bool:
+    """Whether any bit differs: NaN is equal to itself. Waits for the device."""
+    if tensor.shape != before.shape or tensor.dtype != before.dtype:
+        return True
+    now, then = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in (tensor.to(before.device), before))
+    integer = _INTEGERS[now.element_size()]
+    return bool((now.view(integer) != then.view(integer)).any())
+
+
+# Parameters that are spread over a device mesh (DTensor).
+
+
+def is_counted(parameter: Tensor, mesh: DeviceMesh) -> bool:
+    """Whether this rank adds the parameter's part to sums over ``mesh``: of equal replicas only the first does."""
+    coordinate = mesh.get_coordinate()
+    placements = getattr(parameter, "placements", None)  # a parameter that is not distributed is a replica everywhere
+    replicated = [placements is None or placements[axis].is_replicate() for axis in range(mesh.ndim)]
+    return coordinate is not None and all(place == 0 for place, copy in zip(coordinate, replicated, strict=True) if copy)
+
+
+def aligned(gradient: Any, parameter: Any) -> Tensor:
+    """The gradient, spread like its parameter: tensor parallelism also leaves summands, one a rank, which are added here."""
+    placements = getattr(parameter, "placements", None)
+    if placements is None or getattr(gradient, "placements", placements) == placements:
+        return gradient  # type: ignore[no-any-return]
+    return gradient.redistribute(placements=placements)  # type: ignore[no-any-return]

@@ -18,7 +18,6 @@ Symbols in the code: ``strength`` is γ, ``eps`` is ε, ``radius`` is ρ = ‖θ
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,55 +25,76 @@ import torch
 from torch import Tensor
 
 from gradreg_optim.core import multi_tensor
-from gradreg_optim.core.finite_difference import clip_coefficient, is_finite, item_on_cpu, ratio, stack_scalars
-from gradreg_optim.core.losses import Losses
+from gradreg_optim.core.foreign import NoSecondGradient
 from gradreg_optim.core.plan import Plan
-from gradreg_optim.core.radius import AUTO, following, longer
-from gradreg_optim.core.self_check import evaluated, signal_fraction
-from gradreg_optim.core.step import Check, Difference, Figure, FirstGradient, Gradients, Outcome, PartOfPass, Point, Scalar
+from gradreg_optim.core.precision import (
+    AUTO,
+    PUBLISHED_EPS,
+    following,
+    inner_of_differences,
+    is_low,
+    longer,
+    run_check,
+    signal_fraction,
+)
+from gradreg_optim.core.scalars import Scalar, clip_coefficient, is_finite, item_on_cpu, ratio, stack_scalars
+from gradreg_optim.core.schemes import stand_at, weight_of
+from gradreg_optim.core.step import Check, Difference, Figure, FirstGradient, Outcome, Point, computed
 from gradreg_optim.core.storage import Storage
+from gradreg_optim.core.witnesses import BEYOND, Losses, expected_change, off_by
 
 
 @torch.no_grad()
-def regularized(storage: Storage, plan: Plan, losses: Losses | None = None) -> Generator[Point, PartOfPass | None, Outcome]:
+def regularized(storage: Storage, plan: Plan, losses: Losses) -> Generator[Point, None, Outcome]:
     """Replace the gradient g1 that ``storage`` holds after the first pass by g1 + (γ/ε)·Δ.
 
-    Yields each point at which a gradient is wanted, θ first, and the last one twice if the ``losses`` are suspicious. The
-    driver may answer θ with the part of that pass that it will repeat. If it closes the generator at a point, or throws into
+    Yields each point at which a gradient is wanted, θ first. In a first step θ comes twice if the first pass wrote weights,
+    and the last point twice if the ``losses`` are suspicious. If the driver closes the generator at a point, or throws into
     it, the weights are at θ, bit for bit, and g1 is back.
     """
-    part = yield Point.THETA
+    yield Point.THETA
     if not plan.points:
         return Outcome({"strength": 0.0})
     storage.check_first_pass()
+    if storage.first_pass_moved:
+        storage.take_sum()  # and drop it: it is taken once more, at the weights as they are now
+        yield Point.THETA
     first = storage.take(plan.strengths, plan.excluded)
     first.figures["strength"] = next(strength for strength in plan.strengths if strength)
     try:
         if not storage.has_gradient(first):
             storage.put_back(first)
             return Outcome(first.figures, is_empty=True)
-        if losses is not None and losses.are_low(storage):
-            plan = replace(plan, points=plan.points_if_low or plan.points, low_dtype=losses.low_dtype)
         if not choose_step(storage, first, plan):  # d = clip(g1), ε; False: there is no finite gradient
             storage.put_back(first)
             return Outcome(first.figures, first.skipped)
-        for point in plan.points:  # usually one
-            with plan.scheme.at(storage, first, point, plan):  # θ' = θ + ε·d inside, θ again after it
+        points = plan.scheme.points if first.is_frozen_again else plan.points
+        for point in points:  # usually one
+            with stand_at(storage, first, point, plan):  # θ' = θ + ε·d inside, θ again after it
                 yield point
-                if losses is not None and point is plan.points[-1] and losses.are_far(storage, first, plan, part):
+                if point is points[-1] and losses.are_far(storage, first):
                     storage.take_sum()  # and drop it: it is taken once more
                     yield point
                     losses.require_same(storage)
-            collect(storage, first, point, part, plan)
+            collect(storage, first, point, plan)
+        first.losses = losses.change(storage)
         check = run_check(storage, first, plan)
         delta = plan.scheme.difference(storage, first, plan)
         weights, figures = penalty(first, delta, plan, check)
+        symptoms = prove(first, delta, losses, weights, figures)
         combine_(storage, first, delta, weights)
+    except NoSecondGradient:
+        storage.abandon(first)
+        if not losses.last_was_skipped():
+            raise
+        return Outcome(first.figures, 1)
     except BaseException:
         storage.abandon(first)
         raise
     figures = first.figures | delta.figures | figures
-    return Outcome(figures, first.skipped, check, auto_radius=first.next_radius)
+    return Outcome(
+        figures, first.skipped, check, is_low=first.is_low, auto_radius=first.next_radius, symptoms=symptoms
+    )
 
 
 def choose_step(storage: Storage, first: FirstGradient, plan: Plan) -> bool:
@@ -94,88 +114,34 @@ def choose_step(storage: Storage, first: FirstGradient, plan: Plan) -> bool:
         first.skipped = 1
         return False
     first.norm, first.clip = norm, item_on_cpu(coefficient)
-    is_low = plan.low_dtype is not None or storage.has_low_precision
+    first.is_low = is_low(storage, first) if plan.is_low is None else plan.is_low
     for group, square, eps, radius in zip(first.groups, squares, plan.eps, plan.radius, strict=True):
         group.g1_squared = square * coefficient**2
         length: Any = radius
-        if radius == AUTO:
-            length = plan.auto_radius if is_low or eps is None else None
+        if radius == AUTO or (eps is None and radius is None and first.is_low):
+            length = plan.auto_radius
             first.auto_radius = length if group.strength else first.auto_radius
-        group.eps = eps if length is None else item_on_cpu(ratio(length, norm * coefficient))  # type: ignore[assignment]
-    if Point.TWICE not in plan.points:
-        first.figures["eps"] = next(group.eps for group in first.groups if group.strength)
-        if first.auto_radius is not None:
-            first.figures["radius"] = first.auto_radius
+        if length is not None:
+            group.eps = item_on_cpu(ratio(length, norm * coefficient))
+        else:
+            group.eps = PUBLISHED_EPS if eps is None else eps
+    first.figures["eps"] = next(group.eps for group in first.groups if group.strength)
+    if first.auto_radius is not None:
+        first.figures["radius"] = first.auto_radius
     return True
 
 
-def collect(storage: Storage, first: FirstGradient, point: Point, part: PartOfPass | None, plan: Plan) -> None:
+def collect(storage: Storage, first: FirstGradient, point: Point, plan: Plan) -> None:
     """Take in the gradients of ``point``; of those sideways their distance from g1 is all that is wanted."""
-    if point is plan.points[-1]:  # last of all, since it may reach parameters that no other point has reached
+    if point is plan.scheme.points[-1]:  # last of all, since it may reach parameters that no other point has reached
         first.further[point] = storage.last(first)
         first.further |= {other: storage.laid_out(first, taken) for other, taken in first.taken.items()}
         first.taken.clear()
-        for other, gradients in first.further.items():
-            complete_(storage, first, gradients, part, other)
     elif point is Point.SIDEWAYS:
         gradients = storage.laid_out(first, storage.take_sum())
-        complete_(storage, first, gradients, part, point)
-        first.noise = _inner_of_differences(first, gradients, gradients)
+        first.noise = inner_of_differences(first, gradients, gradients)
     else:
         first.taken[point] = storage.take_sum()
-
-
-def complete_(storage: Storage, first: FirstGradient, gradients: Gradients, part: PartOfPass | None, point: Point) -> None:
-    """Make gradients of a part S of n micro-batches stand for all: ĝ = g1 + (n/m)·(g_S − g1_S); see ``fraction``."""
-    if part is None:
-        return
-    starts = None if point is Point.TWICE else storage.laid_out(first, part.gradients)
-    for number, (group, written) in enumerate(zip(first.groups, gradients, strict=True)):
-        if starts is not None:
-            multi_tensor.subtract_(written, starts[number])
-        multi_tensor.scale_(written, part.factor)
-        if starts is not None:
-            multi_tensor.add_(written, group.g1)
-
-
-def run_check(storage: Storage, first: FirstGradient, plan: Plan) -> Check | None:
-    """In the step of a check: compare the differences ahead and behind, and both with the noise. Waits for the device."""
-    if first.noise is None:
-        return None
-    ahead, behind = first.further[Point.AHEAD], first.further[Point.BEHIND]
-    pairs = ((ahead, behind), (ahead, ahead), (behind, behind))
-    scale = storage.loss_scale
-    products = [*(_inner_of_differences(first, *pair) for pair in pairs), first.noise]
-    products += _arrived(first, plan.low_dtype, scale)
-    sums = [value / scale**2 for value in storage.sum_over_ranks(stack_scalars(products)).tolist()]
-    eps = next(float(group.eps) for group in first.groups if group.strength)
-    is_settled = None if first.auto_radius is None else plan.floor is not None
-    return evaluated(
-        sums, norm=float(first.norm), eps=eps, clip=float(first.clip), scheme=plan.scheme, is_settled=is_settled
-    )
-
-
-def _arrived(first: FirstGradient, low_dtype: torch.dtype | None, scale: float) -> list[Tensor]:
-    """⟨what came of the step, step⟩ and ‖step‖²; and the same of float32 matrices as passes in ``low_dtype`` round them."""
-    moments = [(group.eps * group.moved_along, group.eps * group.eps * group.step_squared) for group in first.groups]
-    along, squares = (stack_scalars([pair[i] for pair in moments], first.norm).sum() for i in (0, 1))
-    found = [torch.zeros(2, device=first.norm.device)]
-    for group in first.groups if low_dtype is not None else []:
-        for weight, g1 in zip(group.weights, group.g1, strict=False):  # g1 of a parameter reached later is 0
-            if weight.dtype == torch.float32 and weight.ndim > 1 and weight.numel():
-                start, step = multi_tensor.sampled(weight), multi_tensor.sampled(g1) * (group.eps * (first.clip / scale))
-                seen = (start + step).to(low_dtype).float() - start.to(low_dtype).float()
-                found.append(torch.stack([(seen * step).sum(), step.square().sum()]).to(found[0].device))
-    return [along, squares * (first.clip / scale), *torch.stack(found).sum(0)]
-
-
-def _inner_of_differences(first: FirstGradient, left: Gradients, right: Gradients) -> Tensor:
-    """⟨left − g1, right − g1⟩ over this rank's tensors, g1 as it is before it is clipped."""
-    products = []
-    for group, a, b in zip(first.groups, left, right, strict=True):
-        g1 = group.counted(group.g1)
-        products.append(multi_tensor.inner_of_differences(g1, group.counted(a), group.counted(b)))
-    return stack_scalars(products).sum()
 
 
 def penalty(
@@ -185,23 +151,24 @@ def penalty(
     figures: dict[str, Figure] = {}
     g1_squared = stack_scalars([group.g1_squared for group in first.groups])
     total = g1_squared.sum()
-    weights = [plan.scheme.weight(group) for group in first.groups]
+    weights = [weight_of(group) for group in first.groups]
     floor = plan.floor if check is None else check.floor
-    if floor is not None and plan.scheme.noise is not None:
+    if floor is not None and (first.is_low or check is not None or first.auto_radius is not None):
+        noise = floor * plan.scheme.noise
         relative_square = delta.squares.sum() / total  # NaN, "nothing is known", where g1 and with it Δ is 0
-        signal = signal_fraction(relative_square, floor * plan.scheme.noise)
+        signal = signal_fraction(relative_square, noise)
         if first.auto_radius is not None:
             is_swallowed = check is not None and check.is_swallowed
-            found = following(first.auto_radius, relative_square, floor * plan.scheme.noise, plan.scheme.order)
+            found = following(first.auto_radius, relative_square, noise, plan.scheme.order)
             first.next_radius = longer(first.auto_radius) if is_swallowed else item_on_cpu(found)
         figures |= {"noise_floor": floor, "signal": signal}
-        if plan.shrinks:
+        if plan.shrinks and first.is_low:
             weights = [item_on_cpu(weight * signal) for weight in weights]
     if plan.max_penalty_ratio is not None:
         limit, square = plan.max_penalty_ratio**2 * total, _square(weights, delta.squares)
         bound = torch.where(square > limit, (limit / square).sqrt(), 1.0)
         weights = [item_on_cpu(weight * bound) for weight in weights]
-    steps = [1.0 if Point.TWICE in plan.points else group.eps for group in first.groups]
+    steps = [group.eps for group in first.groups]
     figures |= {
         "penalty_ratio": partial(_penalty_ratio, weights, delta.squares, g1_squared),
         "curvature": partial(_curvature, steps, delta.inner, g1_squared),
@@ -224,6 +191,36 @@ def _curvature(steps: list[Scalar], inner: Tensor, g1_squared: Tensor) -> Tensor
     return ratio(ratio(inner, stack_scalars(steps, inner)).sum(), g1_squared.sum())
 
 
+def prove(
+    first: FirstGradient, delta: Difference, losses: Losses, weights: list[Scalar], figures: dict[str, Figure]
+) -> Callable[[], Tensor]:
+    """Add ``loss_check`` to the figures, and let a step that disproves itself go without penalty; returns its symptoms.
+
+    The latter happens where reading costs nothing; elsewhere the alarm is read some steps later.
+    """
+    g1_squared = stack_scalars([group.g1_squared for group in first.groups])
+    off: Callable[[], Tensor] = partial(torch.zeros, (), device=delta.inner.device)
+    if delta.losses is not None and losses.is_integral:
+        change, size = delta.losses.to(delta.ahead.device).unbind()
+        expected = partial(expected_change, [group.eps for group in first.groups], g1_squared, delta.ahead, first.clip)
+        spacing = losses.spacing
+        figures["loss_check"] = lambda: ratio(change, expected())
+        off = lambda: off_by(change, expected(), size, spacing)  # noqa: E731
+        if delta.inner.device.type == "cpu" and float(off()) > BEYOND:
+            weights[:], first.skipped = [0.0] * len(weights), 1
+
+    def symptoms() -> Tensor:
+        g2_norm, fidelity, penalty_ratio = (
+            computed(figure)
+            for figure in (delta.figures["g2_norm"], delta.figures["perturbation_fidelity"], figures["penalty_ratio"])
+        )
+        relative = ratio(delta.squares.sum(), g1_squared.sum()).sqrt()
+        apart = (ratio(g2_norm, first.norm) - 1).abs()
+        return stack_scalars([off(), fidelity, apart, relative, penalty_ratio], relative)
+
+    return symptoms
+
+
 def combine_(storage: Storage, first: FirstGradient, delta: Difference, weights: list[Scalar]) -> None:
     """Write d + weight·Δ where the wrapped optimizer reads gradients; d alone if Δ is not finite."""
     if delta.is_finite is not True:
@@ -231,13 +228,11 @@ def combine_(storage: Storage, first: FirstGradient, delta: Difference, weights:
     if delta.is_finite is False and not storage.overflow_skips_step:
         storage.put_back(first)
         return
-    condition = True if storage.overflow_skips_step else delta.is_finite  # if nobody has read it, the choice is the device's
-    for number, (group, written, weight) in enumerate(zip(first.groups, delta.written, weights, strict=True)):
+    # If nobody has read it, the choice is the device's.
+    condition = True if storage.overflow_skips_step else delta.is_finite
+    for group, written, weight in zip(first.groups, delta.written, weights, strict=True):
         if not delta.is_delta:
-            combined_with = delta.combined_with[number] if delta.combined_with else None
-            multi_tensor.combine_(
-                group.g1, written, weight=weight, clip=delta.clip, is_finite=condition, combined_with=combined_with
-            )
+            multi_tensor.combine_(group.g1, written, weight=weight, clip=delta.clip, is_finite=condition)
             continue
         multi_tensor.add_penalty_(group.g1, written, weight=weight)
         if isinstance(condition, Tensor):

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Scalar = float | Tensor
-"""A Python number, or a 0-d tensor that nobody has read yet."""
+from gradreg_optim.core.scalars import Scalar
 
 Figure = Scalar | Callable[[], Tensor]
 """A scalar, or how to compute it, if anybody asks: on a GPU each operation on scalars is a kernel launch."""
@@ -36,8 +35,7 @@ class Point(Enum):
     AHEAD = 1.0
     BEHIND = -1.0
     SIDEWAYS = "θ + ε·(±d)"
-    """As far as the step, by elements of d in other places: as much is rounded, and hardly any direction is curved."""
-    TWICE = "θ, differentiated twice"
+    """As far as the step, but with the elements of d in other places: it is rounded as much, and meets little curvature."""
 
 
 @dataclass
@@ -66,32 +64,16 @@ class GroupGradients:
 
 
 @dataclass
-class PartOfPass:
-    """The part of the first pass that the further passes repeat, if they do not repeat all of it.
-
-    ``positions`` are those of the part's micro-batches among all ``count``, ``gradients`` the part's sum in the first pass,
-    as the storage keeps it.
-    """
-
-    positions: frozenset[int]
-    count: int
-    gradients: Any
-
-    @property
-    def factor(self) -> float:
-        """The number of all micro-batches over that of the part."""
-        return self.count / len(self.positions)
-
-
-@dataclass
 class FirstGradient:
     """g1, out of reach of the next backward, and the gradients that were taken at further points.
 
     ``figures`` are what is to be logged about g1 and ε, ``skipped`` is 1 if the penalty is left out. ``norm`` is ‖g1‖ over
-    all groups and ranks, before the clip by the factor ``clip``. ``taken`` are gradients of further points as the storage
-    keeps them, ``further`` the same, laid out like g1. ``noise`` is ‖g − g1‖² of the gradients g at
-    :attr:`Point.SIDEWAYS`, over this rank's tensors. ``auto_radius`` is the radius, if it found
-    itself, and ``next_radius`` that of the next step.
+    all groups and ranks, before the clip by the factor ``clip``. ``is_low``: the passes have fewer bits than float32.
+    ``taken`` are gradients of further points as the storage keeps them, ``further`` the same, laid out like g1. ``noise``
+    is ‖g − g1‖² of the gradients g at :attr:`Point.SIDEWAYS`, over this rank's tensors. ``auto_radius`` is the radius, if
+    it adapts, and ``next_radius`` that of the next step. ``losses`` holds this rank's share of the change of the loss from
+    θ to θ' and of its size; nothing if they are not known. ``is_frozen_again``: the pass trained a parameter and froze it
+    again, as closures of GANs do, which run other models too: such a step is not checked.
     """
 
     groups: list[GroupGradients]
@@ -99,29 +81,33 @@ class FirstGradient:
     skipped: Scalar = 0
     norm: Tensor = field(default_factory=_zero)
     clip: Scalar = 1.0
+    is_low: bool = False
+    is_frozen_again: bool = False
     taken: dict[Point, Any] = field(default_factory=dict)
     further: dict[Point, Gradients] = field(default_factory=dict)
     noise: Scalar | None = None
     auto_radius: Scalar | None = None
     next_radius: Scalar | None = None
+    losses: list[Scalar] = field(default_factory=list)
 
 
 @dataclass
 class Difference:
-    """Δ, which stands for ε·H·d (``"exact"``: for H·d), and its moments over all ranks.
+    """Δ, which stands for ε·H·d, and its moments over all ranks.
 
-    ``inner`` is ⟨Δ, g1⟩ and ``squares`` ‖Δ‖², one number a group. ``written`` are the tensors from which the wrapped
-    optimizer will step: they hold Δ itself if ``is_delta``, else g2, of which Δ = clip·g2 − g1. Where that cost no pass of
-    its own, g1 + weight·(g2 − g1) has been written over a group's g2 already, with the weight that ``combined_with`` tells.
+    ``inner`` is ⟨Δ, d⟩, ``squares`` ‖Δ‖² and ``ahead`` ⟨g2, d⟩ before g2 is clipped, one number a group. ``written`` are the
+    tensors from which the wrapped optimizer will step: they hold Δ itself if ``is_delta``, else g2, of which
+    Δ = clip·g2 − d. ``losses`` are the change of the loss and its size, over all ranks, if they are known.
     """
 
     inner: Tensor
     squares: Tensor
+    ahead: Tensor
     written: Gradients
     is_delta: bool
     is_finite: Scalar
+    losses: Tensor | None = None
     clip: Scalar = 1.0
-    combined_with: list[float | None] = field(default_factory=list)
     figures: dict[str, Figure] = field(default_factory=dict)
 
 
@@ -142,12 +128,15 @@ class Check:
 class Outcome:
     """What a step did: its figures for ``metrics``, whether the penalty was left out, and what a check found.
 
-    ``is_empty``: the first pass left no gradient on any parameter that is to be regularized. ``auto_radius``: that of the
-    next step, if it is found.
+    ``is_empty``: the first pass left no gradient on any parameter that is to be regularized. ``is_low``: whether the passes
+    have fewer bits than float32, if this step found out. ``auto_radius``: that of the next step, if it adapts.
+    ``symptoms``: what :class:`~gradreg_optim.core.witnesses.Witnesses` goes by.
     """
 
     figures: dict[str, Figure]
     skipped: Scalar = 0
     check: Check | None = None
     is_empty: bool = False
+    is_low: bool | None = None
     auto_radius: Scalar | None = None
+    symptoms: Callable[[], Tensor] | None = None

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gradreg_optim.core.step import FirstGradient, Gradients, Scalar
+from gradreg_optim.core.scalars import Scalar
+from gradreg_optim.core.step import FirstGradient, Gradients
 
 
 class Storage(Protocol):
@@ -25,6 +26,10 @@ class Storage(Protocol):
 
     def check_first_pass(self) -> None:
         """Raise ``RuntimeError`` if something else has used the gradients that the first pass left."""
+
+    @property
+    def first_pass_moved(self) -> bool:
+        """Whether the first pass wrote weights, as an initialization that depends on data does."""
 
     def take(self, strengths: Sequence[float], excluded: Sequence[frozenset[int]]) -> FirstGradient:
         """Take the gradients out of reach of the next backward; if that raises, they are as before.
@@ -43,24 +48,25 @@ class Storage(Protocol):
     def has_gradient(self, first: FirstGradient) -> bool:
         """Whether there is anything to regularize; the same answer on every rank."""
 
+    @property
+    def loss_ranks(self) -> int:
+        """Over how many ranks :meth:`sum_over_ranks` adds up: each has a loss of its own, the step has their mean."""
+
     def moved(
         self, first: FirstGradient, steps: list[Scalar], *, seed: int | None, measured: bool, signs: int | None = None
     ) -> AbstractContextManager[None]:
         """Inside the block the weights are at θ + step·g1, one step a group; after it they are at θ, or will be.
 
-        ``seed`` is that of stochastic rounding, ``None`` rounds to nearest. ``measured``: note in the groups how much of the
-        step arrived. With ``signs`` the elements of g1 take random signs and places, by this seed: alike on ranks that hold
-        the same tensors.
+        ``seed`` is that of stochastic rounding, ``None`` rounds to nearest. ``measured``: note in the groups how much of
+        the step arrived. With ``signs`` the elements of g1 take random signs and places. These depend on the seed, the
+        tensor's place and its shape alone, so ranks that hold the same tensors draw the same.
         """
-
-    def leaves(self, first: FirstGradient) -> tuple[list[Tensor], list[Tensor]]:
-        """The regularized parameters as autograd knows them, and g1 in their shapes."""
 
     def last(self, first: FirstGradient) -> Gradients:
         """The gradients of the last point, in the place from which the wrapped optimizer will step."""
 
     def laid_out(self, first: FirstGradient, gradients: Any) -> Gradients:
-        """What :meth:`take_sum` or :meth:`copy_sum` returned, laid out like g1; 0 where there was no gradient."""
+        """What :meth:`take_sum` or :meth:`see_sum` returned, laid out like g1; 0 where there was no gradient."""
 
     def sum_over_ranks(self, sums: Tensor) -> Tensor:
         """Sums over this process's tensors, completed over all ranks that hold parts of them."""
@@ -74,17 +80,14 @@ class Storage(Protocol):
     def keep(self, first: FirstGradient) -> None:
         """The combined gradient is in its place: forget g1."""
 
-    def begin_window(self, micro_batches: int) -> None:
-        """Clear gradients before a first pass over so many micro-batches; refuse another number than the engine's."""
-
     def announce(self, *, is_summed: bool) -> None:
         """Say of the next micro-batch whether the gradient has to be complete over ranks after it."""
 
     def take_sum(self) -> Any:
         """The gradients that have been accumulated, out of reach of the next backward."""
 
-    def copy_sum(self) -> Any:
-        """Copies of the gradients that have been accumulated."""
+    def see_sum(self) -> Any:
+        """The gradients that have been accumulated, in their places."""
 
     def add_sum(self, gradients: Any) -> None:
         """Add what :meth:`take_sum` returned to the gradients that have been accumulated."""

@@ -1,27 +1,25 @@
-"""Optimizers and arguments that cannot be wrapped, and passes that cannot be used, each with the reason and a way out."""
+"""Optimizers, arguments and engines that cannot be regularized, each with the reason and a way out."""
 
 from __future__ import annotations
 
-import ast
-import functools
+import gc
 import inspect
 import re
-import textwrap
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from gradreg_optim.core.plan import Plan
 from gradreg_optim.wrapping.settings import shown
 
 STEPS_IN_BACKWARD = re.compile("(?i)lomo|layerwise|inbackward|gradientrelease|cpuoffloadoptimizer|^dummyoptimizer$")
 """Names of classes whose update, or whose copy of the gradient, is taken in hooks of the backward: LOMO and AdaLomo; what
 Transformers and LLaMA-Factory put in the place of layerwise GaLore and APOLLO; torchtitan's and torchao's.
 """
-TAKES_GRADIENTS = re.compile("SAM$|^AliG$")
-"""Names of classes that run the closure themselves; most of them only say so in their first step."""
+TAKES_GRADIENTS = re.compile("SAM$|^AliG$|^DPOptimizer$")
+"""Names of classes that run the closure themselves, or that write ``.grad`` in their step (Opacus)."""
 
 
 def check_wrappable(optimizer: Any) -> None:
@@ -34,9 +32,9 @@ def check_wrappable(optimizer: Any) -> None:
         raise TypeError(
             f"optimizer={shown(optimizer)} is a {name}: an instance of torch.optim.Optimizer is wrapped. {remedy}"
         )
-    if TAKES_GRADIENTS.search(name) or _insists_on_closure(inspect.unwrap(type(optimizer).step)):
+    if any(TAKES_GRADIENTS.search(kind.__name__) for kind in type(optimizer).__mro__) or _needs_closure(optimizer):
         raise ValueError(
-            f"optimizer={name}: its step needs a closure of its own, but the combined gradient "
+            f"optimizer={name}: its step needs a closure, or makes the gradient by itself, but the combined gradient "
             "exists at one point only. Use an optimizer that steps on gradients, such as AdamW or SGD."
         )
     if (
@@ -65,18 +63,13 @@ def check_arguments(model: Any, scaler: Any) -> None:
         )
 
 
-def check_driver(plan: Plan, resample: str, whole: str) -> None:
-    """Refuse settings that a driver cannot serve; ``whole`` says of one that it runs all micro-batches at once."""
-    if whole and plan.fraction < 1:
-        raise RuntimeError(
-            f"fraction={plan.fraction!r} takes the difference on some micro-batches of a step; {whole}. "
-            "Pass optimizer.step(gradreg_optim.MicroBatches(backward, batches)), or leave fraction at 1."
-        )
+def check_resample(resample: str) -> None:
+    """Refuse completions to be reweighted in a loop of the user's own."""
     if resample != "reuse":
         raise RuntimeError(
-            f"resample={resample!r}: completions are reweighted in the losses of trainers, and this step got a "
-            "closure, which decides itself what its second call makes of them. Keep the log-probabilities of its first "
-            "call there, and leave resample out."
+            f"resample={resample!r}: completions are reweighted in the losses of trainers, and this step got a closure, "
+            "which decides itself what its second call makes of them. Keep the log-probabilities of its first call there, "
+            "and leave resample out."
         )
 
 
@@ -99,20 +92,37 @@ def no_gradient(groups: list[dict[str, Any]], exclude: tuple[str, ...], excluded
     )
 
 
-@functools.cache
-def _insists_on_closure(step: Callable[..., Any]) -> bool:
-    """Whether ``step`` has an argument without a default, or begins by refusing to go without a closure."""
-    parameters = list(inspect.signature(step).parameters.values())[1:]
-    if any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
-        return True
-    try:
-        definition: Any = ast.parse(textwrap.dedent(inspect.getsource(step))).body[0]
-    except (OSError, TypeError, SyntaxError):  # compiled, or written into a prompt
-        return False
-    for statement in getattr(definition, "body", []):
-        test = ast.unparse(getattr(statement, "test", ast.Constant(None)))
-        if isinstance(statement, ast.Assert) and test in ("closure is not None", "closure", "callable(closure)"):
-            return True
-        if isinstance(statement, ast.If) and test in ("closure is None", "not closure"):
-            return isinstance(statement.body[-1], ast.Raise)
-    return False
+def _needs_closure(optimizer: Optimizer) -> bool:
+    parameters = list(inspect.signature(inspect.unwrap(type(optimizer).step)).parameters.values())[1:]
+    return any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+
+
+def check_engines(groups: list[dict[str, Any]]) -> None:
+    """Refuse what holds the parameters of ``groups`` if it would make a step wrong although each of its parts runs."""
+    parameters = {id(parameter): parameter for group in groups for parameter in group["params"]}
+    if any(getattr(parameter, "_fsdp_flattened", False) for parameter in parameters.values()):
+        # Private, and imported already by whoever flattened the parameters: nothing on them says whether they are shards.
+        from torch.distributed.fsdp._flat_param import FlatParamHandle
+
+        for handle in _living(FlatParamHandle):
+            parts: tuple[Tensor, ...] = (handle.flat_param, *(getattr(handle.flat_param, "_params", None) or ()))
+            if handle.uses_sharded_strategy and any(id(part) in parameters for part in parts):
+                raise ValueError(
+                    "the parameters are shards of FSDP1 (FullyShardedDataParallel): norms would be those of this rank's "
+                    "shards alone. Use FSDP2 (torch.distributed.fsdp.fully_shard; fsdp_version=2 in Accelerate and "
+                    "Transformers)."
+                )
+    for model in _living(DistributedDataParallel):
+        states = [state for _, state in getattr(model, "_comm_hooks", ())]
+        is_lossy = any(kind.__name__ == "PowerSGDState" for state in states for kind in type(state).__mro__)
+        if is_lossy and any(id(parameter) in parameters for parameter in model.parameters()):
+            raise ValueError(
+                "the communication hook PowerSGD compresses gradients and adds what it lost to the next ones: g2 − g1 "
+                "would be that error. Use DistributedDataParallel without it, or with fp16_compress_hook or "
+                "bf16_compress_hook."
+            )
+
+
+def _living(kind: type) -> Iterator[Any]:
+    """Every object of that class: neither parameters nor reducers know who holds them."""
+    return (entry for entry in gc.get_objects() if issubclass(type(entry), kind))

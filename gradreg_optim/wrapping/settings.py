@@ -1,7 +1,7 @@
 """The settings: one list, from which keys, checks and command-line flags are derived.
 
-A new setting is added here, and to the signatures that a user reads (``GradRegOptimizer``, ``ZeroGradRegOptimizer``), which
-the tests compare with this list.
+A new setting is added here, to the signature of ``GradRegOptimizer``, which the tests compare with this list, and where it
+acts.
 """
 
 from __future__ import annotations
@@ -15,28 +15,30 @@ from typing import Any, Literal, TypedDict, get_args
 import torch
 from torch import nn
 
-from gradreg_optim.core.radius import AUTO
+from gradreg_optim.core.precision import AUTO
 from gradreg_optim.wrapping.schedule import NAMES, Schedule, ScheduleName
 
-Method = Literal["forward", "central", "exact"]
+Method = Literal["forward", "central"]
 Rounding = Literal["nearest", "stochastic"]
-Resample = Literal["reuse", "importance", "sequence"]
+Resample = Literal["reuse", "sequence"]
 Radius = float | Literal["auto"] | None
 
 
-class Default(float):
-    """A default that can be told from the same number given by hand."""
-
-
-DEFAULT_STRENGTH = Default(1e-3)
-DEFAULT_EPS = Default(1e-3)
+DEFAULT_STRENGTH = 1e-3
+DELETED = {
+    "fraction": "every=k with k times the strength costs as little",
+    "memory": "there is one way to keep θ",
+    "between": "θ comes back by itself",
+    "along": "exclude= says which parameters are perturbed",
+}
+"""Settings of earlier versions, and what to use instead. Checkpoints with their keys still load."""
 
 
 class Settings(TypedDict, total=False):
     """The keyword arguments of :class:`~gradreg_optim.GradRegOptimizer`, for type checkers."""
 
     strength: float
-    eps: float
+    eps: float | None
     radius: Radius
     warmup_steps: int
     schedule: ScheduleName | Schedule | None
@@ -49,7 +51,6 @@ class Settings(TypedDict, total=False):
     check_every: int | None
     shrink: bool
     every: int
-    fraction: float
     exclude: str | Iterable[str]
     resample: Resample
     model: nn.Module | None
@@ -92,10 +93,6 @@ class Setting:
     is_per_group: bool = False
     is_key: bool = True
 
-    def is_given(self, value: Any) -> bool:
-        """Whether ``value`` is not the default, or is the same number given by hand where that can be told."""
-        return not isinstance(value, Default) if isinstance(self.default, Default) else bool(value != self.default)
-
 
 def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -119,11 +116,10 @@ def _one_of(kind: Any) -> Rule:
 
 
 NOT_NEGATIVE = Rule("a finite number >= 0", float, lambda value: _number(value) and 0 <= value < math.inf)
-POSITIVE = Rule("a finite number > 0", float, _positive)
+POSITIVE = Rule("None or a finite number > 0", float | None, _positive)
 RADIUS = Rule("None, 'auto' or a finite number > 0", str | None, lambda value: value == AUTO or _positive(value))
 CLIP = Rule("None or a number > 0", float, _above_zero)
 BOUND = Rule("None or a number > 0", float | None, _above_zero)
-FRACTION = Rule("a number > 0 and <= 1", float, lambda value: _number(value) and 0 < value <= 1)
 COUNT = Rule("an integer >= 0", int, _whole)
 COUNT_OR_NONE = Rule("None or an integer >= 0", int | None, lambda value: value is None or _whole(value))
 PERIOD = Rule("an integer >= 1", int, lambda value: _whole(value) and value >= 1)
@@ -140,10 +136,11 @@ SCHEDULE = Rule(
 SETTINGS = (
     Setting("strength", DEFAULT_STRENGTH, NOT_NEGATIVE, "Published values are 1e-2 and 1e-3; 0 switches off.",
             "Weight γ of the penalty (γ/2)·‖∇L‖². 0 switches it off.", is_per_group=True),
-    Setting("eps", DEFAULT_EPS, POSITIVE, "The published value is 1e-3.",
-            "Finite-difference step ε, in units of the gradient.", is_per_group=True),
-    Setting("radius", None, RADIUS, "Leave it out to use eps, or in half precision 'auto'; fp32 wants about 0.0025.",
-            "Length of the finite-difference step, instead of ε; `auto` finds it, as by default in half precision.",
+    Setting("eps", None, POSITIVE, "The published value is 1e-3, the default in full precision.",
+            "Finite-difference step ε, in units of the gradient; default: 1e-3, in low precision radius auto.",
+            is_per_group=True),
+    Setting("radius", None, RADIUS, "Leave it out to use eps, or in low precision 'auto'; fp32 wants about 0.0025.",
+            "Length of the finite-difference step, instead of ε; `auto` adapts it, the default in low precision.",
             is_per_group=True),
     Setting("warmup_steps", 0, COUNT, "It counts optimizer steps without the penalty.",
             "Optimizer steps before the penalty starts.", flag="warmup"),
@@ -156,23 +153,21 @@ SETTINGS = (
     Setting("max_penalty_ratio", None, BOUND, "None leaves the penalty unbounded.",
             "Bound on ‖penalty‖/‖g1‖; does not bias the difference."),
     Setting("method", "forward", _one_of(Method),
-            "forward takes one further gradient, central two, exact differentiates twice.",
-            "Estimate of H·d: one further gradient, two, or double backward."),
+            "forward takes one further gradient, central two, which is as good as double backward was (0.98 to 0.995).",
+            "Estimate of H·d: by one further gradient, or by two."),
     Setting("rounding", "stochastic", _one_of(Rounding),
             "It says how bfloat16 weights take a step smaller than their spacing.",
             "How bfloat16 weights without fp32 masters take the step."),
     Setting("check_every", None, COUNT_OR_NONE,
-            "It counts optimizer steps between self-checks; 0 makes none, None only in low precision.",
-            "Steps between self-checks of the difference; 0: none. Default: 100 in low precision."),
+            "It counts optimizer steps between self-checks; 0 makes none, None one, and more in low precision.",
+            "Steps between self-checks; 0: none. Default: one in the first step, each 100 in low precision."),
     Setting("shrink", True, SWITCH, "True scales the penalty by its share of signal.",
             "Scale the penalty by the share of the difference that is not rounding noise."),
     Setting("every", 1, PERIOD, "1 regularizes every step, k each k-th one.",
             "Regularize each k-th step; wants k times the strength."),
-    Setting("fraction", 1.0, FRACTION, "0.25 takes the difference on a quarter of the micro-batches.",
-            "Fraction of a step's micro-batches that make the difference."),
     Setting("resample", "reuse", _one_of(Resample),
-            "reuse is the published choice; the others reweight the completions of GRPO, RLOO and kin in the second pass.",
-            "Completions in the second pass of GRPO, RLOO and kin: as they are, or reweighted, by tokens or whole.",
+            "reuse is the published choice; sequence reweights completions in the second pass of GRPO and RLOO.",
+            "Completions in the second pass of GRPO and RLOO: as they are (reuse), or reweighted (sequence).",
             is_key=False),
 )
 # fmt: on
@@ -211,12 +206,21 @@ def check_settings(**settings: Any) -> None:
         setting = _BY_NAME.get(name)
         if setting is not None and not setting.rule.holds(plain(value)):
             raise ValueError(f"{name}={shown(value)}: {name} must be {setting.rule.text}. {setting.remedy}")
-    eps, radius = settings.get("eps", DEFAULT_EPS), settings.get("radius")
-    if radius is not None and eps is not None and not isinstance(eps, Default) and (radius, eps) != (AUTO, DEFAULT_EPS):
+    eps, radius = settings.get("eps"), settings.get("radius")
+    if radius is not None and eps is not None:
         raise ValueError(
             f"eps={shown(eps)} and radius={shown(radius)}: both set the length of the same step. "
             "Give eps (a multiple of the gradient) or radius (the length itself), not both."
         )
+
+
+def check_names(where: str, names: Iterable[str]) -> None:
+    """Raise ``TypeError`` for the first of ``names`` that is no setting; it says which was meant, or what to use."""
+    for name in names:
+        if name in DELETED:
+            raise TypeError(f"{where} got {name!r}, which is no setting any more: {DELETED[name]}. Leave it out.")
+        if name not in Settings.__annotations__:
+            raise TypeError(f"{where} got an unexpected setting {name!r}. {suggestion(name, Settings.__annotations__)}")
 
 
 def settings_among(arguments: Mapping[str, Any]) -> dict[str, Any]:

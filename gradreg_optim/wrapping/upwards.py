@@ -58,12 +58,6 @@ def announce() -> None:
         sys.meta_path.insert(0, _AFTER_TRAINER)
 
 
-def attach_to_caller(optimizer: Any) -> None:
-    """Let a trainer whose ``training_step`` is calling know the optimizer; do nothing if there is none."""
-    if "transformers" in sys.modules:
-        import_module(_ATTACH).attach_to_caller(optimizer)
-
-
 def calling_scaler() -> Any:
     """The enabled ``GradScaler`` that calls the step; ``None`` if there is none."""
     frame, depth = sys._getframe(1), 0

@@ -6,45 +6,79 @@ these are the wrapped optimizer's own objects, so that there is nothing to keep 
 
 from __future__ import annotations
 
+import functools
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks  # private: test_wrapper.py
 
-from gradreg_optim.core.losses import Losses
 from gradreg_optim.core.plan import Plan
-from gradreg_optim.core.radius import START
-from gradreg_optim.core.self_check import DEFAULT_CHECK_EVERY
 from gradreg_optim.core.step import Outcome
 from gradreg_optim.core.storage import Storage
 from gradreg_optim.wrapping import upwards
-from gradreg_optim.wrapping.engines import EngineCheck
+from gradreg_optim.wrapping.exclusion import Exclusion
 from gradreg_optim.wrapping.groups import (
-    DELETED,
+    DELETED_KEYS,
     KEYS,
     SETTING_KEYS,
     adopt_group,
     check_brought,
     drop_keys,
-    excluded_positions,
     is_state_initialization,
     missing_keys,
-    positions_of,
-    settled_plan,
+    modernize,
     warn_of_replaced,
 )
-from gradreg_optim.wrapping.hooks import BRIEFLY, brief, run_hooks_around, shared, without_global_hooks
+from gradreg_optim.wrapping.planning import Planner
 from gradreg_optim.wrapping.refusals import check_arguments, check_wrappable
-from gradreg_optim.wrapping.schedule import strength_factor
-from gradreg_optim.wrapping.settings import PLACES, SHARED, check_settings, exclude_patterns
+from gradreg_optim.wrapping.settings import PLACES, SHARED, check_settings
 
-NOTHING = ("none",)
-"""The value of ``exclude`` that leaves nothing out, not even where a default would."""
+
+def shared(name: str, *default: Any) -> Any:
+    """An attribute of the wrapped optimizer that is the wrapper's as well."""
+    return property(
+        lambda self: getattr(self.optimizer, name, *default), lambda self, value: setattr(self.optimizer, name, value)
+    )
+
+
+def run_hooks_around(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the wrapper's ``step`` with hooks around it, as torch does, but without a profiler's range."""
+    # The update alone has a range, the wrapped optimizer's. Hooks on every optimizer see the wrapper, which the loop has.
+
+    @functools.wraps(step)
+    def hooked(*args: Any, **kwargs: Any) -> Any:
+        wrapper = args[0]
+        for before in (*_global_optimizer_pre_hooks.values(), *wrapper._optimizer_step_pre_hooks.values()):
+            args, kwargs = before(wrapper, args, kwargs) or (args, kwargs)
+        was_in_step, wrapper._is_in_step = wrapper._is_in_step, True
+        try:
+            result = step(*args, **kwargs)
+        finally:
+            wrapper._is_in_step = was_in_step
+        for after in (*wrapper._optimizer_step_post_hooks.values(), *_global_optimizer_post_hooks.values()):
+            after(wrapper, args, kwargs)
+        return result
+
+    return hooked
+
+
+@contextmanager
+def without_global_hooks() -> Iterator[None]:
+    """Run the block without hooks on the steps of every optimizer."""
+    everywhere: tuple[dict[int, Any], ...] = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
+    before = [dict(hooks) for hooks in everywhere]
+    for hooks in everywhere:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, saved in zip(everywhere, before, strict=True):
+            hooks.update(saved)
 
 
 class OptimizerWrapper(Optimizer):
@@ -53,8 +87,6 @@ class OptimizerWrapper(Optimizer):
     profile_hook_step = staticmethod(run_hooks_around)  # type: ignore[assignment]
     _is_state_initialization = is_state_initialization
     _step_supports_amp_closure = True  # Composer's trainer (0.32) asks in fp16, and then unscales in the closure
-    _losses: Losses
-    _default_exclusion: Callable[[], Iterable[Tensor]] | None = None  # a trainer's, for groups added later
 
     def __init__(
         self,
@@ -82,33 +114,40 @@ class OptimizerWrapper(Optimizer):
         self._model, self._scaler = model, scaler
         self._attachment: Any = None
         self._is_in_step = False
-        self.exclude = exclude_patterns(exclude)
         self.__setstate__({})  # Optimizer's step hooks, without Optimizer.__init__, which would build groups of its own
         self._named_groups = named_groups
-        positions = excluded_positions(self._groups_with_names(), self._patterns(), model)
+        exclusion = Exclusion(exclude, model, self._groups_with_names())
         for group in self.param_groups:
             if "gradreg_step" in group:  # wrapped before, or loaded from a checkpoint: these settings count, and its step
-                drop_keys(group, SETTING_KEYS)
+                drop_keys(group, (*SETTING_KEYS, *DELETED_KEYS))
             check_brought(group, {**{f"gradreg_{name}": self._settings[name] for name in SHARED}, **self.param_groups[0]})
         for group in self.param_groups:
             adopt_group(group, self._settings, step=0)
-        self._excluded = positions  # also in the groups, where loading a checkpoint may put those of another model
-        self._settled = self._settle()
-        self._check_engine = EngineCheck()
+        self.exclusion = exclusion
+        self._planner = Planner()
+        self._adopt_new_groups()
+        self._planner.settled(self.param_groups, self.exclusion.positions)
         upwards.announce()
 
     # One optimizer: groups, state and defaults are the wrapped one's.
 
     param_groups = shared("param_groups")
     state = shared("state")
-    defaults = shared("defaults")
+    defaults = shared("defaults", {})
 
     def __getattr__(self, name: str) -> Any:
-        """Public attributes of the wrapped optimizer, such as the ``eval`` of schedule-free ones."""
-        # Private ones stay out: GradScaler would take a fused optimizer's flag for a promise of the wrapper.
-        if name.startswith("_") or "optimizer" not in self.__dict__:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.optimizer, name)
+        """Attributes of the wrapped optimizer, such as the ``eval`` of schedule-free ones; private ones that are methods."""
+        # Do not forward private flags: GradScaler reads ``_step_supports_amp_scaling`` and would assume that the wrapper
+        # unscales by itself.
+        if not name.startswith("__") and "optimizer" in self.__dict__:
+            value = getattr(self.optimizer, name, self)
+            if value is not self and (callable(value) or not name.startswith("_")):
+                return value
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of all parameters, as the wrapped optimizer does."""
+        self.optimizer.zero_grad(set_to_none)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute, which a setting is not."""
@@ -125,43 +164,24 @@ class OptimizerWrapper(Optimizer):
 
     def _adopt_new_groups(self) -> None:
         """Complete groups that came without ``gradreg_*`` keys, as after ``add_param_group`` on the wrapped optimizer."""
-        groups = self.param_groups
-        if len(groups) > len(self._excluded):
-            positions = excluded_positions(self._groups_with_names(), self._patterns(), self._model, must_match=False)
-            by_default = positions_of(self._default_exclusion() if self._default_exclusion else (), groups)
-            both = [sorted({*matching, *others}) for matching, others in zip(positions, by_default, strict=True)]
-            self._excluded += both[len(self._excluded) :]
-        for group, excluded in zip(groups, self._excluded, strict=False):
+        excluded = self.exclusion.update(self._groups_with_names(), self._model)
+        for group, positions in zip(self.param_groups, excluded, strict=False):
             if missing_keys(group):
                 adopt_group(group, self._settings, step=self.step_count)
-            group["gradreg_excluded"] = excluded
+            group["gradreg_excluded"] = positions
 
     def _groups_with_names(self) -> list[dict[str, Any]]:
         return self.param_groups if self._named_groups is None else self._named_groups()
 
-    def _patterns(self) -> tuple[str, ...]:
-        return () if self.exclude == NOTHING else self.exclude
+    @property
+    def exclude(self) -> tuple[str, ...]:
+        """The patterns of names that are left out."""
+        return self.exclusion.patterns
 
     def leave_out(self, parameters: Iterable[Tensor]) -> None:
         """Exclude ``parameters`` as ``exclude`` does; raise if no trainable parameter would be left to regularize."""
         self._adopt_new_groups()
-        groups, trainable, left = self._groups_with_names(), 0, 0
-        for number, positions in enumerate(positions_of(parameters, groups)):
-            self._excluded[number] = sorted({*positions, *self._excluded[number]})
-            of_group = {i for i, parameter in enumerate(groups[number]["params"]) if parameter.requires_grad}
-            trainable += len(of_group)
-            left += len(of_group.difference(self._excluded[number]))
-        if not trainable:
-            raise ValueError(
-                "The optimizer has no trainable parameter: nothing would be trained. Build it on parameters with "
-                "requires_grad=True; if an adapter is created later, call peft.get_peft_model(model, config) first, or "
-                "let the trainer create the optimizer and call attach(trainer)."
-            )
-        if not left:
-            raise ValueError(
-                "Every trainable parameter of the optimizer is excluded: nothing is left to regularize. "
-                "Pass exclude='none' to regularize embeddings and heads too."
-            )
+        self.exclusion.leave_out(parameters, self._groups_with_names())
         self._adopt_new_groups()
 
     # Strength over time.
@@ -178,44 +198,16 @@ class OptimizerWrapper(Optimizer):
 
     def plan(self, storage: Storage | None = None) -> Plan:
         """The settings of the step to come, on ``storage`` if it is at hand; validated when one has been changed."""
-        groups = self.param_groups
-        if self._settled is None or self._settled[0] != _read(groups):
-            self._settled = self._settle()
-        plan, group, step = self._settled[1], groups[0], self.step_count
-        if distributed.is_available() and distributed.is_initialized():
-            self._check_engine(groups, step)
-        if group["gradreg_warmup_steps"] or group["gradreg_schedule"] or self._schedule:
-            factor = strength_factor(
-                step,
-                warmup_steps=group["gradreg_warmup_steps"],
-                schedule=self._schedule or group["gradreg_schedule"],
-                schedule_steps=group["gradreg_schedule_steps"],
-            )
-            plan = replace(plan, strengths=tuple(strength * factor for strength in plan.strengths))
-        since_warmup = step - group["gradreg_warmup_steps"]
-        if not any(plan.strengths) or since_warmup % group["gradreg_every"]:
-            return replace(plan, step=step, points=())
-        radius = START if group["gradreg_auto_radius"] is None else group["gradreg_auto_radius"]
-        plan = replace(plan, step=step, floor=group["gradreg_floor"], auto_radius=radius)
-        usual = plan.scheme.points
-        points = plan.scheme.checked_points if self._check_is_due(group) else usual
-        low = self._losses.low_dtype if self._attachment is None else self._attachment.low_dtype
-        is_checked = group["gradreg_check_every"] is not None or plan.is_always_auto
-        if not is_checked and low is None and not (storage or self.storage()).has_low_precision:
-            return replace(plan, points=usual, points_if_low=points)
-        return replace(plan, points=points, low_dtype=low)
-
-    def _settle(self) -> tuple[list[Any], Plan]:
-        """What :meth:`plan` compares settings with, and what of the plan stays until they change."""
         self._adopt_new_groups()
-        plan = settled_plan(self.param_groups, self._excluded, self._model)
-        return _read(self.param_groups), plan
+        return self._planner(self.param_groups, self.exclusion.positions, self._schedule, storage or self.storage())
 
     def _remember(self, outcome: Outcome) -> None:
         """Keep in the groups what a step found out for those to come."""
         found: dict[str, Any] = {} if outcome.auto_radius is None else {"gradreg_auto_radius": outcome.auto_radius}
-        if outcome.check is not None and not outcome.check.is_swallowed:
+        if outcome.check is not None and not (outcome.check.is_swallowed and found):
             found["gradreg_floor"] = outcome.check.floor
+        if outcome.is_low is not None:
+            found["gradreg_is_low"] = outcome.is_low
         for group in self.param_groups if found else []:
             group.update(found)
 
@@ -223,12 +215,6 @@ class OptimizerWrapper(Optimizer):
     def regularizes(self) -> bool:
         """Whether the step to come takes a second gradient."""
         return self.plan().regularizes
-
-    def _check_is_due(self, group: dict[str, Any]) -> bool:
-        """Whether the step to come is one of a check, by default of those in low precision."""
-        every = DEFAULT_CHECK_EVERY if group["gradreg_check_every"] is None else group["gradreg_check_every"]
-        # Of ``gradreg_every`` steps in a row one is regularized: it is checked if the round number is among them.
-        return bool(every) and (group["gradreg_floor"] is None or self.step_count % every < group["gradreg_every"])
 
     def _step_wrapped(self, step: Callable[..., Any], *args: Any) -> None:
         """Call ``step(*args)``, by which the wrapped optimizer steps; in the wrapper's step, without hooks on every one."""
@@ -260,7 +246,7 @@ class OptimizerWrapper(Optimizer):
         self.optimizer.load_state_dict(state_dict)
         warn_of_replaced(self.param_groups, current, self._settings)
         for group in self.param_groups:
-            drop_keys(group, DELETED)
+            modernize(group)
         missing = sorted({key for group in self.param_groups for key in missing_keys(group)})
         if missing:
             what = f"The loaded optimizer state has no {', '.join(missing)}: it was saved without GradRegOptimizer. "
@@ -274,24 +260,6 @@ class OptimizerWrapper(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the model and the trainer, which are not the optimizer's to pickle."""
-        foreign = ("step", "_default_exclusion")  # an LR scheduler's, which would step the original instead of the copy
-        own = {k: v for k, v in self.__dict__.items() if k not in foreign and not k.startswith("_optimizer_")}
-        return own | dict.fromkeys(("_model", "_attachment", "_settled", "_running", "_pending"))
-
-    # Trainers.
-
-    def train(self) -> None:
-        """Called by trainers before each micro-batch: there the wrapper finds the trainer that drives it."""
-        upwards.attach_to_caller(self)
-        inner = getattr(self.optimizer, "train", None)  # schedule-free optimizers have one
-        if callable(inner):
-            inner()
-
-
-for _name in BRIEFLY:
-    setattr(OptimizerWrapper, _name, brief(_name))
-
-
-def _read(groups: list[dict[str, Any]]) -> list[list[Any]]:
-    """The settings as they are now, what is excluded, and how many keys there are: a new one may be misspelt."""
-    return [[len(group), *(group.get(key) for key in (*SETTING_KEYS, "gradreg_excluded"))] for group in groups]
+        # "step" is an LR scheduler's, which would step the original instead of the copy.
+        own = {k: v for k, v in self.__dict__.items() if k != "step" and not k.startswith("_optimizer_")}
+        return own | dict.fromkeys(("_model", "_attachment", "_passes"))

@@ -1,8 +1,8 @@
 """ZeroGradRegOptimizer: the regularized step on a DeepSpeed engine with ZeRO.
 
 It differs from :class:`~gradreg_optim.GradRegOptimizer` in its storage, which is the engine's partitions
-(:mod:`gradreg_optim.zero.storage`), in the context of each pass (:mod:`gradreg_optim.zero.window`), and in the optimizer
-step, which is the engine's.
+(:mod:`gradreg_optim.zero.storage`), in the context of each pass (:mod:`gradreg_optim.zero.window`), and in
+the optimizer step, which is the engine's.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from deepspeed import DeepSpeedEngine
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import Unpack  # comes with torch; in typing from Python 3.11
 
 from gradreg_optim.core.plan import Plan
 from gradreg_optim.core.repeatable import same_start
@@ -23,59 +22,57 @@ from gradreg_optim.core.step import Point
 from gradreg_optim.core.storage import Storage
 from gradreg_optim.optimizer import GradRegOptimizer
 from gradreg_optim.wrapping.groups import KEYS
-from gradreg_optim.wrapping.schedule import Schedule, ScheduleName
-from gradreg_optim.wrapping.settings import DEFAULT_EPS, DEFAULT_STRENGTH, Method, Radius, Resample, settings_among
+from gradreg_optim.wrapping.settings import Settings, settings_among, suggestion
 from gradreg_optim.wrapping.wrapper import OptimizerWrapper
-from gradreg_optim.zero.bf16 import BF16Partitions
-from gradreg_optim.zero.refusals import check_engine
-from gradreg_optim.zero.stage0 import WholeGradients
+from gradreg_optim.zero.engines import HeldStep, accumulation_windows, check_engine
+from gradreg_optim.zero.gathered import BF16Partitions, Stage12Partitions
 from gradreg_optim.zero.stage3 import Stage3Partitions
-from gradreg_optim.zero.stage12 import Stage12Partitions
-from gradreg_optim.zero.storage import Partitions
-from gradreg_optim.zero.window import HeldStep, accumulation_windows
+from gradreg_optim.zero.storage import Partitions, WholeGradients
 
-PLAIN_ONLY = ("model", "scaler", "rounding")  # the engine has the model, the loss scale, and fp32 masters to round from
+OF_ENGINE = ("model", "scaler", "rounding")
+"""Settings that the engine makes pointless: it has the model, the loss scale and fp32 masters."""
 
 
 def _holder(engine: Any) -> Any:
-    """What has the client optimizer as its ``optimizer``: DeepSpeed's own optimizer, or the engine if there is none."""
+    """What holds the client optimizer as ``optimizer``: DeepSpeed's own, or the engine if there is none."""
     return engine if isinstance(engine.optimizer, Optimizer) else engine.optimizer
 
 
 def _storage_of(engine: Any) -> Partitions | WholeGradients:
     if engine.zero_optimization_stage() == 0:
         return WholeGradients(engine)
-    if isinstance(engine.optimizer, BF16_Optimizer):
-        return BF16Partitions(engine)
-    is_stage_3 = isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3)
-    return Stage3Partitions(engine) if is_stage_3 else Stage12Partitions(engine)
+    kinds = (BF16Partitions, Stage3Partitions, Stage12Partitions)
+    return next(kind for kind in kinds if hasattr(engine.optimizer, kind.MASTERS))(engine)
 
 
 class ZeroGradRegOptimizer(GradRegOptimizer):
     """Gradient regularization under DeepSpeed's ZeRO stages 0 to 3. Whatever DeepSpeed shards stays sharded.
 
     Args:
-        engine: the engine that ``deepspeed.initialize`` returned. Its client optimizer, stage, precision, clipping, loss
+        engine: the engine that ``deepspeed.initialize`` returned. Its client optimizer, stage, precision,
+        clipping, loss
             scaling and LR scheduler work unchanged. ``gradient_clipping`` acts on the combined gradient.
-        strength: as in :class:`~gradreg_optim.GradRegOptimizer`, as are ``eps``, ``radius``, ``warmup_steps``,
-            ``schedule``, ``schedule_steps``, ``g1_clip``, ``g2_clip``, ``max_penalty_ratio``, ``method``
-            (``"forward"`` or ``"central"``), ``check_every``, ``shrink``, ``every``, ``fraction``, ``exclude`` and
-            ``resample``. ``exclude`` matches the parameter names of ``engine.module``.
+        settings: those of :class:`~gradreg_optim.GradRegOptimizer`, but for ``model``, ``scaler`` and
+        ``rounding``,
+            which the engine decides. ``exclude`` matches the parameter names of ``engine.module``.
 
     Raises:
-        TypeError: ``engine`` is no DeepSpeed engine.
-        ValueError: the engine keeps weights or gradients where a second gradient cannot be taken (pipeline, experts,
+        TypeError: ``engine`` is no DeepSpeed engine, or there is no setting of a given name. ValueError: the
+        engine keeps weights or gradients where a second gradient cannot be taken (pipeline, experts,
             NVMe, …), or a setting breaks its rule.
 
-    Memory beyond plain DeepSpeed: g1, one partition in the dtype in which gradients are accumulated. On N ranks that is 4/N
-    bytes a parameter in fp32 and 2/N in bf16 or fp16. Stage 0 has no partitions: g1 is whole, and θ is copied.
+    Memory beyond plain DeepSpeed: g1, one partition in the dtype in which gradients are accumulated. On N
+    ranks that is 4/N bytes a parameter in fp32 and 2/N in bf16 or fp16. Stage 0 has no partitions: g1 is
+    whole, and θ is copied.
 
-    Communication beyond two backward passes and one step: two all_reduces of a few float32 numbers (norms, before and after
-    the second pass), and that of :class:`~gradreg_optim.zero.gathered.GatheredPartitions` (stages 1 and 2),
-    :class:`~gradreg_optim.zero.bf16.BF16Partitions` or :class:`~gradreg_optim.zero.stage3.Stage3Partitions`.
+    Communication beyond two backward passes and one step: two all_reduces of a few float32 numbers (norms,
+    before and after the second pass), and that of :class:`~gradreg_optim.zero.gathered.GatheredPartitions`
+    (stages 1 and 2), :class:`~gradreg_optim.zero.gathered.BF16Partitions` or
+    :class:`~gradreg_optim.zero.stage3.Stage3Partitions`.
 
-    The perturbed weights are round(fp32 master + ε·d); in stage 0 they are round(weight + ε·d). Only the engine's step
-    writes to the masters. It then copies them to the model, which also moves the weights from θ' to the new θ.
+    The perturbed weights are round(fp32 master + ε·d); in stage 0 they are round(weight + ε·d). Only the
+    engine's step writes to the masters. It then copies them to the model, which also moves the weights from
+    θ' to the new θ.
 
     Example::
 
@@ -91,62 +88,46 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
 
         optimizer.step(closure)              # runs it twice and takes exactly one engine step
 
-    In your own loop, put that inner loop into the body of ``for _ in optimizer.passes():``. The end of the loop takes the
-    engine's step. With ``fraction``, pass ``step`` a :class:`~gradreg_optim.MicroBatches` whose ``backward(batch)`` is the
-    body of the inner loop.
+    In your own loop, put that inner loop into the body of ``for _ in optimizer.passes():``. The end of the
+    loop takes the engine's step.
     """
 
-    def __init__(
-        self,
-        engine: DeepSpeedEngine,
-        *,
-        strength: float = DEFAULT_STRENGTH,
-        eps: float = DEFAULT_EPS,
-        radius: Radius = None,
-        warmup_steps: int = 0,
-        schedule: ScheduleName | Schedule | None = None,
-        schedule_steps: int | None = None,
-        g1_clip: float | None = 10.0,
-        g2_clip: float | None = 10.0,
-        max_penalty_ratio: float | None = None,
-        method: Method = "forward",
-        check_every: int | None = None,
-        shrink: bool = True,
-        every: int = 1,
-        fraction: float = 1.0,
-        exclude: str | Iterable[str] = (),
-        resample: Resample = "reuse",
-    ) -> None:
-        settings = settings_among(locals())
+    _is_stepping = False  # whether the engine's step is running
+
+    def __init__(self, engine: DeepSpeedEngine, **settings: Unpack[Settings]) -> None:
+        _check_names(settings)
         check_engine(engine)
-        if method == "exact":
-            raise ValueError(
-                "method='exact': second derivatives cannot be taken of weights that DeepSpeed partitions and of gradients "
-                "that it reduces in hooks. Use method='forward', or method='central' for more accuracy."
-            )
         holder = _holder(engine)
-        if isinstance(holder.optimizer, OptimizerWrapper):  # this object replaces that wrapper and shares its groups
+        if isinstance(
+            holder.optimizer, OptimizerWrapper
+        ):  # this object takes its place and shares its groups
             holder.optimizer = engine.basic_optimizer = holder.optimizer.optimizer
+        self.engine, self.held_step = engine, HeldStep(engine)
         self._storage = _storage_of(engine)
-        self.held_step = HeldStep(engine)
-        self._is_stepping = False
-        named_groups = self._storage.named_groups
-        self._set_up(holder.optimizer, settings, exclude=exclude, model=engine.module, named_groups=named_groups)
+        more = {"exclude": settings.get("exclude", ()), "model": engine.module}
+        self._set_up(
+            holder.optimizer, settings_among(settings), **more, named_groups=self._storage.named_groups
+        )
 
     @classmethod
     def taking_over(
-        cls, engine: DeepSpeedEngine, wrapper: GradRegOptimizer | None, settings: dict[str, Any], excluded: Iterable[Tensor]
+        cls,
+        engine: DeepSpeedEngine,
+        wrapper: GradRegOptimizer | None,
+        settings: dict[str, Any],
+        excluded: Iterable[Tensor],
     ) -> ZeroGradRegOptimizer:
         """Create the optimizer of an engine that a trainer drives, and make it the engine's client optimizer.
 
-        It gets the settings and groups of ``wrapper``; without one, ``settings``. ``excluded`` are the model's parameters
-        to leave out. The groups of ``wrapper`` do not hold them any more, but flat partitions.
+        It gets the settings and groups of ``wrapper``; without one, ``settings``. ``excluded`` are the
+        model's parameters to leave out. The groups of ``wrapper`` do not hold them any more, but flat
+        partitions.
         """
         groups: list[dict[str, Any]] = []
         if wrapper is not None:
             settings = {**wrapper._settings, "schedule": wrapper._schedule or wrapper._settings["schedule"]}
             groups = [{key: group[key] for key in KEYS} for group in wrapper.param_groups]
-        optimizer = cls(engine, **{name: value for name, value in settings.items() if name not in PLAIN_ONLY})
+        optimizer = cls(engine, **{name: value for name, value in settings.items() if name not in OF_ENGINE})
         if wrapper is not None:
             optimizer.exclude, optimizer._excluded = wrapper.exclude, [[] for _ in optimizer.param_groups]
         for group, values in zip(optimizer.param_groups, groups, strict=False):
@@ -157,21 +138,16 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
 
     # Overridden phases of the step.
 
-    @property
-    def engine(self) -> DeepSpeedEngine:
-        """The engine whose steps are regularized."""
-        return self._storage.engine
-
     def storage(self) -> Partitions | WholeGradients:
         """The engine's partitions; in stage 0 its whole gradients, as they are seen in one step."""
         if isinstance(self._storage, WholeGradients):
-            self._storage = WholeGradients(self._storage.engine)
+            self._storage = WholeGradients(self.engine)
         return self._storage
 
     def surroundings(self, storage: Storage, plan: Plan) -> Callable[[Point], AbstractContextManager[Any]]:
         """An accumulation window around each pass. The engine clears gradients itself."""
         around = same_start(storage.devices, self._model, self._buffers, self._noting, nullcontext())
-        return accumulation_windows(self._storage, self.held_step, around)
+        return accumulation_windows(self.engine, self.held_step, around)
 
     def _base_step(self) -> None:
         """Take the engine's step that was held back, on the combined gradient."""
@@ -180,7 +156,7 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
             self._step_wrapped(self.held_step.take)
         finally:
             self._is_stepping = False
-        if self._storage.is_moved and not self._storage.engine.was_step_applied():
+        if self._storage.is_moved and not self.engine.was_step_applied():
             self._storage.restore()  # after an overflow the engine copies no masters
         self._storage.is_moved = False
         self._advance()
@@ -198,6 +174,14 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
 
     def finish_window(self) -> None:
         """Take the engine's step that was held back while a trainer ran the window."""
-        if self._attachment is not None:
-            self._attachment.check_consulted()
+        self._attachment.check_consulted()
         self._base_step()
+
+
+def _check_names(settings: Iterable[str]) -> None:
+    """Raise ``TypeError`` for a name that is no setting under DeepSpeed."""
+    known = [name for name in Settings.__annotations__ if name not in OF_ENGINE]
+    for name in settings:
+        if name not in known:
+            why = " (the engine has the model, the loss scale and fp32 masters)" if name in OF_ENGINE else ""
+            raise TypeError(f"ZeroGradRegOptimizer has no setting {name!r}{why}. {suggestion(name, known)}")

@@ -10,34 +10,36 @@ from torch import Tensor
 from gradreg_optim.zero.storage import Fragment, Partitions
 
 PRIVATE = (
-    "_partition_all_parameters", "_unflatten_partitioned_parameters", "averaged_gradients", "dp_process_group",
-    "fp16_groups", "fp16_partitioned_groups", "fp16_partitioned_groups_flat", "fp32_partitioned_groups_flat", "get_param_id",
-    "loss_scale", "offload_optimizer", "optimizer", "persistent_parameters", "sub_group_to_group_id", "zero_grad",
+    "_partition_all_parameters", "_unflatten_partitioned_parameters", "averaged_gradients",
+    "dp_process_group", "fp16_groups", "fp16_partitioned_groups", "fp16_partitioned_groups_flat",
+    "fp32_partitioned_groups_flat", "get_param_id", "loss_scale", "offload_optimizer", "optimizer",
+    "persistent_parameters", "sub_group_to_group_id", "zero_grad",
 )  # fmt: skip
 PRIVATE_IF_OFFLOADED = ("norm_for_param_grads",)
 
 
 class Stage3Partitions(Partitions):
-    """Stage 3 gives every rank a slice of each parameter, and masters, optimizer state and gradients in the same layout.
+    """Stage 3 gives every rank a slice of each parameter, and of masters, optimizer state and gradients.
 
     ::
 
-        parameters        | weight A     | bias B | weight C         |
-        rank 0            | A[0] | B[0] | C[0] |                         each slice is 1/N of its parameter, padded;
-        rank 1            | A[1] | B[1] | C[1] |                         a bias shorter than N leaves some ranks with
-        rank 2            | A[2] | pad  | C[2] |                         padding only
+        parameters        | weight A     | bias B | weight C         | rank 0            | A[0] | B[0] | C[0]
+        |                    each slice is 1/N of its parameter, padded; rank 1            | A[1] | B[1] |
+        C[1] |                    a bias shorter than N leaves some ranks with rank 2            | A[2] | pad
+        | C[2] |                    padding only
 
-    Partition i is a *sub-group*: all slices of one parameter group, or some of them if ``sub_group_size`` is small.
+    Partition i is a *sub-group*: all slices of one parameter group, or some of them if ``sub_group_size`` is
+    small.
 
-    Communication beyond the second forward and backward: one all-gather of the *persistent* parameters at each θ'. These
-    are too small for DeepSpeed to release after use, so no forward gathers them again. Restoring the weights needs no
-    communication: the next forward gathers every other parameter.
+    Communication beyond the second forward and backward: one all-gather of the *persistent* parameters at
+    each θ'. These are too small for DeepSpeed to release after use, so no forward gathers them again.
+    Restoring the weights needs no communication: the next forward gathers every other parameter.
 
-    Memory: where weights and masters are one tensor, the model gets a copy while it is at θ'. DeepSpeed intends this
-    for fp32 training, but up to 0.19.8 it compares the devices wrongly and keeps two tensors.
+    Memory: where weights and masters are one tensor, the model gets a copy while it is at θ'. DeepSpeed
+    intends this for fp32 training, but up to 0.19.8 it compares the devices wrongly and keeps two tensors.
     """
 
-    MASTERS, RECORDS = "fp32_partitioned_groups_flat", "averaged_gradients"
+    MASTERS = "fp32_partitioned_groups_flat"
 
     def __init__(self, engine: Any) -> None:
         zero, fragments = engine.optimizer, []
@@ -48,10 +50,11 @@ class Stage3Partitions(Partitions):
                 slice_size = parameter.partition_numel()
                 size = min(slice_size, parameter.ds_numel - rank * slice_size)
                 if size > 0:
-                    fragments.append(Fragment(parameter, zero.sub_group_to_group_id[index], index, start, size))
+                    fragments.append(
+                        Fragment(parameter, zero.sub_group_to_group_id[index], index, start, size)
+                    )
                 start += slice_size
-        super().__init__(engine, fragments)
-        self.offloaded = bool(zero.offload_optimizer)
+        super().__init__(engine, fragments, offloaded=bool(zero.offload_optimizer))
 
     def named_groups(self) -> list[dict[str, Any]]:
         """The model's trainable parameters, as parameter groups."""

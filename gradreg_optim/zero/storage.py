@@ -1,4 +1,4 @@
-"""Storage of gradients and weights in the partitions of DeepSpeed's ZeRO optimizers."""
+"""Gradients and weights under DeepSpeed: in the partitions of its ZeRO optimizers, and whole in stage 0."""
 
 from __future__ import annotations
 
@@ -12,16 +12,49 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from gradreg_optim.core.local import LocalStorage
 from gradreg_optim.core.multi_tensor import of_group, shift_, step_moments
 from gradreg_optim.core.step import FirstGradient, Gradients, GroupGradients, Scalar
+
+# Of FP16_Optimizer and FP16_UnfusedOptimizer, which train bf16 in stage 0.
+PRIVATE_STAGE_0 = ("fp16_groups", "loss_scale", "optimizer")
+
+
+class WholeGradients(LocalStorage):
+    """The storage of one step in stage 0: every rank holds all weights and the averaged gradient.
+
+    θ and θ' are the model's weights. In bf16 DeepSpeed keeps fp32 masters beside them, to which only the
+    engine's step writes. Communication: none, since all ranks hold the same averaged gradient and compute the
+    same from it.
+    """
+
+    is_moved = False  # after a pass the weights are at θ again
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.replicas = [(engine.seq_data_parallel_group, engine.device)]
+        super().__init__(self.named_groups())
+
+    def named_groups(self) -> list[dict[str, Any]]:
+        """The model's parameters, as parameter groups. In bf16 the optimizer's own groups hold masters."""
+        optimizer = self.engine.optimizer
+        if isinstance(optimizer, Optimizer):
+            return optimizer.param_groups
+        return [{"params": parameters} for parameters in optimizer.fp16_groups]
+
+    def announce(self, *, is_summed: bool) -> None:
+        """Set the engine's accumulation boundary, at which it completes gradients over ranks."""
+        self.engine.set_gradient_accumulation_boundary(is_summed)
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """The elements of one parameter that this rank owns: ``start`` to ``start + size`` of the flat partition ``index``.
+    """The elements of one parameter that this rank owns.
 
-    ``group`` is the optimizer's parameter group. Padding between and behind parameters belongs to no fragment.
+    They are those from ``start`` to ``start + size`` of the flat partition ``index``. ``group`` is the
+    optimizer's parameter group. Padding between and behind parameters belongs to no fragment.
     """
 
     parameter: nn.Parameter
@@ -36,36 +69,31 @@ class Fragment:
 
 
 class Partitions(ABC):
-    """The :class:`~gradreg_optim.core.storage.Storage` of a DeepSpeed engine: this rank's gradients, masters and weights.
+    """The :class:`~gradreg_optim.core.storage.Storage` of a ZeRO engine: what this rank owns of its tensors.
 
-    The weights at θ' are round(fp32 master + ε·d). No method writes to the masters. The weights stay at θ' after
-    :meth:`moved`; ``is_moved`` is true until the engine's step copies the masters into them, or :meth:`abandon` does.
+    The weights at θ' are round(fp32 master + ε·d). No method writes to the masters. The weights stay at θ'
+    after :meth:`moved`; ``is_moved`` is true until the engine's step copies the masters into them, or
+    :meth:`abandon` does.
 
     Memory: g1 of this rank's fragments. Communication: one all_reduce of a few float32 numbers for each
     :meth:`sum_over_ranks`. The subclasses state the cost of writing and restoring the weights.
     """
 
-    # Names of DeepSpeed's attributes, which hold, for each partition:
-    MASTERS: str  # the flat fp32 masters
-    RECORDS: str  # its gradients, or which of them exist
+    MASTERS: str  # the name of DeepSpeed's attribute that holds the flat fp32 masters, one a partition
 
-    offloaded = False  # whether gradients and masters are on the CPU
-
-    def __init__(self, engine: Any, fragments: list[Fragment]) -> None:
-        self.engine = engine
-        self.zero = engine.optimizer
-        self.fragments = fragments
+    def __init__(self, engine: Any, fragments: list[Fragment], *, offloaded: bool = False) -> None:
+        self.engine, self.zero = engine, engine.optimizer
+        self.fragments, self.offloaded = fragments, offloaded  # whether gradients and masters are on the CPU
         self.first: list[Tensor] = []  # g1 of each fragment
         self.is_moved = False
-        self.sums_announced = 0
-        self._records: Any = None  # what RECORDS named when g1 was taken; ``None``: g1 is in its place
+        self._averaged: dict[int, Any] | None = None  # DeepSpeed's dict of g1; ``None``: g1 is in its place
         self._groups: list[GroupGradients | None] = []  # of each fragment; ``None``: it is not regularized
 
     # Overridden for each ZeRO optimizer.
 
     @abstractmethod
     def named_groups(self) -> list[dict[str, Any]]:
-        """The model's trainable parameters, as parameter groups. The optimizer's own groups hold flat partitions."""
+        """The model's trainable parameters, as parameter groups. The optimizer's own hold flat partitions."""
 
     @abstractmethod
     def _gradients_on_device(self) -> list[Tensor]:
@@ -77,35 +105,31 @@ class Partitions(ABC):
 
     @abstractmethod
     def _writable(self) -> list[Tensor]:
-        """Prepare this rank's slice of the model's weights for writing, and return it as one flat tensor a partition."""
+        """Prepare this rank's slice of the weights for writing; returns one flat tensor a partition."""
 
     @abstractmethod
     def _spread(self) -> None:
         """Make the written weights visible to the model on every rank."""
 
     def _rescue(self) -> None:
-        """:meth:`restore` after an exception, when other ranks may still wait in a collective of the second pass."""
+        """:meth:`restore` after an exception, while other ranks may wait in a collective of that pass."""
         self.restore()
 
-    def _detach_first(self) -> list[Tensor]:
-        """g1, where the next backward cannot overwrite it: copies, because DeepSpeed uses its buffers again."""
-        return self.copy_sum()
+    def _detached(self) -> list[Tensor]:
+        """The gradients, out of reach of the next backward: copies, because DeepSpeed reuses its buffers."""
+        return [gradient.clone() for gradient in self.gradients()]
 
     def _clear(self) -> None:
         """Leave the engine as after ``zero_grad``."""
         self.zero.zero_grad()
-        if self.offloaded:
-            self.zero.norm_for_param_grads = {}
 
     def _return_first(self) -> None:
         """Give g1 back to the engine, in place of the gradients of later passes."""
         self._clear()
-        records = getattr(self.zero, self.RECORDS)
-        for index in range(len(self._records)):  # in place: DeepSpeed refers to this list or dict from parameters too
-            records[index] = self._records[index]
+        if self._averaged:  # in place: DeepSpeed's parameters refer to this dict, too
+            self.zero.averaged_gradients.update(self._averaged)
         for gradient, g1 in zip(self.gradients(), self.first, strict=True):
             gradient.copy_(g1)
-        self._note_norms()
 
     # Common to all ZeRO optimizers.
 
@@ -114,21 +138,12 @@ class Partitions(ABC):
         if not self.offloaded:
             return self._gradients_on_device()
         if torch.accelerator.is_available():
-            torch.accelerator.synchronize()  # DeepSpeed does not wait for its copies from the device to the CPU
+            torch.accelerator.synchronize()  # DeepSpeed does not wait for its copies to the CPU
         masters = getattr(self.zero, self.MASTERS)
         return [fragment.of(masters[fragment.index].grad) for fragment in self.fragments]
 
     def _masters(self) -> list[Tensor]:
         return [master.detach() for master in getattr(self.zero, self.MASTERS)]
-
-    def _note_norms(self) -> None:
-        """Correct the norms and the overflow flag that DeepSpeed recorded while it copied gradients to the CPU."""
-        if self.offloaded:
-            pairs = zip(self.fragments, self.gradients(), strict=True)
-            norms = {self.zero.get_param_id(fragment.parameter): gradient.norm() for fragment, gradient in pairs}
-            self.zero.norm_for_param_grads = norms
-            if hasattr(self.zero, "local_overflow"):
-                self.zero.local_overflow = not all(bool(torch.isfinite(norm)) for norm in norms.values())
 
     @property
     def loss_scale(self) -> float:
@@ -150,7 +165,9 @@ class Partitions(ABC):
         """Whether the engine computes in half precision."""
         parameters = (parameter for group in self.named_groups() for parameter in group["params"])
         is_low = self.engine.fp16_enabled() or self.engine.bfloat16_enabled()
-        return bool(is_low) or any(parameter.dtype.itemsize < torch.float32.itemsize for parameter in parameters)
+        return bool(is_low) or any(
+            parameter.dtype.itemsize < torch.float32.itemsize for parameter in parameters
+        )
 
     def check_first_pass(self) -> None:
         """Nothing to do: the engine alone uses the gradients that it has reduced."""
@@ -159,12 +176,10 @@ class Partitions(ABC):
     def take(self, strengths: Sequence[float], excluded: Sequence[frozenset[int]]) -> FirstGradient:
         """Take g1 of this rank's fragments."""
         first = FirstGradient([GroupGradients(strength) for strength in strengths])
-        pairs = zip(self.named_groups(), excluded, strict=True)
-        left_out = {id(group["params"][i]) for group, positions in pairs for i in positions}
-        self.first = self._detach_first()
-        self._records = copy(getattr(self.zero, self.RECORDS))
-        self._clear()
-        self._groups = []
+        positions = zip(self.named_groups(), excluded, strict=True)
+        left_out = {id(group["params"][i]) for group, of_group in positions for i in of_group}
+        self._averaged = copy(getattr(self.zero, "averaged_gradients", {}))
+        self.first = self.take_sum()
         for fragment, gradient in zip(self.fragments, self.first, strict=True):
             is_regularized = strengths[fragment.group] and id(fragment.parameter) not in left_out
             self._groups.append(first.groups[fragment.group] if is_regularized else None)
@@ -178,9 +193,15 @@ class Partitions(ABC):
 
     @contextmanager
     def moved(
-        self, first: FirstGradient, steps: list[Scalar], *, seed: int | None, measured: bool, signs: int | None = None
+        self,
+        first: FirstGradient,
+        steps: list[Scalar],
+        *,
+        seed: int | None,
+        measured: bool,
+        signs: int | None = None,
     ) -> Iterator[None]:
-        """Write θ' into the model's weights on every rank and leave it there. Rounds to nearest, whatever ``seed`` is."""
+        """Write θ' into the weights on every rank and leave it there, rounded to nearest."""
         self.is_moved = True
         self._write(first, steps, measured, signs)  # whose temporaries are gone during the pass
         self._spread()
@@ -195,10 +216,6 @@ class Partitions(ABC):
             if measured and own:
                 group.moved_along, group.step_squared = arrived or step_moments(start, written, group.g1)
 
-    def leaves(self, first: FirstGradient) -> tuple[list[Tensor], list[Tensor]]:
-        """Not available: ``ZeroGradRegOptimizer`` refuses ``method="exact"``, which alone needs it."""
-        raise NotImplementedError
-
     def last(self, first: FirstGradient) -> Gradients:
         """Views of what the engine's step will read; fragments that are not regularized get g1 back."""
         gradients = self.gradients()
@@ -209,7 +226,8 @@ class Partitions(ABC):
 
     def laid_out(self, first: FirstGradient, gradients: list[Tensor]) -> Gradients:
         """Sort the gradients of regularized fragments by group."""
-        return [[g for owner, g in zip(self._groups, gradients, strict=True) if owner is group] for group in first.groups]
+        pairs = list(zip(self._groups, gradients, strict=True))
+        return [[gradient for owner, gradient in pairs if owner is group] for group in first.groups]
 
     def sum_over_ranks(self, sums: Tensor) -> Tensor:
         """Add up ``sums`` over the data-parallel group, in float32, with one all_reduce."""
@@ -219,7 +237,7 @@ class Partitions(ABC):
 
     def put_back(self, first: FirstGradient) -> None:
         """Give g1 back to the engine, whose step also restores weights that are at θ'."""
-        if self._records is not None:
+        if self._averaged is not None:
             self._return_first()
             self._release()
 
@@ -232,31 +250,24 @@ class Partitions(ABC):
 
     def keep(self, first: FirstGradient) -> None:
         """Release g1; the combined gradient is in the engine's buffers."""
-        self._note_norms()
         self._release()
 
     def _release(self) -> None:
-        self.first, self._records, self._groups = [], None, []
+        """Forget g1, and note norms and the overflow flag of the gradients on which the engine will step."""
+        if self.offloaded:  # DeepSpeed noted those of the last pass while it copied gradients to the CPU
+            pairs = zip(self.fragments, self.gradients(), strict=True)
+            norms = {self.zero.get_param_id(f.parameter): gradient.norm() for f, gradient in pairs}
+            self.zero.norm_for_param_grads = norms
+            self.zero.local_overflow = not all(bool(torch.isfinite(norm)) for norm in norms.values())
+        self.first, self._averaged, self._groups = [], None, []
 
     # Micro-batches.
 
-    def begin_window(self, micro_batches: int) -> None:
-        """Raise ``RuntimeError`` unless ``micro_batches`` is the engine's number of accumulation steps."""
-        needed = self.engine.gradient_accumulation_steps()
-        if micro_batches != needed:
-            raise RuntimeError(
-                f"MicroBatches holds {micro_batches} micro-batches, but the engine accumulates {needed} and divides the "
-                f"loss by that number (gradient_accumulation_steps). Pass {needed} micro-batches."
-            )
-
-    def announce(self, *, is_summed: bool) -> None:
-        """Set the engine's accumulation boundary, at which it completes gradients over ranks."""
-        self.sums_announced += is_summed
-        self.engine.set_gradient_accumulation_boundary(is_summed)
+    announce = WholeGradients.announce
 
     def take_sum(self) -> list[Tensor]:
-        """Copy the gradient of each fragment and clear the engine's."""
-        taken = self.copy_sum()
+        """Take the gradient of each fragment and clear the engine's."""
+        taken = self._detached()
         self._clear()
         return taken
 

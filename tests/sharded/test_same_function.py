@@ -3,19 +3,11 @@
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import World
 from torch import nn
 
 from gradreg_optim import GradRegOptimizer
 
 ENGINES = ["ddp", "fsdp2", "zero 1", "zero 3"]
-
-
-@pytest.fixture(scope="module")
-def world():
-    ranks = World(2)
-    yield ranks
-    ranks.close()
 
 
 class Running(nn.Module):
@@ -88,14 +80,13 @@ def moves(engine, method, driver):
     return found
 
 
-@pytest.mark.parametrize("driver", ["closure", "loop"])
-@pytest.mark.parametrize("method", ["forward", "central"])
+@pytest.mark.parametrize(("method", "driver"), [("forward", "closure"), ("central", "loop")])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_buffers_start_where_they_did_and_move_once(world, engine, method, driver):
+def test_buffers_start_where_they_did_and_move_once(pair, engine, method, driver):
     """Over an accumulation window of two micro-batches on each of two ranks."""
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
-    for found in world.run(moves, engine, method, driver):
+    for found in pair.run(moves, engine, method, driver):
         for *passes, (scale, mask) in found:
             assert len(passes) == (2 if method == "forward" else 3)
             assert all(torch.equal(before, passes[0][0]) for before, _ in passes)
@@ -128,11 +119,11 @@ def drawn(engine, on_ranks):
 
 @pytest.mark.parametrize("on_ranks", [(), (0, 1), (1,)], ids=["none", "both", "one"])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_loss_that_draws_is_refused_on_every_rank(world, engine, on_ranks):
+def test_a_loss_that_draws_is_refused_on_every_rank(pair, engine, on_ranks):
     """Also by ranks whose own loss is repeatable, which would wait for the others."""
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
-    for rank, (said, calls) in enumerate(world.run(drawn, engine, on_ranks)):
+    for rank, (said, calls) in enumerate(pair.run(drawn, engine, on_ranks)):
         assert calls == (3 if on_ranks else 2)
         assert said.startswith("The loss is not a function of the weights") == bool(on_ranks)
         assert ("another rank" in said) == (on_ranks == (1,) and rank == 0)

@@ -16,8 +16,6 @@ import torch.distributed as dist
 from distributed import COLLECTIVE_TIMEOUT
 from torch import Tensor, nn
 
-from gradreg_optim.drivers.micro_batches import chosen_part
-
 FEATURES, CLASSES, ROWS = 5, 3, 4
 UNIVERSAL_BATCH = 12
 
@@ -102,8 +100,8 @@ def reference(
         strength = group.get("gradreg_strength", settings["strength"])
         return [p for p in group["params"] if strength and not any(part in names[p] for part in settings["exclude"])]
 
-    def gradients(step: int, chosen: Any = slice(None)) -> dict[Tensor, Tensor]:
-        x, y = inputs[step][chosen].double().flatten(0, -2), targets[step][chosen].double().flatten(0, -2)
+    def gradients(step: int) -> dict[Tensor, Tensor]:
+        x, y = inputs[step].double().flatten(0, -2), targets[step].double().flatten(0, -2)
         loss = (model(x) - y).square().mean()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         return dict(zip(parameters, torch.autograd.grad(loss, parameters), strict=True))
@@ -118,24 +116,19 @@ def reference(
     for step in range(steps):
         g1 = clipped(gradients(step), settings["g1_clip"])
         start = {p: p.detach().clone() for p in names}
-        part = slice(None) if "fraction" not in settings else sorted(chosen_part(micro_batches, settings["fraction"], step))
 
-        def gradients_at(
-            distance: float, step: int = step, g1: Any = g1, start: Any = start, part: Any = part
-        ) -> dict[Tensor, Tensor]:
+        def gradients_at(distance: float, step: int = step, g1: Any = g1, start: Any = start) -> dict[Tensor, Tensor]:
             with torch.no_grad():
                 for group in optimizer.param_groups:
                     for p in regularized(group):
                         p.add_(g1[p], alpha=distance * group.get("gradreg_eps", settings["eps"]))
-            found = clipped(gradients(step, part), settings["g2_clip"])
+            found = clipped(gradients(step), settings["g2_clip"])
             with torch.no_grad():
                 for p, value in start.items():
                     p.copy_(value)
             return found
 
         g2 = gradients_at(1.0)
-        if settings.get("fraction"):  # clips that do not engage
-            g2 = {p: g1[p] + g2[p] - before for p, before in gradients(step, part).items()}
         if settings.get("method") == "central":
             g2 = {p: g1[p] + (g2[p] - before) / 2 for p, before in gradients_at(-1.0).items()}
         for group in optimizer.param_groups:
@@ -286,27 +279,6 @@ def window(engine: Any, step: int, inputs: Tensor, targets: Tensor, on_pass: Any
     return closure
 
 
-def in_parts(engine: Any, step: int, inputs: Tensor, targets: Tensor, on_pass: Any, worth: float) -> Any:
-    """The same window as :class:`MicroBatches`."""
-    from gradreg_optim import MicroBatches
-
-    calls: list[int] = []
-    rank, dtype = dist.get_rank(), next(engine.module.parameters()).dtype
-    on_pass(1)
-
-    def backward(micro_batch: int) -> Tensor:
-        calls.append(1)
-        if len(calls) == inputs.shape[1] + 1:
-            on_pass(2)
-        x, y = inputs[step, micro_batch, rank].to(dtype), targets[step, micro_batch, rank]
-        loss = worth * (engine(x).float() - y).square().mean()
-        engine.backward(loss)
-        engine.step()
-        return loss.detach()
-
-    return MicroBatches(backward, range(inputs.shape[1]))
-
-
 def train(
     config: dict[str, Any],
     settings: dict[str, Any],
@@ -316,13 +288,12 @@ def train(
     kind: str = "sgd",
     kinds: dict[str, bool] | None = None,
     one_tensor: bool = False,
-    parts: bool = False,
-    loop: str = "",
     worthless: Collection[int] = (),
 ) -> dict[str, Any]:
     """Masters after each step, metrics, and whether the masters changed during the detour to θ'.
 
-    In ``worthless`` steps the loss is multiplied by 0.
+    The first step has a closure, the second a loop over passes, the third a loop that step() follows, and so on. In
+    ``worthless`` steps the loss is multiplied by 0.
     """
     from gradreg_optim import ZeroGradRegOptimizer
 
@@ -333,8 +304,9 @@ def train(
             master.data = weight.data
     optimizer = ZeroGradRegOptimizer(engine, **settings)
     micro_batches = config["gradient_accumulation_steps"]
+    is_round_robin = "round_robin_gradients" in config["zero_optimization"]
     inputs, targets = make_data(steps=steps, micro_batches=micro_batches, world=dist.get_world_size())
-    seen: dict[str, Any] = {"masters": [], "metrics": [], "touched": 0, "moved": 0, "rounded": True}
+    seen: dict[str, Any] = {"masters": [], "values": [], "metrics": [], "touched": 0, "moved": 0, "rounded": True}
     for step in range(steps):
         before, at_theta = local_masters(engine), weights(engine)
 
@@ -345,18 +317,17 @@ def train(
 
         with quiet():
             worth = 0.0 if step in worthless else 1.0
-            closure = (in_parts if parts else window)(engine, step, inputs, targets, on_pass, worth)
-            if loop:
+            closure = window(engine, step, inputs, targets, on_pass, worth)
+            if step % 3:
                 for _ in optimizer.passes():
                     closure()
-                if loop == "and step":
-                    optimizer.step()
-            else:
-                optimizer.step(closure)
-        now = masters(engine)
+            if step % 3 != 1:
+                optimizer.step(None if step % 3 else closure)
+        now, after = masters(engine), weights(engine)
         seen["masters"].append(now)
+        seen["values"].append(after if after["scale"].dtype == torch.float32 else now)
         rounded = {name: value.to(at_theta[name].dtype) for name, value in now.items()}
-        seen["rounded"] &= all(torch.equal(value, rounded.get(name, value)) for name, value in weights(engine).items())
+        seen["rounded"] &= is_round_robin or all(torch.equal(x, rounded.get(name, x)) for name, x in after.items())
         seen["metrics"].append({name: float(value) for name, value in optimizer.metrics.items()})
     seen["weights"] = weights(engine)
     seen["steps"] = (engine.global_steps, engine.global_samples, engine.micro_steps, engine.skipped_steps)
@@ -419,8 +390,8 @@ def count(config: dict[str, Any], settings: dict[str, Any] | None, *, steps: int
     return found
 
 
-class Interruption(Exception):
-    pass
+class Interruption(KeyboardInterrupt):
+    """Ctrl-C, which is no Exception."""
 
 
 def give_up(failing: int) -> None:
@@ -462,7 +433,7 @@ def interrupt(config: dict[str, Any], settings: dict[str, Any], *, on_rank: int 
     with quiet():
         try:
             optimizer.step(window(engine, 0, inputs, targets))
-        except Exception as error:
+        except BaseException as error:
             raised = type(error).__name__
     hook.remove()
     untouched = same_bits(before, local_masters(engine))

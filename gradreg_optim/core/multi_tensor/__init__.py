@@ -6,10 +6,11 @@
     moments_              ⟨g2 − g1, g1⟩ and ‖g2 − g1‖²
     combine_              g2 ← g1 + weight·(clip·g2 − g1)
 
-They take any device and dtype, several in one list too. Of the back ends, :mod:`blocks` does several operations in one pass
-over the cache of a CPU, :mod:`triton_kernels` does each in one launch on a GPU, and :mod:`eager` does what is left. Sums
-run in float32 for half-precision tensors and in the tensors' own precision otherwise; results are 0-d tensors on the device
-of the data, which nothing here waits for, and the number 0 for empty lists.
+They take any device and dtype, several in one list too. A back end has seven functions: ``fit`` says which tensors it takes,
+``norm_squared``, ``save_and_shift_``, ``shift_``, ``copy_``, ``moments_`` and ``combine_`` are the operations on tensors of one
+dtype and device. :mod:`triton_kernels` does each operation in one launch on a GPU, and :mod:`eager` serves all else.
+Sums run in float32 for half-precision tensors and in the tensors' own precision otherwise; results are 0-d tensors on the
+device of the data, which nothing here waits for, and the number 0 for empty lists.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradreg_optim.core.multi_tensor import blocks, eager
+from gradreg_optim.core.multi_tensor import eager
 from gradreg_optim.core.multi_tensor.eager import sampled as sampled
 from gradreg_optim.core.multi_tensor.eager import with_signs
 
@@ -102,28 +103,20 @@ def norm_squared(tensors: Sequence[Tensor]) -> Scalar:
     >>> norm_squared([torch.tensor([3.0]), torch.tensor([[4.0]])])
     tensor(25.)
     """
-    if tensors and blocks.fit(1.0, tensors):  # on all cores, where torch._foreach_norm runs on one
-        return blocks.norm_squared(tensors)
     return _added([back_end.norm_squared(alike) for back_end, (alike,) in _alike(tensors)])
 
 
-def moments_(
-    g1: Sequence[Tensor], g2: Sequence[Tensor], *, scale: Scalar = 1.0, likely_weight: Scalar | None = None
-) -> tuple[Scalar, Scalar, float | None]:
+def moments_(g1: Sequence[Tensor], g2: Sequence[Tensor], *, scale: Scalar = 1.0) -> Moments:
     """``g1 ← scale·g1`` in place, then ⟨g2 − g1, g1⟩ and ‖g2 − g1‖², summed over the lists.
 
     The difference is taken element by element before anything is summed: inner products of the two gradients would cancel
-    to noise when θ' is close to θ. Where that saves a pass over memory, :func:`combine_` with ``likely_weight`` is done as
-    well, and the weight returned as the third result.
+    to noise when θ' is close to θ.
 
     >>> moments_([torch.tensor([1.0])], [torch.tensor([3.0])])
-    (tensor(2.), tensor(4.), None)
+    (tensor(2.), tensor(4.))
     """
-    if g2 and likely_weight is not None and blocks.fit(likely_weight, g1, g2):
-        eager.scale_(g1, scale)
-        return *blocks.combine_and_measure_(g1, g2, weight=float(likely_weight)), float(likely_weight)
     found = [back_end.moments_(*alike, scale=scale) for back_end, alike in _alike(g1, g2)]
-    return _added([inner for inner, _ in found]), _added([squares for _, squares in found]), None
+    return _added([inner for inner, _ in found]), _added([squares for _, squares in found])
 
 
 def moments_along(delta: Sequence[Tensor], along: Sequence[Tensor]) -> Moments:
@@ -183,8 +176,6 @@ def save_and_shift_(
         except BaseException:
             restore_(weights, saved)
             raise
-    if weights and blocks.fit(eps, weights, direction):
-        return blocks.save_and_shift_(weights, direction, eps=float(eps)), None
     saved = [torch.empty_like(weight) for weight in weights]
     done: list[Sequence[Sequence[Tensor]]] = []
     try:
@@ -242,12 +233,6 @@ def scale_(tensors: Sequence[Tensor], factor: Scalar) -> None:
         eager.scale_(tensors, factor)
 
 
-def add_(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
-    """``x ← x + y`` in place."""
-    if tensors:
-        torch._foreach_add_(list(tensors), list(others))
-
-
 def subtract_(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
     """``x ← x − y`` in place."""
     if tensors:
@@ -255,28 +240,16 @@ def subtract_(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
 
 
 def combine_(
-    g1: Sequence[Tensor],
-    g2: Sequence[Tensor],
-    *,
-    weight: Scalar,
-    clip: Scalar = 1.0,
-    is_finite: Scalar = True,
-    combined_with: float | None = None,
+    g1: Sequence[Tensor], g2: Sequence[Tensor], *, weight: Scalar, clip: Scalar = 1.0, is_finite: Scalar = True
 ) -> None:
     """``g2 ← g1 + weight·(clip·g2 − g1)`` in place, or g1 where ``is_finite``, which nobody may have read yet, is false.
 
-    With ``combined_with``, g2 is ``g1 + combined_with·(g2 − g1)`` already. Written as g2 + (1 − weight)·(g1 − g2) near
-    weight 1 (γ = ε, sharpness-aware minimization), which leaves exactly g2; weight 0 leaves exactly g1.
+    Written as g2 + (1 − weight)·(g1 − g2) near weight 1 (γ = ε, sharpness-aware minimization), which leaves exactly g2;
+    weight 0 leaves exactly g1.
 
     >>> g = torch.tensor([3.0]); combine_([torch.tensor([1.0])], [g], weight=10.0); g
     tensor([21.])
     """
-    if combined_with is not None:
-        if (weight, clip) != (combined_with, 1.0):
-            blocks.recombine_(g1, g2, before=combined_with, weight=float(weight), coefficient=float(clip))
-        if isinstance(is_finite, Tensor):
-            choose_(is_finite, g2, g1)
-        return
     for back_end, (firsts, seconds) in _alike(g1, g2):
         back_end.combine_(firsts, seconds, weight=weight, clip=clip, is_finite=is_finite)
 

@@ -7,17 +7,17 @@ number of kernel launches does not grow with the number of tensors.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-
-from gradreg_optim.core.multi_tensor import blocks
 
 Scalar = float | Tensor
 
 CHUNK = 2**27
 """Elements a chunk on an accelerator. Larger chunks need fewer launches, and more memory for intermediate results."""
+CHUNK_ON_CPU = 2**17
+"""Elements a chunk on a CPU: intermediate results stay in its cache."""
 SIGNED = 2**24
 """Elements that get random signs at a time."""
 
@@ -34,11 +34,11 @@ def chunks(*lists: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
     >>> [x.numel() for x in parts[0][1]], sum(x.numel() for _, views in parts for x in views)
     ([2], 1000002)
     """
-    size = blocks.block_size() if lists[0][0].device.type == "cpu" else CHUNK
+    size = CHUNK_ON_CPU if lists[0][0].device.type == "cpu" else CHUNK
     pending: list[Sequence[Tensor]] = []
     count = 0
     for tensors in zip(*lists, strict=True):
-        for views in blocks.cut(tensors, size) if tensors[0].numel() > size else [tensors]:
+        for views in _cut(tensors, size) if tensors[0].numel() > size else [tensors]:
             if pending and count + views[0].numel() > size:
                 yield tuple(map(list, zip(*pending, strict=True)))
                 pending, count = [], 0
@@ -46,6 +46,13 @@ def chunks(*lists: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
             count += views[0].numel()
     if pending:
         yield tuple(map(list, zip(*pending, strict=True)))
+
+
+def _cut(tensors: Sequence[Tensor], size: int) -> Iterable[Sequence[Tensor]]:
+    """Flat views of ``size`` elements of each of the tensors, which have one shape; themselves if one is not contiguous."""
+    if not all(x.is_contiguous() for x in tensors):
+        return [tensors]
+    return zip(*(torch.split(x.view(-1), size) for x in tensors), strict=True)
 
 
 def with_signs(direction: Sequence[Tensor], *others: Sequence[Tensor], seed: int) -> Iterator[tuple[list[Tensor], int]]:
@@ -61,7 +68,7 @@ def with_signs(direction: Sequence[Tensor], *others: Sequence[Tensor], seed: int
     for place, tensors in enumerate(zip(direction, *others, strict=True)):
         draws = random.Random(seed + place)  # torch's generator on a CPU takes 32 bits of a seed alone
         flat, begin = tensors[0].reshape(-1), draws.randrange(tensors[0].numel() or 1)
-        for along, *rest in blocks.cut(tensors, SIGNED):
+        for along, *rest in _cut(tensors, SIGNED):
             generator = torch.Generator(along.device).manual_seed(draws.getrandbits(32))
             signs = torch.empty_like(along).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
             end = begin + along.numel()

@@ -1,0 +1,168 @@
+"""Finite differences of two gradients: the schemes ``"forward"`` and ``"central"``, and the algebra of their moments.
+
+    forward     θ, θ + ε·d              Δ = c·g2 − g1              Δ/ε = H·d + O(ε·‖d‖²)
+    central     θ, θ − ε·d, θ + ε·d     Δ = (c₊·g₊ − c₋·g₋)/2      Δ/ε = H·d + O(ε²·‖d‖³), and rounding in g1 drops out
+
+with g1 clipped already, and c the factors that clip the others. Both are exact on a quadratic at any ε.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from gradreg_optim.core import multi_tensor
+from gradreg_optim.core.plan import Plan, Scheme
+from gradreg_optim.core.scalars import (
+    Scalar,
+    clip_coefficient,
+    clipped_moments,
+    is_finite,
+    item_on_cpu,
+    length_of_sum,
+    ratio,
+    stack_scalars,
+)
+from gradreg_optim.core.step import Difference, Figure, FirstGradient, Gradients, GroupGradients, Point
+from gradreg_optim.core.storage import Storage
+
+NEARBY = 0.01
+"""The step ahead, in units of the real one, that takes the place of one sideways where all have the bits of float32."""
+
+
+def stand_at(storage: Storage, first: FirstGradient, point: Point, plan: Plan) -> AbstractContextManager[None]:
+    """Stand at ``point`` inside the block; at θ' itself, note how much of the step the weights' dtype let through."""
+    distance, signs = point.value, None
+    if point is Point.SIDEWAYS:  # a short step meets no curvature, but few bits round it away
+        distance, signs = (1.0, plan.step) if first.is_low else (NEARBY, None)
+    steps = [group.eps * (distance / storage.loss_scale) * first.clip for group in first.groups]
+    seed = None if plan.rounds_to_nearest else plan.step
+    return storage.moved(first, steps, seed=seed, measured=point is Point.AHEAD, signs=signs)
+
+
+def weight_of(group: GroupGradients) -> Scalar:
+    """γ/ε, and 0 if there was no step (ε derived from the radius of a vanishing gradient)."""
+    if isinstance(group.eps, Tensor):
+        return ratio(group.strength, group.eps)
+    return group.strength / group.eps if group.eps else 0.0
+
+
+def forward_difference(storage: Storage, first: FirstGradient, plan: Plan) -> Difference:
+    """Measure Δ = c·g2 − g1, which is not written anywhere."""
+    second = first.further.pop(Point.AHEAD)
+    first.further.clear()
+    found = []
+    for group, g2 in zip(first.groups, second, strict=True):
+        if group.counts is None or all(group.counts):
+            found.append(multi_tensor.moments_(group.g1, g2, scale=first.clip))
+        else:
+            multi_tensor.scale_(group.g1, first.clip)
+            found.append(multi_tensor.moments_(group.counted(group.g1), group.counted(g2)))
+    inner, squares, losses, fidelity = summed(storage, first, found)
+    g1_squared = stack_scalars([group.g1_squared for group in first.groups])
+    ahead = inner + g1_squared
+    g2_norm = length_of_sum(g1_squared, inner, squares)
+    clip = clip_coefficient(g2_norm, plan.g2_clip)
+    figures = _figures(g1_squared, ahead, g2_norm, clip, fidelity)
+    if plan.g2_clip is not None:
+        inner, squares = clipped_moments(inner, squares, g1_squared, coefficient=clip)
+    return Difference(
+        inner,
+        squares,
+        ahead,
+        second,
+        is_delta=False,
+        is_finite=item_on_cpu(is_finite(g2_norm)),
+        losses=losses,
+        clip=item_on_cpu(clip),
+        figures=figures,
+    )
+
+
+def central_difference(storage: Storage, first: FirstGradient, plan: Plan) -> Difference:
+    """Write Δ = (c₊·g₊ − c₋·g₋)/2 over g₊, and measure it."""
+    for group in first.groups:  # from now on g1 is d, the clipped gradient
+        multi_tensor.scale_(group.g1, first.clip)
+    plus, minus = first.further.pop(Point.AHEAD), first.further.pop(Point.BEHIND)
+    sides = [columns for side in (plus, minus) for columns in zip(*_moments(first, side), strict=True)]
+    scale = storage.loss_scale
+    sums = storage.sum_over_ranks(stack_scalars([value for column in sides for value in column])).view(4, -1) / scale**2
+    ahead, norms = sums[0], sums[1::2].sum(1).sqrt()
+    clips = clip_coefficient(norms, plan.g2_clip)
+    for side, clip in zip((plus, minus), clips, strict=True):
+        for gradients in side:
+            multi_tensor.scale_(gradients, item_on_cpu(clip))
+    for written, subtracted in zip(plus, minus, strict=True):
+        multi_tensor.subtract_(written, subtracted)
+        multi_tensor.scale_(written, 0.5)
+    inner, squares, losses, fidelity = summed(storage, first, _moments(first, plus))
+    g1_squared = stack_scalars([group.g1_squared for group in first.groups])
+    return Difference(
+        inner,
+        squares,
+        ahead,
+        plus,
+        is_delta=True,
+        is_finite=item_on_cpu(is_finite(squares.sum())),
+        losses=losses,
+        figures=_figures(g1_squared, ahead, norms[0], clips.amin(), fidelity),
+    )
+
+
+# ``sufficient`` was measured (benchmarks/results/2026-11-22-difference-studies/result.md). All forward estimates with a
+# self-check above 0.7 were usable; most of those below 0.6 were not. In the central difference the errors of g1 and those
+# of second order cancel: at a self-check of 0 it is as good as the forward difference at about 0.5.
+_CHECKED = (Point.SIDEWAYS, Point.BEHIND, Point.AHEAD)
+FORWARD = Scheme((Point.AHEAD,), _CHECKED, forward_difference, noise=1.0, sufficient=0.6)
+"""Two gradients a step."""
+CENTRAL = Scheme((Point.BEHIND, Point.AHEAD), _CHECKED, central_difference, noise=0.5, sufficient=0.0, order=2)
+"""Three gradients a step; their rounding errors are halved in Δ."""
+
+
+def _moments(first: FirstGradient, gradients: Gradients) -> list[tuple[Scalar, Scalar]]:
+    """⟨g, g1⟩ and ‖g‖² of each group, over this rank's tensors."""
+    return [
+        multi_tensor.moments_along(group.counted(written), group.counted(group.g1))
+        for group, written in zip(first.groups, gradients, strict=True)
+    ]
+
+
+def summed(
+    storage: Storage, first: FirstGradient, pairs: list[tuple[Scalar, Scalar]]
+) -> tuple[Tensor, Tensor, Tensor | None, Callable[[], Tensor]]:
+    """Two moments of gradients for each group, the losses, and the fidelity: over all ranks, without the loss scale."""
+    groups, scale = first.groups, storage.loss_scale
+    columns = [*zip(*pairs, strict=True), [g.moved_along for g in groups], [g.step_squared for g in groups]]
+    flat = stack_scalars([value for column in columns for value in column] + first.losses)
+    sums = storage.sum_over_ranks(flat)
+    inner, squares, along, lengths = sums[: 4 * len(groups)].view(4, -1)
+    losses = sums[4 * len(groups) :] if first.losses else None
+    fidelity = partial(_fidelity, along, lengths, [group.eps for group in groups], first.clip, scale)
+    if scale != 1:
+        inner, squares = inner / scale**2, squares / scale**2
+    return inner, squares, losses, fidelity
+
+
+def _fidelity(along: Tensor, squares: Tensor, eps: list[Scalar], clip: Scalar, scale: float) -> Tensor:
+    """⟨θ'_real − θ, ε·d⟩/‖ε·d‖² of d = clip·g1/scale: the share of the step that the weights' dtype let through."""
+    steps = stack_scalars(eps, along)
+    return ratio((steps * along).sum(), (steps.square() * squares).sum() * clip / scale)
+
+
+def _figures(
+    g1_squared: Tensor, ahead: Tensor, g2_norm: Tensor, clip: Tensor, fidelity: Callable[[], Tensor]
+) -> dict[str, Figure]:
+    return {
+        "g2_norm": g2_norm,
+        "g2_clipped": partial(torch.lt, clip, 1),
+        "cosine": partial(_cosine, g1_squared, ahead, g2_norm),
+        "perturbation_fidelity": fidelity,
+    }
+
+
+def _cosine(g1_squared: Tensor, ahead: Tensor, g2_norm: Tensor) -> Tensor:
+    return ratio(ahead.sum(), g1_squared.sum().sqrt() * g2_norm)

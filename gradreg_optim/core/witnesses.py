@@ -1,0 +1,360 @@
+"""Witnesses: what each step computes anyway, and what it tells about the step.
+
+The change of the loss proves that all passes are passes of one function. By the trapezoid rule
+
+    loss_check = (L(θ') − L(θ)) / (ε·⟨d, (g1 + g2)/2⟩) = 1 + O(ε²)
+
+A loss that draws another batch at each call, counts its calls or moves a teacher changes by more, and (g2 − g1)/ε is then the
+difference of two functions, divided by ε. ``loss_check`` is near 1 up to the spacing of the loss in these units,
+|L|·2⁻²⁴/(ε·⟨d, g⟩) in float32. It is an alarm if it is off by more than 0.25 + 8 spacings.
+
+A loss with stop-gradients (a ratio to the policy itself, a target network of the same weights) is not the integral of its
+gradient, and the formula does not hold. So in the first regularized step an alarm has the last pass repeated where it was:
+if the loss is another number, the step raises; if it is the same, ``loss_check`` is left out of this run.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gradreg_optim.core.local import local_shard, real
+from gradreg_optim.core.multi_tensor import moments_along
+from gradreg_optim.core.scalars import Scalar, ratio, stack_scalars
+from gradreg_optim.core.step import FirstGradient, Outcome
+from gradreg_optim.core.storage import Storage
+
+FAR = 0.25
+"""How far from 1 ``loss_check`` is an alarm, beside 8 spacings of the loss,"""
+BEYOND = 2.0
+"""and how far it is one at once. Nearer ones have to last for ``STREAK`` steps."""
+STREAK = 3
+MANY = 20
+"""Steps over which the mean of ``penalty_ratio`` is taken."""
+LITTLE, MUCH = 0.01, 10.0
+"""Bounds of a ``penalty_ratio`` that needs no word."""
+UNREAD = 10
+"""Steps whose symptoms wait on a device until they are read."""
+
+
+@contextmanager
+def backward_replaced(stand_in: Callable[..., None]) -> Iterator[None]:
+    """In the block each backward is ``stand_in(backward, …)``, but for those that it runs: reentrant checkpoints do."""
+    backward = torch.autograd.backward
+
+    def replaced(*args: Any, **kwargs: Any) -> None:
+        torch.autograd.backward = backward
+        try:
+            stand_in(backward, *args, **kwargs)
+        finally:
+            torch.autograd.backward = replaced
+
+    torch.autograd.backward = replaced
+    try:
+        yield
+    finally:
+        torch.autograd.backward = backward
+
+
+class Losses:
+    """Notes what the passes of a step differentiate: the arguments of ``backward``, or what a closure returns.
+
+    ``is_integral``: whether the loss is the integral of its gradient; ``None`` until an informative step has told.
+    Communication: under DistributedDataParallel one all_reduce of two numbers a step; elsewhere the losses join the sums
+    of :meth:`~gradreg_optim.core.storage.Storage.sum_over_ranks`.
+    """
+
+    def __init__(self) -> None:
+        self.is_integral: bool | None = None
+        self._modules: Iterable[nn.Module] = ()
+        self._passes: list[list[Tensor]] = []
+
+    def __reduce__(self) -> Any:
+        """A copy of the optimizer has losses of its own."""
+        return Losses, ()
+
+    def begun(self, modules: Iterable[nn.Module]) -> Losses:
+        """Forget the last step; ``modules`` is the collection of those that will have run in this one."""
+        self._passes, self._modules = [], modules
+        return self
+
+    def begin_pass(self, *, is_first: bool = False) -> None:
+        """What is noted from now on belongs to another pass."""
+        if is_first:
+            self._passes.clear()
+        self._passes.append([])
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Around backwards of the pass that began last."""
+        losses = self._passes[-1]
+
+        def note(backward: Callable[..., None], tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
+            tensors, grad_tensors = _as_tuple(tensors), _as_tuple(grad_tensors)
+            losses.append(_differentiated(tensors, grad_tensors))
+            backward(tensors, grad_tensors, *args, **kwargs)
+
+        with backward_replaced(note):
+            yield
+
+    def returned(self, loss: Any) -> Any:
+        """Note what a closure returned, if it called no ``backward``; return it."""
+        if self._passes and not self._passes[-1] and isinstance(loss, (float, Tensor)):
+            self._passes[-1].append(_differentiated((torch.as_tensor(loss),), None))
+        return loss
+
+    def last_was_skipped(self) -> bool:
+        """Whether the last pass, which left no gradient, had a loss that is not finite, or stopped short of a backward."""
+        return not math.isfinite(_sum(self._passes[-1])) and (bool(self._passes[-1]) or self.is_integral is not None)
+
+    def change(self, storage: Storage) -> list[Scalar]:
+        """This rank's share of L(θ') − L(θ) and of |L(θ)|, in units of the loss; nothing if they are not known."""
+        start, end = self._passes[0], self._passes[-1]
+        groups = self._replicas(storage)
+        if not start or not end or self.is_integral is False or groups is None:
+            return []
+        factor = 1 / (storage.loss_scale * storage.loss_ranks)
+        both = [(_total(end) - _total(start)) * factor, _total(start).abs() * factor]
+        for group, device in groups:
+            means = torch.stack(both).to(device)
+            distributed.all_reduce(means, group=group)
+            both = list((means / distributed.get_world_size(group)).unbind())
+        return list(both)
+
+    def _replicas(self, storage: Storage) -> list[tuple[Any, torch.device]] | None:
+        """The process groups over which gradients have been averaged, beside the storage's; ``None`` if nobody knows."""
+        models = (module for module in self._modules if isinstance(module, DistributedDataParallel))
+        replicas = [*((model.process_group, model.device) for model in models), *getattr(storage, "replicas", ())]
+        is_parallel = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+        if is_parallel and storage.loss_ranks == 1 and not replicas:
+            return None
+        return list({id(group): (group, device) for group, device in replicas}.values())
+
+    @property
+    def spacing(self) -> float:
+        """The relative spacing of the losses' dtype."""
+        return max((torch.finfo(loss.dtype).eps / 2 for loss in self._passes[0] if loss.is_floating_point()), default=0.0)
+
+    def are_far(self, storage: Storage, first: FirstGradient) -> bool:
+        """In the first step, at θ': whether the change of the loss is far from what the gradients tell. Waits."""
+        if self.is_integral is not None or not (shares := self.change(storage)):
+            return False
+        second = storage.laid_out(first, storage.see_sum())
+        pairs = [(group.counted(g2), group.counted(group.g1)) for group, g2 in zip(first.groups, second, strict=True)]
+        products = [moments_along(*pair)[0] for pair in pairs]
+        sums = storage.sum_over_ranks(stack_scalars([*products, *shares]))
+        steps = stack_scalars([group.eps for group in first.groups], sums) * first.clip
+        squares = stack_scalars([group.g1_squared for group in first.groups], sums) / first.clip**2
+        expected = float((steps * (squares + sums[:-2] / storage.loss_scale**2)).sum() / 2)
+        change, size = sums[-2:].tolist()
+        if not math.isfinite(change) or not math.isfinite(expected) or not expected:
+            return False
+        self.is_integral = abs(change / expected - 1) <= FAR + 8 * self.spacing * size / abs(expected)
+        return not self.is_integral
+
+    def require_same(self, storage: Storage) -> None:
+        """Raise on every rank if on one the loss of the last pass is not that of the one before, at the same point."""
+        loss, again = _sum(self._passes[-2]), _sum(self._passes[-1])
+        tolerance = 1e-6 if self.spacing < 1e-10 else max(1e-3, 8 * self.spacing)
+        is_same = math.isclose(loss, again, rel_tol=tolerance, abs_tol=tolerance * storage.loss_scale / 100)
+        is_same = is_same or (math.isnan(loss) and math.isnan(again))
+        differs = torch.tensor([float(not is_same)], dtype=torch.float64)
+        total = storage.sum_over_ranks(differs)
+        for group, device in self._replicas(storage) or ():
+            total = total.to(device)
+            distributed.all_reduce(total, group=group)
+        if float(total):
+            self.is_integral = None
+            raise RuntimeError(
+                f"The loss is not a function of the weights: it was {loss!r} in the second pass and {again!r} when that was "
+                "repeated at the same weights, from the same random numbers and buffers"
+                f"{' (the losses differ on another rank)' if is_same else ''}. The difference of the two gradients would "
+                "measure this change. Draw the batch before the closure, or before the loop over passes(), and masks from "
+                "torch's global generators, or seed your own generator in each call."
+            )
+
+
+class Clearing:
+    """Notices a first pass that adds to gradients from before instead of clearing them, until it has seen one clear.
+
+    Such a pass (of Lightning, with ``accumulate_grad_batches``) covers all of a step's micro-batches, and the second one
+    only its own. When the first backward that reaches it begins, one gradient must have gone or been written; only one that
+    was not is read, since zeros need no clearing.
+    """
+
+    def __init__(self) -> None:
+        self.is_seen = False
+
+    @contextmanager
+    def required(self, parameters: Iterable[Tensor]) -> Iterator[None]:
+        """Run the block, which is a first pass; raise if it did not clear gradients."""
+        with_gradient = (p for p in parameters if p.requires_grad and p.grad is not None)
+        candidates = [p for p in with_gradient if p.grad.layout is torch.strided]  # type: ignore[union-attr]
+        if not candidates:
+            yield
+            return
+        parameter = min(candidates, key=Tensor.numel)
+        gradient: Any = parameter.grad
+        now, was_cleared = real(gradient), list[bool]()
+        version, start = now._version, now if type(gradient) is Tensor else now.clone()
+
+        def is_as_before() -> bool:
+            if type(gradient) is Tensor:
+                return now._version == version and parameter.grad is gradient
+            return parameter.grad is not None and torch.equal(real(parameter.grad), start)  # DTensors have no version
+
+        def compare(backward: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+            before = now.clone() if not was_cleared and is_as_before() else None
+            backward(*args, **kwargs)
+            if not was_cleared and (before is None or not is_as_before()):  # else it was the backward of something else
+                was_cleared.append(before is None or not bool(before.any()))
+
+        with backward_replaced(compare):
+            yield
+        if was_cleared and not was_cleared[0]:
+            raise RuntimeError(
+                "The closure added to gradients from before it was called: its second call would lack them. Clear gradients "
+                "in the closure and run all micro-batches of the step in it (in Lightning, by manual optimization instead "
+                "of accumulate_grad_batches)."
+            )
+        self.is_seen = bool(was_cleared)
+
+
+# What a step's witnesses are, as one vector that is computed if anybody asks.
+
+
+def expected_change(eps: list[Scalar], g1_squared: Tensor, ahead: Tensor, clip: Scalar) -> Tensor:
+    """ε·⟨d, (g1 + g2)/2⟩ over all groups, with d = clip·g1 of square ``g1_squared``, and ⟨g2, d⟩ in ``ahead``."""
+    return (stack_scalars(eps, ahead) * (g1_squared / clip + ahead)).sum() / 2
+
+
+def off_by(change: Tensor, expected: Tensor, size: Tensor, spacing: float) -> Tensor:
+    """How far ``loss_check`` is from 1, beyond 8 spacings of the loss; 0 if the gradient vanishes."""
+    distance = (change - expected).abs() - 8 * spacing * size
+    return ratio(distance.clamp(min=0), expected.abs())
+
+
+class Witnesses:
+    """Reads the symptoms of the last steps, and tells the user once of each kind of trouble.
+
+    Symptoms of a step on a CPU are read at once; on an accelerator every ``UNREAD`` steps, and with the metrics.
+    """
+
+    def __init__(self) -> None:
+        self._unread: deque[Callable[[], Tensor]] = deque()
+        self._streaks: dict[str, int] = {}
+        self._ratios: list[float] = []
+        self._told: set[str] = set()
+
+    def note(self, outcome: Outcome, *, is_on_cpu: bool) -> None:
+        """Take in what a step found."""
+        if outcome.check is not None and outcome.check.advice is not None:
+            self.warn("check", outcome.check.advice)
+        if outcome.symptoms is not None:
+            self._unread.append(outcome.symptoms)
+            if is_on_cpu or outcome.check is not None or len(self._unread) >= UNREAD:
+                self.look()
+
+    def look(self) -> None:
+        """Read what has not been read. Waits for the device."""
+        while self._unread:
+            off, fidelity, norms_apart, relative, penalty_ratio = self._unread.popleft()().tolist()
+            # A penalty of curvature changes the norm of g2 in proportion to its length; a clip keeps it the same.
+            are_equal = norms_apart < 1e-6 and relative > 1e-5 and norms_apart < relative / 30
+            if off > BEYOND or self._lasts("loss", off > FAR):
+                self.tell(
+                    "loss",
+                    f"the loss changed between the passes by other than what the gradients tell (loss_check is off by "
+                    f"{off:.2g})",
+                    "a teacher, memory bank or counter that moves in each forward; a batch that is drawn or changed in "
+                    "the pass; a generator of the loss's own; a loss with stop-gradients",
+                    "draw batches and masks before the passes, keep such state in buffers, or update it after step(); "
+                    "where the difference is meant, nothing is wrong",
+                )
+            if self._lasts("fidelity", fidelity < 0.5):
+                self.tell(
+                    "fidelity",
+                    f"{fidelity:.2g} of the step to θ' arrived in the weights (perturbation_fidelity)",
+                    "a step far below the spacing of the weights: small gradients times eps, or half-precision weights",
+                    "set radius=0.005, or leave eps and radius out in half precision",
+                )
+            if self._lasts("norms", are_equal):
+                self.tell(
+                    "norms",
+                    "‖g1‖ and ‖g2‖ are equal in each step although the gradients differ",
+                    "gradients that are clipped or normalized inside each pass",
+                    "clip after the passes: `for _ in optimizer.passes(): …`, then clip, then optimizer.step()",
+                )
+            self._ratios.append(penalty_ratio)
+            if len(self._ratios) == MANY:
+                self._tell_ratio(sum(self._ratios) / MANY)
+                self._ratios.clear()
+
+    def _tell_ratio(self, mean: float) -> None:
+        if mean > MUCH:
+            self.tell(
+                "much",
+                f"over {MANY} steps the penalty was {mean:.3g} times as long as the gradient (penalty_ratio), which it swamps",
+                "a strength for another loss, batch or model",
+                f"multiply strength by {0.3 / mean:.1g}, so that the ratio is near 0.3, or set max_penalty_ratio",
+            )
+        elif mean < LITTLE:
+            self.tell(
+                "little",
+                f"over {MANY} steps the penalty was {mean:.3g} of the gradient (penalty_ratio): it changes next to nothing",
+                "a strength for another loss or model, such as the published one with LoRA; gradients that vanish",
+                "raise strength until the ratio is near 0.3",
+            )
+
+    def _lasts(self, kind: str, is_now: bool) -> bool:
+        self._streaks[kind] = self._streaks.get(kind, 0) + 1 if is_now else 0
+        return self._streaks[kind] == STREAK
+
+    def tell(self, kind: str, seen: str, causes: str, remedy: str) -> None:
+        """Warn once of each kind: what was seen, its usual causes, the remedy."""
+        self.warn(kind, f"Gradient regularization: {seen}. Usual causes: {causes}. Remedy: {remedy}.")
+
+    def warn(self, kind: str, message: str) -> None:
+        """Warn, unless that has been done."""
+        if kind not in self._told:
+            self._told.add(kind)
+            warnings.warn(message, stacklevel=4)
+
+
+def _as_tuple(tensors: Any) -> Any:
+    return tensors if tensors is None or isinstance(tensors, Tensor) else tuple(tensors)
+
+
+def _differentiated(tensors: Any, grad_tensors: Any) -> Tensor:
+    """The number whose gradient ``backward`` computes with these arguments; NaN if they are graph edges."""
+    roots = (tensors,) if isinstance(tensors, Tensor) else tensors
+    factors = (grad_tensors,) if isinstance(grad_tensors, Tensor) else grad_tensors or [None] * len(roots)
+    products = []
+    with torch.no_grad():
+        for root, factor in zip(roots, factors, strict=False):
+            if not isinstance(root, Tensor):
+                return torch.tensor(math.nan)
+            value = local_shard(root.detach())
+            product = value if factor is None else value * local_shard(factor)
+            products.append(product.sum() if product.ndim else product.clone())  # users add to losses in place
+    total = sum(products[1:], products[0])
+    return total.real if total.is_complex() else total
+
+
+def _total(losses: list[Tensor]) -> Tensor:
+    """The sum of a pass's losses, in float32 at least."""
+    wide = [loss if loss.dtype == torch.float64 else loss.float() for loss in losses]
+    return sum(wide[1:], wide[0])
+
+
+def _sum(losses: list[Tensor]) -> float:
+    """Their sum; NaN if there are none. Waits for the device."""
+    return float(_total(losses)) if losses else math.nan

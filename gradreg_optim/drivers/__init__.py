@@ -1,1 +1,0 @@
-"""What is run at each point of a step. A closure and a ``for`` loop need nothing; micro-batches do."""
