@@ -92,9 +92,7 @@ class Adoption:
         def added() -> list[Any]:
             return added_exclusion(optimizer.exclude, self._trainer.model)
 
-        self._attachment.patches.set(
-            optimizer, "_default_exclusion", added
-        )  # for groups that are added later
+        self._attachment.patches.set(optimizer.exclusion, "default", added)  # for groups that are added later
         optimizer.leave_out(added())
         self._excluded = [
             group["params"][i] for group in optimizer.param_groups for i in group["gradreg_excluded"]
@@ -105,11 +103,7 @@ class Adoption:
         """Give the wrapper the attachment, and the trainer's model and scaler."""
         if optimizer._attachment is not None:  # of another trainer, which attaches again when it trains again
             optimizer._attachment.patches.close()
-        given = {
-            "_scaler": self._trainer.accelerator.scaler,
-            "_attachment": self._attachment,
-            "_settled": None,
-        }
+        given = {"_scaler": self._trainer.accelerator.scaler, "_attachment": self._attachment}
         if optimizer._model is None:
             given["_model"] = self._trainer.model
         for name, value in given.items():

@@ -129,7 +129,3 @@ def _attach_to_step(step: Callable[..., Tensor], trainer: Trainer, *args: Any, *
 Patches().answer(Trainer, "train", _attach_to_train)
 Patches().answer(Trainer, "training_step", _attach_to_step)
 Patches().answer(transformers.trainer, "deepspeed_init", _attach_to_created)
-
-
-def attach_to_caller(_optimizer: Any) -> None:
-    """Nothing: training_step begins a micro-batch."""

@@ -14,7 +14,6 @@ of these changes.
 from __future__ import annotations
 
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import closing, nullcontext
@@ -37,7 +36,6 @@ from gradreg_optim.trainers.old_policy import (
     has_old_policy,
 )
 from gradreg_optim.trainers.other_backwards import OtherBackwards
-from gradreg_optim.trainers.passes import Passes
 from gradreg_optim.trainers.patches import Patches
 from gradreg_optim.trainers.trackers import tag_card, tell_trackers
 
@@ -81,7 +79,7 @@ class Attachment(TrainerCallback):
             self.window.passes.close()
         self.window = None
         self._regularized = 0  # steps of this training
-        self._are_trackers_told = self._is_known_to_train = self._is_told_of_loss = False
+        self._are_trackers_told = self._is_known_to_train = False
         self._steps_before: int | None = None
         self._logged: dict[str, list[Any]] = defaultdict(list)
 
@@ -93,13 +91,6 @@ class Attachment(TrainerCallback):
     def is_outdated(self, wrapper: GradRegOptimizer) -> bool:
         """Whether the trainer was given ``wrapper`` in place of the one that is attached."""
         return wrapper is not self.optimizer and not self.adoption.is_sharded
-
-    @property
-    def low_dtype(self) -> torch.dtype | None:
-        """The dtype of the trainer's forward if that is half precision, in whatever dtype the weights are kept."""
-        return {"no": None, "fp16": torch.float16}.get(
-            str(self.trainer.accelerator.mixed_precision), torch.bfloat16
-        )
 
     @property
     def _resample(self) -> str:
@@ -177,9 +168,9 @@ class Attachment(TrainerCallback):
         if groups[0]["gradreg_schedule_steps"] is None and max_steps > 0:
             for group in groups:
                 group["gradreg_schedule_steps"] = max(1, max_steps - groups[0]["gradreg_warmup_steps"])
-        return Window(
-            self.trainer, self.optimizer, Passes(self.optimizer), self._generations, self._old_policy
-        )
+        # The window restores random numbers and states of modules by itself, for each micro-batch.
+        passes = self.optimizer.begin(lambda _point: nullcontext())
+        return Window(self.trainer, self.optimizer, passes, self._generations, self._old_policy)
 
     def _compute_loss(
         self, compute_loss: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any
@@ -196,7 +187,7 @@ class Attachment(TrainerCallback):
 
     def _backward(self, backward: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any) -> None:
         window: Any = self.window
-        noted = window.passes.losses.noted(window.point) if window.regularizes else nullcontext()
+        noted = window.passes.losses.noted() if window.regularizes else nullcontext()
         if window.is_repeating:
             with noted:
                 backward(loss, *args, **kwargs)
@@ -221,7 +212,7 @@ class Attachment(TrainerCallback):
         start = time.perf_counter()
         try:
             with closing(window.passes) as passes:  # after an exception the weights are at θ
-                self.optimizer._buffers.end()
+                self.optimizer._module_state.end()
                 passes.storage.check_first_pass()  # before a loss is repeated, which would differ without saying why
                 self._compare_losses(window)
                 for micro_batch in window.further_passes():
@@ -244,15 +235,13 @@ class Attachment(TrainerCallback):
                 "and random numbers alone. Keep state of the loss in plain attributes of the trainer, which are "
                 "restored for the second pass, or train without GradRegOptimizer."
             )
-        if found is not None and not self._is_told_of_loss:
-            self._is_told_of_loss = True
-            warnings.warn(
-                f"{name}: in regularized step {self._regularized} the first loss was {found}. The second pass "
-                "measures this difference as if it were curvature. Usual causes: the loss changes state outside of the "
-                "trainer (an object without update(), a class, a closure, a list in a module); it draws batches or masks "
-                "from an iterator or a generator of its own; its forward moves a teacher or a memory bank. Keep such "
-                "state in plain attributes or containers of the trainer, or change it in a callback.",
-                stacklevel=2,
+        if found is not None:
+            self.optimizer.witnesses.tell(
+                "repeated",
+                f"in regularized step {self._regularized} of {name} the first loss was {found}",
+                "a loss that changes state outside of the trainer's attributes (an object without update(), a class, a "
+                "closure, a list in a module); batches or masks from an iterator or a generator of its own",
+                "keep such state in plain attributes or containers of the trainer, or change it in a callback",
             )
 
     def check_consulted(self) -> None:
@@ -292,7 +281,7 @@ class Attachment(TrainerCallback):
                 figures = [float(computed(value)) for value in (values[-1:] if counts_up else values)]
                 logs[name] = sum(figures) / len(figures)
             self._logged.clear()
-            self.optimizer.advice.look_at_ratios()  # which have been read just now
+            self.optimizer.witnesses.look()  # at figures that have been read just now
         log(logs, *args, **kwargs)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from gradreg_optim.wrapping.wrapper import NOTHING
+from gradreg_optim.wrapping.exclusion import NOTHING
 
 HEADS = ("score", "classifier", "v_head", "value_head", "reward_head")
 """Attributes under which Transformers and TRL keep value, reward and classification heads."""

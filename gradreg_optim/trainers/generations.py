@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from gradreg_optim.core.repeatable import RandomState
+from gradreg_optim.core.same_start import RandomState
 from gradreg_optim.trainers.snapshot import copied
 
 _TRAINER = "OnlineDPOTrainer"

@@ -11,7 +11,7 @@ import functools
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
 
-from gradreg_optim.core.repeatable import RandomState
+from gradreg_optim.core.same_start import RandomState
 from gradreg_optim.core.step import Point
 from gradreg_optim.trainers.generations import Generations, Recorded
 from gradreg_optim.trainers.old_policy import FirstPass, OldPolicy, clipped_so_far
@@ -51,15 +51,15 @@ class MicroBatch:
 class Window:
     """The micro-batches of one window of gradient accumulation, which is one step of the ``optimizer``.
 
-    ``passes`` are those of the step, ``point`` is where the weights are, and ``is_repeating`` tells whether a further
-    pass runs. Memory: the inputs of the window. Without a penalty nothing is recorded.
+    ``passes`` are those of the step, ``is_repeating`` tells whether a further one runs. Memory: the inputs of the
+    window. Without a penalty nothing is recorded.
     """
 
     def __init__(
         self, trainer: Trainer, optimizer: Any, passes: Any, generations: Generations, old_policy: OldPolicy
     ) -> None:
         self.passes = passes
-        self.point: Point = next(passes)
+        next(passes)  # at θ
         self.micro_batches: list[MicroBatch] = []
         self.is_complete = False  # after the last backward of the first pass
         self.is_regularized = False  # after the further passes
@@ -94,8 +94,7 @@ class Window:
             model, copied(inputs), num_items_in_batch, random, state_of(self._trainer), is_last
         )
         if not self.micro_batches:
-            beside = (value for value in vars(self._trainer).values() if isinstance(value, nn.Module))
-            self._optimizer._buffers.begin(model, *beside)
+            self._look_at_modules(model)
         self.micro_batches.append(micro_batch)
         return micro_batch
 
@@ -110,29 +109,38 @@ class Window:
         """The gradient of the micro-batch is accumulated."""
         self._expected, self.is_complete = "", self._trainer.accelerator.sync_gradients
 
+    def _look_at_modules(self, model: nn.Module) -> None:
+        beside = (value for value in vars(self._trainer).values() if isinstance(value, nn.Module))
+        self._optimizer._module_state.begin(model, *beside)
+
     # The further passes.
 
     def further_passes(self) -> Iterator[MicroBatch]:
         """Repeat the window at each further point; yields each micro-batch after its backward."""
+        state = self._optimizer._module_state
         for point in self.passes:
-            self.point = point
-            with self._prepared(), torch.enable_grad():
+            is_first = point is Point.THETA  # again, since the first forward wrote weights
+            if is_first:
+                self._look_at_modules(self.micro_batches[0].model)
+            with self._prepared(nullcontext() if is_first else state.repeated()), torch.enable_grad():
                 for micro_batch in self.micro_batches:
                     is_sent = micro_batch.is_last or self._is_engine
                     with nullcontext() if is_sent else self._trainer.accelerator.no_sync(micro_batch.model):
                         self._repeat(micro_batch)
                     yield micro_batch
+            if is_first:
+                state.end()
         self.is_regularized = True
 
     @contextmanager
-    def _prepared(self) -> Iterator[Patches]:
-        """Let the block repeat micro-batches; then restore trainer, random numbers, buffers and engine."""
+    def _prepared(self, modules: AbstractContextManager[None]) -> Iterator[Patches]:
+        """Let the block repeat micro-batches; then restore trainer, random numbers, ``modules`` and engine."""
         trainer: Any = self._trainer
         gradient_state = trainer.accelerator.gradient_state
         with (
             untouched(trainer),
             RandomState(self.passes.storage.devices).replayed(),
-            self._optimizer._buffers.repeated(),
+            modules,
             self._optimizer.held_step.repeated()
             if self._is_engine
             else nullcontext(),  # forwards restart its timer
@@ -196,7 +204,8 @@ class Window:
             if has_backward:
                 torch.autograd.backward(loss)
 
-        with self._prepared() as replaced, torch.set_grad_enabled(enabled), warnings.catch_warnings():
+        repeated = self._prepared(self._optimizer._module_state.repeated())
+        with repeated as replaced, torch.set_grad_enabled(enabled), warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", "None of the inputs have requires_grad=True"
             )  # reentrant checkpointing

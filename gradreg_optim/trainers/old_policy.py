@@ -90,7 +90,7 @@ class OldPolicy:
     @contextmanager
     def repeating(self, resample: str, inputs: Any, first: FirstPass) -> Iterator[None]:
         """Around a further pass of a loss on ``inputs``: its ratio refers to the policy of the first pass."""
-        log_p_then = first.log_p
+        log_p_then: Any = first.log_p
 
         def replace_old(log_p: Tensor) -> None:
             given, tool_mask = inputs.get(_OLD), inputs.get("tool_mask")

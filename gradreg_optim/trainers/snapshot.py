@@ -87,7 +87,7 @@ def copied(value: Any, *, with_tensors: bool = False, memo: dict[int, Any] | Non
         twin = copy.copy(value) if is_object else value
     memo[id(value)] = twin  # before what is inside, which may lead back to it
     if is_object and not isinstance(value, set):
-        parts = twin if isinstance(twin, _CONTAINERS) else vars(twin)
+        parts: Any = twin if isinstance(twin, _CONTAINERS) else vars(twin)
         keys = range(len(parts)) if isinstance(parts, (list, deque)) else list(parts)
         for key in keys if len(parts) <= MANY else ():
             parts[key] = inner(parts[key])
