@@ -32,3 +32,11 @@ def _seeded():
     numpy.random.seed(0)
     torch.manual_seed(0)
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # transformers 4.57 leaves it behind
+
+
+def pytest_collection_modifyitems(items):
+    """With ``--dist loadgroup`` each test goes to the next free worker, but what shares a fixture of its file stays together."""
+    for item in items:
+        fixtures = item._fixtureinfo.name2fixturedefs.values()  # doctests have none
+        if not item.get_closest_marker("xdist_group") and any(f[-1].scope == "module" for f in fixtures):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
