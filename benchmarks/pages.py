@@ -72,9 +72,10 @@ def cost(results: Results) -> str:
     under_zero = zero_cost.in_words(results["zero-cost"]["rows"])
     return f"""{step_tables.in_plain_steps(results["step-cost"])}
 
-All figures are from two CPU cores: [all variants]({results.link("step-cost")}), [growth with tokens, sizes
-and ranks]({results.link("scale-cost")}). Under ZeRO on two ranks a step takes {under_zero} two gradients and
-one step of the engine ([all stages]({results.link("zero-cost")}))."""
+All figures are from two CPU cores: [all variants]({results.link("step-cost")}),
+[growth with tokens, sizes and ranks]({results.link("scale-cost")}).
+Under ZeRO on two ranks a step takes {under_zero} two gradients and one step of the engine
+([all stages]({results.link("zero-cost")}))."""
 
 
 def trainers(results: Results) -> str:
