@@ -111,15 +111,21 @@ pages: $(DEMO)  ## Write the newest results into the README and the site
 
 # The last two pin another torch and cannot be resolved with this one; benchmarks/cost/peers.py uses one file of each.
 .PHONY: bench
-bench: $(DEV)  ## Measure the cost figures of README and site again, in an hour (ARGS=--quick)
+bench: $(DEV)  ## Measure the cost figures of README and site again (ARGS=--quick)
 	$(INSTALL) --editable ".[bench]"
 	$(INSTALL) --no-deps mosaicml==0.32.1 zij==0.1.1
 	DS_ACCELERATOR=cpu $(PY) -m benchmarks.cost $(ARGS)
 
+# With several GPUs a trainer would take them all. The costs are measured also where a test fails.
 .PHONY: gpu
+gpu: export CUDA_VISIBLE_DEVICES ?= 0
 gpu: $(DEV)  ## Check a step on this machine's GPU and measure its cost, in 6 minutes (ARGS="--quick --device cpu")
 	$(INSTALL) --no-deps zij==0.1.1
-	$(PY) -m benchmarks.cost.gpu $(ARGS)
+	status=0; \
+	TRITON_INTERPRET=0 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 \
+	    $(PY) -m pytest -n 3 --dist loadfile -m cuda tests/cuda || status=$$?; \
+	$(PY) -m benchmarks.cost.gpu $(ARGS) || status=$$?; \
+	exit $$status
 
 .PHONY: precision
 precision: $(DEMO)  ## Measure the accuracy of the penalty in fp32, fp16 and bf16 (ARGS="...")

@@ -22,7 +22,7 @@ from gradreg_optim.core.same_start import ModuleState, same_start
 from gradreg_optim.core.scalars import Scalar
 from gradreg_optim.core.step import Figure, Outcome, Point, computed
 from gradreg_optim.core.storage import Storage
-from gradreg_optim.core.witnesses import Clearing, Losses, Witnesses
+from gradreg_optim.core.witnesses import Losses, Witnesses, cleared
 from gradreg_optim.passes import Passes
 from gradreg_optim.wrapping import upwards
 from gradreg_optim.wrapping.held_clips import HeldClips
@@ -133,7 +133,7 @@ class GradRegOptimizer(OptimizerWrapper):
         self.resample, self.witnesses = settings["resample"], Witnesses()
         self._figures: dict[str, Figure] = {}
         self._skipped: Scalar = 0
-        self._clearing, self._module_state, self._losses, self._clips = Clearing(), ModuleState(), Losses(), HeldClips()
+        self._module_state, self._losses, self._clips = ModuleState(), Losses(), HeldClips()
         self._passes: weakref.ref[Passes] | None = None  # of the loop over passes() that began last
         self._is_complete = False  # whether that loop has ended, and a step() is to follow
         self._is_proven = False  # whether a regularized step has shown that θ comes back
@@ -263,7 +263,7 @@ class GradRegOptimizer(OptimizerWrapper):
 
         def first() -> AbstractContextManager[None]:
             parameters = (parameter for group in self.param_groups for parameter in group["params"])
-            return nullcontext() if self._clearing.is_seen else self._clearing.required(parameters)
+            return nullcontext() if self._is_proven else cleared(parameters)
 
         start = same_start(storage.devices, self._model, self._module_state, self._losses, first)
 

@@ -21,8 +21,9 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("suite")
 
 # Triton decides on its first import whether its interpreter is going to run kernels: torch.compile must not be first.
+# `make gpu` sets TRITON_INTERPRET=0, because the interpreter runs no kernel on a GPU.
 with pytest.MonkeyPatch.context() as patch, contextlib.suppress(ImportError):
-    patch.setenv("TRITON_INTERPRET", "1")
+    patch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "1"))
     import triton.language  # noqa: F401
 
 

@@ -210,7 +210,8 @@ class ModuleState:
         known, values = self._known_of(part), {}
         own = [part._buffers, part._parameters]
         own += [] if type(part).__module__.startswith(_ENGINES) else [vars(part)]
-        self._stores += [(store, dict(store)) for store in own]
+        # Not dict(store): that reads the items of a parameter dict of ZeRO-3 one by one, which gathers them.
+        self._stores += [(store, dict(store.items())) for store in own]
         for name, held in (item for store in own for item in store.items() if isinstance(item[1], Tensor)):
             tensor = None if held.requires_grad or held._is_view() or id(held) in self._owned else writable(held)
             if tensor is not None and id(tensor) not in self._values:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gradreg_optim.core.local import local_shard, real
+from gradreg_optim.core.local import local_shard
 from gradreg_optim.core.multi_tensor import moments_along
 from gradreg_optim.core.scalars import Scalar, ratio, stack_scalars
 from gradreg_optim.core.step import FirstGradient, Outcome
@@ -182,50 +182,32 @@ class Losses:
             )
 
 
-class Clearing:
-    """Notices a first pass that adds to gradients from before instead of clearing them, until it has seen one clear.
+@contextmanager
+def cleared(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Run the block, which is a first pass; raise if it adds to gradients from before instead of clearing them.
 
     Such a pass (of Lightning, with ``accumulate_grad_batches``) covers all of a step's micro-batches, and the second one
-    only its own. When the first backward that reaches it begins, one gradient must have gone or been written; only one that
-    was not is read, since zeros need no clearing.
+    only its own. During the pass NaN stands in place of one of the gradients from before. Waits for the device.
     """
-
-    def __init__(self) -> None:
-        self.is_seen = False
-
-    @contextmanager
-    def required(self, parameters: Iterable[Tensor]) -> Iterator[None]:
-        """Run the block, which is a first pass; raise if it did not clear gradients."""
-        with_gradient = (p for p in parameters if p.requires_grad and p.grad is not None)
-        candidates = [p for p in with_gradient if p.grad.layout is torch.strided]  # type: ignore[union-attr]
-        if not candidates:
-            yield
-            return
-        parameter = min(candidates, key=Tensor.numel)
-        gradient: Any = parameter.grad
-        now, was_cleared = real(gradient), list[bool]()
-        version, start = now._version, now if type(gradient) is Tensor else now.clone()
-
-        def is_as_before() -> bool:
-            if type(gradient) is Tensor:
-                return now._version == version and parameter.grad is gradient
-            return parameter.grad is not None and torch.equal(real(parameter.grad), start)  # DTensors have no version
-
-        def compare(backward: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-            before = now.clone() if not was_cleared and is_as_before() else None
-            backward(*args, **kwargs)
-            if not was_cleared and (before is None or not is_as_before()):  # else it was the backward of something else
-                was_cleared.append(before is None or not bool(before.any()))
-
-        with backward_replaced(compare):
-            yield
-        if was_cleared and not was_cleared[0]:
-            raise RuntimeError(
-                "The closure added to gradients from before it was called: its second call would lack them. Clear gradients "
-                "in the closure and run all micro-batches of the step in it (in Lightning, by manual optimization instead "
-                "of accumulate_grad_batches)."
-            )
-        self.is_seen = bool(was_cleared)
+    with_gradient = (p for p in parameters if p.grad is not None and p.grad.layout is torch.strided)
+    probe: Any = next((p for p in sorted(with_gradient, key=Tensor.numel) if bool(p.grad.any())), None)  # type: ignore[union-attr]
+    if probe is None:
+        yield
+        return
+    gradient, probe.grad = probe.grad, torch.full_like(probe.grad, math.nan)
+    stand_in, is_added_to = probe.grad, False
+    try:
+        yield
+    finally:
+        is_added_to = probe.grad is stand_in and bool(stand_in.isnan().any())
+        if is_added_to:
+            probe.grad = gradient
+    if is_added_to:
+        raise RuntimeError(
+            "The closure added to gradients from before it was called: its second call would lack them. Clear gradients "
+            "in the closure and run all micro-batches of the step in it (in Lightning, by manual optimization instead of "
+            "accumulate_grad_batches)."
+        )
 
 
 # What a step's witnesses are, as one vector that is computed if anybody asks.
@@ -252,6 +234,7 @@ class Witnesses:
         self._unread: deque[Callable[[], Tensor]] = deque()
         self._streaks: dict[str, int] = {}
         self._ratios: list[float] = []
+        self._is_young = True  # whether the first ``MANY`` steps are not over: later, gradients and curvature vanish
         self._told: set[str] = set()
 
     def note(self, outcome: Outcome, *, is_on_cpu: bool) -> None:
@@ -297,6 +280,7 @@ class Witnesses:
             if len(self._ratios) == MANY:
                 self._tell_ratio(sum(self._ratios) / MANY)
                 self._ratios.clear()
+                self._is_young = False
 
     def _tell_ratio(self, mean: float) -> None:
         if mean > MUCH:
@@ -306,7 +290,7 @@ class Witnesses:
                 "a strength for another loss, batch or model",
                 f"multiply strength by {0.3 / mean:.1g}, so that the ratio is near 0.3, or set max_penalty_ratio",
             )
-        elif mean < LITTLE:
+        elif mean < LITTLE and self._is_young:
             self.tell(
                 "little",
                 f"over {MANY} steps the penalty was {mean:.3g} of the gradient (penalty_ratio): it changes next to nothing",

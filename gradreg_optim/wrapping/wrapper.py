@@ -127,11 +127,19 @@ class OptimizerWrapper(Optimizer):
         self._planner = Planner()
         self._adopt_new_groups()
         self._planner.settled(self.param_groups, self.exclusion.positions)
-        upwards.announce()
 
     # One optimizer: groups, state and defaults are the wrapped one's.
 
-    param_groups = shared("param_groups")
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The wrapped optimizer's groups."""
+        upwards.announce()  # a trainer that is imported after the wrapper was built looks at them before it trains
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = groups
+
     state = shared("state")
     defaults = shared("defaults", {})
 
