@@ -12,16 +12,14 @@ from typing import Any
 
 from torch.amp import GradScaler
 
-_TRAINER = "transformers.trainer"
-_ATTACH = "gradreg_optim.trainers.attach"
+TRAINER = "transformers.trainer"
+ATTACH = "gradreg_optim.trainers.attach"
 
 
 def announce() -> None:
-    """There is a wrapper: if there are trainers, let them use those that they are given."""
-    if _TRAINER in sys.modules and _ATTACH not in sys.modules:
-        trainer = sys.modules[_TRAINER]
-        if not getattr(trainer.__spec__, "_initializing", False):  # else the module is in the middle of its import
-            import_module(_ATTACH)
+    """There is a wrapper, and there are trainers: let them use those that they are given."""
+    if not getattr(sys.modules[TRAINER].__spec__, "_initializing", False):  # else it is in the middle of its import
+        import_module(ATTACH)
 
 
 def calling_scaler() -> Any:

@@ -146,7 +146,7 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
     def storage(self) -> Partitions | WholeGradients:
         """The engine's partitions; in stage 0 its whole gradients, as they are seen in one step."""
         if isinstance(self._storage, WholeGradients):
-            self._storage = WholeGradients(self.engine, is_first=not self._is_proven)
+            self._storage = WholeGradients(self.engine, is_first=not self.progress.is_proven)
         return self._storage
 
     def surroundings(self, storage: Storage, plan: Plan) -> Callable[[Point], AbstractContextManager[Any]]:

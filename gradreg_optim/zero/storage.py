@@ -16,8 +16,7 @@ from torch.optim import Optimizer
 
 from gradreg_optim.core.local import LocalStorage
 from gradreg_optim.core.multi_tensor import of_group, shift_, step_moments
-from gradreg_optim.core.scalars import Scalar
-from gradreg_optim.core.step import FirstGradient, Gradients, GroupGradients
+from gradreg_optim.core.step import FirstGradient, Gradients, GroupGradients, Scalar
 
 # Of FP16_Optimizer and FP16_UnfusedOptimizer, which train bf16 in stage 0.
 PRIVATE_STAGE_0 = ("fp16_groups", "loss_scale", "optimizer")
