@@ -67,7 +67,8 @@ def _points(
             except StopIteration as stop:
                 outcome = stop.value
                 break
-            losses.begin_pass(is_first=point is Point.THETA)
+            if plan.points:
+                losses.begin_pass(is_first=point is Point.THETA)
             with surroundings(point):
                 yield point
     end(outcome)
