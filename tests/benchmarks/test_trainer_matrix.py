@@ -37,22 +37,27 @@ def trained(name, folder, **arguments):
     return trainer
 
 
+TRAINED = [name for name in KINDS if name not in REFUSED]
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
-@installed([name for name in KINDS if name not in REFUSED])
+@installed(TRAINED)
 def test_trains(name, accumulation, tmp_path):
     """With the second pass at θ a run is the plain one bit for bit, logs included; with a penalty another."""
-    plain, at_theta, real = (
+    plain, at_theta = (
         trained(name, tmp_path, wrapped=wrapped, gradient_accumulation_steps=accumulation)
-        for wrapped in (None, AT_THETA, REAL)
+        for wrapped in (None, AT_THETA)
     )
     assert own_figures(at_theta) == own_figures(plain)
     assert_same(weights(at_theta.model), weights(plain.model))
     assert len(penalties(at_theta, "second_pass_time")) == 2  # steps
+    if accumulation == 1:  # a penalty takes the same way as the second pass at θ: once is enough
+        return
+    real = trained(name, tmp_path, wrapped=REAL, gradient_accumulation_steps=accumulation)
     assert len(penalties(real, "penalty_ratio")) == 2
     assert min(penalties(real, "penalty_ratio")) > 0
-    assert any(
-        not torch.equal(*pair) for pair in zip(real.model.parameters(), plain.model.parameters(), strict=True)
-    )
+    pairs = zip(real.model.parameters(), plain.model.parameters(), strict=True)
+    assert any(not torch.equal(*pair) for pair in pairs)
 
 
 @installed(REFUSED)
