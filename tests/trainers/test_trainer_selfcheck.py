@@ -81,7 +81,7 @@ def resting(model):
     return SGD(model.parameters(), lr=0.0)
 
 
-@pytest.mark.filterwarnings("ignore:Gradient regularization: the self-check")  # steps of .07 in so small a model
+@pytest.mark.filterwarnings("ignore:Gradient regularization. the self-check")  # steps of .07 in so small a model
 def test_runs_again_later_and_with_each_check(tmp_path):
     """In regularized steps 1, 2, 10 and 100, and where the difference is checked as well."""
     unchecked = {"base": resting, "max_steps": 101, "logging_steps": 200}
