@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,14 +19,13 @@ from torch.optim import Optimizer
 from gradreg_optim.core.local import LocalStorage
 from gradreg_optim.core.plan import Plan
 from gradreg_optim.core.regularize import call_in_each
-from gradreg_optim.core.same_start import ModuleState, same_start
-from gradreg_optim.core.scalars import Scalar
-from gradreg_optim.core.step import Figure, Outcome, Point, computed
+from gradreg_optim.core.module_state import ModuleState
+from gradreg_optim.core.same_start import HeldClips, same_start
+from gradreg_optim.core.step import Figure, Outcome, Point, Scalar, computed
 from gradreg_optim.core.storage import Storage
-from gradreg_optim.core.witnesses import Clearing, Losses, Witnesses
+from gradreg_optim.core.witnesses import Losses, Witnesses, cleared
 from gradreg_optim.passes import Passes
 from gradreg_optim.wrapping import upwards
-from gradreg_optim.wrapping.held_clips import HeldClips
 from gradreg_optim.wrapping.refusals import check_engines, check_resample, no_gradient
 from gradreg_optim.wrapping.schedule import Schedule, ScheduleName
 from gradreg_optim.wrapping.settings import (
@@ -38,6 +38,25 @@ from gradreg_optim.wrapping.settings import (
     settings_among,
 )
 from gradreg_optim.wrapping.wrapper import OptimizerWrapper
+
+
+@dataclass
+class Progress:
+    """What steps leave for later calls; one object, which Lightning's copy of the optimizer shares.
+
+    ``passes`` is the loop over :meth:`GradRegOptimizer.passes` that began last; ``is_complete``: it has ended, and a
+    ``step()`` is to follow. ``is_proven``: a regularized step has shown that θ comes back.
+    """
+
+    figures: dict[str, Figure] = field(default_factory=dict)
+    skipped: Scalar = 0
+    passes: weakref.ref[Passes] | None = None
+    is_complete: bool = False
+    is_proven: bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has no loop under way."""
+        return {**self.__dict__, "passes": None}
 
 
 class GradRegOptimizer(OptimizerWrapper):
@@ -131,12 +150,8 @@ class GradRegOptimizer(OptimizerWrapper):
     def _set_up(self, optimizer: Optimizer, settings: dict[str, Any], **more: Any) -> None:
         super().__init__(optimizer, settings, **more)
         self.resample, self.witnesses = settings["resample"], Witnesses()
-        self._figures: dict[str, Figure] = {}
-        self._skipped: Scalar = 0
-        self._clearing, self._module_state, self._losses, self._clips = Clearing(), ModuleState(), Losses(), HeldClips()
-        self._passes: weakref.ref[Passes] | None = None  # of the loop over passes() that began last
-        self._is_complete = False  # whether that loop has ended, and a step() is to follow
-        self._is_proven = False  # whether a regularized step has shown that θ comes back
+        self.progress = Progress()
+        self._module_state, self._losses, self._clips = ModuleState(), Losses(), HeldClips()
 
     @property
     def metrics(self) -> dict[str, Scalar]:
@@ -150,11 +165,12 @@ class GradRegOptimizer(OptimizerWrapper):
         not the same function in both passes. With checks (:mod:`gradreg_optim.core.precision`) ``noise_floor``,
         ``signal`` and ``self_check``. A step without penalty has ``strength`` and ``skipped`` alone.
         """
+        self.witnesses.look()
         return {name: computed(figure) for name, figure in self.figures().items()}
 
     def figures(self) -> dict[str, Figure]:
         """:attr:`metrics` that are yet to be computed, for loggers that do not log each step."""
-        return {**self._figures, "skipped": self._skipped}
+        return {**self.progress.figures, "skipped": self.progress.skipped}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -171,7 +187,7 @@ class GradRegOptimizer(OptimizerWrapper):
                 one at each call.
         """
         was_under_way = self._abandon_passes()
-        if closure is None or self._is_complete:
+        if closure is None or self.progress.is_complete:
             return self._step_on_gradients(was_under_way, closure)
         check_resample(self.resample)
         with closing(self.begin()) as passes:
@@ -202,16 +218,16 @@ class GradRegOptimizer(OptimizerWrapper):
         """
         check_resample(self.resample)
         self._abandon_passes()
-        if self._is_complete:
+        if self.progress.is_complete:
             self.witnesses.tell(
                 "steps",
                 "passes() began again before optimizer.step(): warm-up, schedule and every stand still",
                 "a step of the optimizer inside, or none, after the loop over passes()",
                 "call step() of the wrapper, once after each loop over passes()",
             )
-        self._is_complete = False
+        self.progress.is_complete = False
         passes = self.begin(completes=True)
-        self._passes = weakref.ref(passes)
+        self.progress.passes = weakref.ref(passes)
         return passes
 
     def begin(
@@ -219,8 +235,8 @@ class GradRegOptimizer(OptimizerWrapper):
     ) -> Passes:
         """Begin a step: its passes, each with ``surroundings`` around it. ``completes``: a ``step()`` is to follow."""
         storage = self.storage()
-        plan = self.plan(storage)
-        if plan.points and not self._is_proven:
+        plan = self.plan()
+        if plan.points and not self.progress.is_proven:
             check_engines(self.param_groups)
         self._module_state.own(p for group in self._groups_with_names() for p in group["params"])
         losses = self._losses.begun(self._module_state.modules)
@@ -228,7 +244,7 @@ class GradRegOptimizer(OptimizerWrapper):
 
         def end(outcome: Outcome) -> None:
             self.note(outcome)
-            self._clips.release()
+            self._clips.apply(self._clips.pending)
             if completes:
                 self._end_loop()
 
@@ -236,24 +252,23 @@ class GradRegOptimizer(OptimizerWrapper):
 
     def _abandon_passes(self) -> bool:
         """Bring the weights back if :meth:`passes` stand at a point; whether they did."""
-        passes = None if self._passes is None else self._passes()
+        passes = None if self.progress.passes is None else self.progress.passes()
         return passes is not None and passes.close()
 
     def note(self, outcome: Outcome) -> None:
         """Take in what a step did: its metrics, and what a check found."""
-        self._figures = outcome.figures
-        self._skipped = self._skipped + outcome.skipped
-        self._is_proven = self._is_proven or outcome.symptoms is not None
+        self.progress.figures = outcome.figures
+        self.progress.skipped = self.progress.skipped + outcome.skipped
+        self.progress.is_proven = self.progress.is_proven or outcome.symptoms is not None
         self._remember(outcome)
-        norm = outcome.figures.get("g1_norm")
-        self.witnesses.note(outcome, is_on_cpu=isinstance(norm, torch.Tensor) and norm.device.type == "cpu")
+        self.witnesses.note(outcome)
         if outcome.is_empty and self._attachment is None:  # a trainer's attachment has its own check
             self.witnesses.warn("empty", no_gradient(self.param_groups, self.exclude, self.exclusion.positions))
 
     def storage(self) -> Storage:
         """Where gradients and weights are in the step to come: ``.grad`` and the parameters."""
         return LocalStorage(
-            self.param_groups, self._scaler, (self, self.optimizer), is_first=not self._is_proven
+            self.param_groups, self._scaler, (self, self.optimizer), is_first=not self.progress.is_proven
         )
 
     def surroundings(self, storage: Storage, plan: Plan) -> Callable[[Point], AbstractContextManager[Any]]:
@@ -263,16 +278,9 @@ class GradRegOptimizer(OptimizerWrapper):
 
         def first() -> AbstractContextManager[None]:
             parameters = (parameter for group in self.param_groups for parameter in group["params"])
-            return nullcontext() if self._clearing.is_seen else self._clearing.required(parameters)
+            return nullcontext() if self.progress.is_proven else cleared(parameters)
 
-        start = same_start(storage.devices, self._model, self._module_state, self._losses, first)
-
-        @contextmanager
-        def around(point: Point) -> Iterator[None]:
-            with start(point), self._clips.around(is_first=point is Point.THETA):
-                yield
-
-        return around
+        return same_start(storage.devices, self._model, self._module_state, self._losses.note, self._clips, first)
 
     def _base_step(self) -> None:
         """The wrapped optimizer's step on the combined gradient; under a scaler, unless a pass overflowed."""
@@ -287,7 +295,7 @@ class GradRegOptimizer(OptimizerWrapper):
 
     def _end_loop(self) -> None:
         """After a loop over :meth:`passes`: leave the step to the caller."""
-        self._is_complete = True
+        self.progress.is_complete = True
 
     def _step_on_gradients(self, was_under_way: bool, closure: Callable[[], Any] | None = None) -> None:
         """A step without a closure: after :meth:`passes`, or in the hands of a trainer.
@@ -299,8 +307,8 @@ class GradRegOptimizer(OptimizerWrapper):
                 "step() was called before the passes of this step ended: .grad does not hold the combined gradient. "
                 "Let the loop over optimizer.passes() run to its end, and call step() after it."
             )
-        if self._is_complete:
-            self._is_complete = False
+        if self.progress.is_complete:
+            self.progress.is_complete = False
             if closure is not None:
                 self._require_idle(closure)
             upwards.check_scaler(self._scaler)

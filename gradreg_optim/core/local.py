@@ -19,8 +19,7 @@ from gradreg_optim.core.foreign import (
     refuse_shared,
     refuse_unscaled,
 )
-from gradreg_optim.core.scalars import Scalar
-from gradreg_optim.core.step import FirstGradient, Gradients, GroupGradients
+from gradreg_optim.core.step import FirstGradient, Gradients, GroupGradients, Scalar
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gradreg_optim.core.scalars import Scalar
-from gradreg_optim.core.step import Difference, FirstGradient, Point
+from gradreg_optim.core.step import Difference, FirstGradient, Point, Scalar
 from gradreg_optim.core.storage import Storage
 
 START = 0.005

@@ -41,8 +41,8 @@ from torch import Tensor
 
 from gradreg_optim.core import multi_tensor
 from gradreg_optim.core.plan import Plan, Scheme
-from gradreg_optim.core.scalars import Scalar, stack_scalars
-from gradreg_optim.core.step import Check, FirstGradient, Gradients, Point
+from gradreg_optim.core.schemes import stack_scalars
+from gradreg_optim.core.step import Check, FirstGradient, Gradients, Point, Scalar
 from gradreg_optim.core.storage import Storage
 
 AUTO = "auto"

@@ -37,11 +37,18 @@ from gradreg_optim.core.precision import (
     run_check,
     signal_fraction,
 )
-from gradreg_optim.core.scalars import Scalar, clip_coefficient, is_finite, item_on_cpu, ratio, stack_scalars
-from gradreg_optim.core.schemes import stand_at, weight_of
-from gradreg_optim.core.step import Check, Difference, Figure, FirstGradient, Outcome, Point, computed
+from gradreg_optim.core.schemes import (
+    clip_coefficient,
+    is_finite,
+    item_on_cpu,
+    ratio,
+    stack_scalars,
+    stand_at,
+    weight_of,
+)
+from gradreg_optim.core.step import Check, Difference, Figure, FirstGradient, Outcome, Point, Scalar
 from gradreg_optim.core.storage import Storage
-from gradreg_optim.core.witnesses import BEYOND, Losses, expected_change, off_by
+from gradreg_optim.core.witnesses import BEYOND, Evidence, Losses
 
 
 @torch.no_grad()
@@ -81,7 +88,7 @@ def regularized(storage: Storage, plan: Plan, losses: Losses) -> Generator[Point
         check = run_check(storage, first, plan)
         delta = plan.scheme.difference(storage, first, plan)
         weights, figures = penalty(first, delta, plan, check)
-        symptoms = prove(first, delta, losses, weights, figures)
+        evidence, is_disproved = prove(first, delta, losses, weights, figures)
         combine_(storage, first, delta, weights)
     except NoSecondGradient:
         storage.abandon(first)
@@ -91,9 +98,14 @@ def regularized(storage: Storage, plan: Plan, losses: Losses) -> Generator[Point
     except BaseException:
         storage.abandon(first)
         raise
-    figures = first.figures | delta.figures | figures
     return Outcome(
-        figures, first.skipped, check, is_low=first.is_low, auto_radius=first.next_radius, symptoms=symptoms
+        first.figures | delta.figures | figures,
+        first.skipped,
+        check,
+        is_low=first.is_low,
+        auto_radius=first.next_radius,
+        symptoms=evidence.symptoms,
+        is_disproved=is_disproved,
     )
 
 
@@ -115,8 +127,8 @@ def choose_step(storage: Storage, first: FirstGradient, plan: Plan) -> bool:
         return False
     first.norm, first.clip = norm, item_on_cpu(coefficient)
     first.is_low = is_low(storage, first) if plan.is_low is None else plan.is_low
-    for group, square, eps, radius in zip(first.groups, squares, plan.eps, plan.radius, strict=True):
-        group.g1_squared = square * coefficient**2
+    first.g1_squared = squares * coefficient**2
+    for group, eps, radius in zip(first.groups, plan.eps, plan.radius, strict=True):
         length: Any = radius
         if radius == AUTO or (eps is None and radius is None and first.is_low):
             length = plan.auto_radius
@@ -149,8 +161,7 @@ def penalty(
 ) -> tuple[list[Scalar], dict[str, Figure]]:
     """The weight of Δ in each group, shrunk by its share of signal and bounded, and what is to be logged about it."""
     figures: dict[str, Figure] = {}
-    g1_squared = stack_scalars([group.g1_squared for group in first.groups])
-    total = g1_squared.sum()
+    g1_squared, total = first.g1_squared, first.g1_squared.sum()
     weights = [weight_of(group) for group in first.groups]
     floor = plan.floor if check is None else check.floor
     if floor is not None and (first.is_low or check is not None or first.auto_radius is not None):
@@ -193,32 +204,31 @@ def _curvature(steps: list[Scalar], inner: Tensor, g1_squared: Tensor) -> Tensor
 
 def prove(
     first: FirstGradient, delta: Difference, losses: Losses, weights: list[Scalar], figures: dict[str, Figure]
-) -> Callable[[], Tensor]:
-    """Add ``loss_check`` to the figures, and let a step that disproves itself go without penalty; returns its symptoms.
+) -> tuple[Evidence, bool]:
+    """Add ``loss_check`` to the figures, and let a step that disproves itself go without penalty; whether it does.
 
     The latter happens where reading costs nothing; elsewhere the alarm is read some steps later.
     """
-    g1_squared = stack_scalars([group.g1_squared for group in first.groups])
-    off: Callable[[], Tensor] = partial(torch.zeros, (), device=delta.inner.device)
-    if delta.losses is not None and losses.is_integral:
-        change, size = delta.losses.to(delta.ahead.device).unbind()
-        expected = partial(expected_change, [group.eps for group in first.groups], g1_squared, delta.ahead, first.clip)
-        spacing = losses.spacing
-        figures["loss_check"] = lambda: ratio(change, expected())
-        off = lambda: off_by(change, expected(), size, spacing)  # noqa: E731
-        if delta.inner.device.type == "cpu" and float(off()) > BEYOND:
-            weights[:], first.skipped = [0.0] * len(weights), 1
-
-    def symptoms() -> Tensor:
-        g2_norm, fidelity, penalty_ratio = (
-            computed(figure)
-            for figure in (delta.figures["g2_norm"], delta.figures["perturbation_fidelity"], figures["penalty_ratio"])
-        )
-        relative = ratio(delta.squares.sum(), g1_squared.sum()).sqrt()
-        apart = (ratio(g2_norm, first.norm) - 1).abs()
-        return stack_scalars([off(), fidelity, apart, relative, penalty_ratio], relative)
-
-    return symptoms
+    evidence = Evidence(
+        eps=[group.eps for group in first.groups],
+        clip=first.clip,
+        norm=first.norm,
+        g1_squared=first.g1_squared,
+        ahead=delta.ahead,
+        squares=delta.squares,
+        losses=delta.losses if losses.is_integral else None,
+        spacing=losses.spacing,
+        g2_norm=delta.figures["g2_norm"],
+        fidelity=delta.figures["perturbation_fidelity"],
+        penalty_ratio=figures["penalty_ratio"],
+    )
+    if evidence.losses is None:
+        return evidence, False
+    figures["loss_check"] = evidence.loss_check
+    is_disproved = delta.inner.device.type == "cpu" and float(evidence.off_by()) > BEYOND
+    if is_disproved:
+        weights[:], first.skipped = [0.0] * len(weights), 1
+    return evidence, is_disproved
 
 
 def combine_(storage: Storage, first: FirstGradient, delta: Difference, weights: list[Scalar]) -> None:

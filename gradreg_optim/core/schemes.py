@@ -3,12 +3,13 @@
     forward     θ, θ + ε·d              Δ = c·g2 − g1              Δ/ε = H·d + O(ε·‖d‖²)
     central     θ, θ − ε·d, θ + ε·d     Δ = (c₊·g₊ − c₋·g₋)/2      Δ/ε = H·d + O(ε²·‖d‖³), and rounding in g1 drops out
 
-with g1 clipped already, and c the factors that clip the others. Both are exact on a quadratic at any ε.
+with g1 clipped already, and c the factors that clip the others. Both are exact on a quadratic at any ε. Scalars are 0-d tensors on the device of the
+data, so that nothing here waits for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -17,17 +18,7 @@ from torch import Tensor
 
 from gradreg_optim.core import multi_tensor
 from gradreg_optim.core.plan import Plan, Scheme
-from gradreg_optim.core.scalars import (
-    Scalar,
-    clip_coefficient,
-    clipped_moments,
-    is_finite,
-    item_on_cpu,
-    length_of_sum,
-    ratio,
-    stack_scalars,
-)
-from gradreg_optim.core.step import Difference, Figure, FirstGradient, Gradients, GroupGradients, Point
+from gradreg_optim.core.step import Difference, Figure, FirstGradient, Gradients, GroupGradients, Point, Scalar
 from gradreg_optim.core.storage import Storage
 
 NEARBY = 0.01
@@ -63,7 +54,7 @@ def forward_difference(storage: Storage, first: FirstGradient, plan: Plan) -> Di
             multi_tensor.scale_(group.g1, first.clip)
             found.append(multi_tensor.moments_(group.counted(group.g1), group.counted(g2)))
     inner, squares, losses, fidelity = summed(storage, first, found)
-    g1_squared = stack_scalars([group.g1_squared for group in first.groups])
+    g1_squared = first.g1_squared
     ahead = inner + g1_squared
     g2_norm = length_of_sum(g1_squared, inner, squares)
     clip = clip_coefficient(g2_norm, plan.g2_clip)
@@ -100,7 +91,7 @@ def central_difference(storage: Storage, first: FirstGradient, plan: Plan) -> Di
         multi_tensor.subtract_(written, subtracted)
         multi_tensor.scale_(written, 0.5)
     inner, squares, losses, fidelity = summed(storage, first, _moments(first, plus))
-    g1_squared = stack_scalars([group.g1_squared for group in first.groups])
+    g1_squared = first.g1_squared
     return Difference(
         inner,
         squares,
@@ -166,3 +157,63 @@ def _figures(
 
 def _cosine(g1_squared: Tensor, ahead: Tensor, g2_norm: Tensor) -> Tensor:
     return ratio(ahead.sum(), g1_squared.sum().sqrt() * g2_norm)
+
+
+# Scalars.
+
+
+def stack_scalars(values: Sequence[Scalar], like: Tensor | None = None) -> Tensor:
+    """Python numbers and 0-d tensors as one vector, on the device and in the widest dtype of its tensors or of ``like``."""
+    tensors = [value for value in values if isinstance(value, Tensor)] if like is None else [like]
+    dtype = max((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.itemsize, default=torch.float32)
+    device = tensors[0].device if tensors else torch.device("cpu")
+    scalars = [
+        # Copying a number to the device instead of filling in would wait for it.
+        value.to(device, dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=device)
+        for value in values
+    ]
+    return torch.stack(scalars) if len(scalars) > 1 else scalars[0].reshape(1)
+
+
+def ratio(numerator: Scalar, denominator: Tensor) -> Tensor:
+    """``numerator / denominator``, and 0 where the denominator is 0 (a vanishing gradient has no direction)."""
+    return numerator / denominator.masked_fill(denominator == 0, torch.inf)
+
+
+def is_finite(norm: Tensor) -> Tensor:
+    """Whether a norm, or a square, is neither infinite nor NaN."""
+    return norm < torch.inf
+
+
+def clip_coefficient(norm: Tensor, max_norm: float | None) -> Tensor:
+    """The factor min(1, max_norm / (norm + 1e-6)) of :func:`torch.nn.utils.clip_grad_norm_`; 1 without a bound."""
+    if max_norm is None:
+        return torch.ones_like(norm)
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def clipped_moments(inner: Tensor, squares: Tensor, g1_squared: Tensor, *, coefficient: Tensor) -> tuple[Tensor, Tensor]:
+    """⟨c·g2 − g1, g1⟩ and ‖c·g2 − g1‖² of a clipped g2, from those of g2 − g1 and without another pass over memory.
+
+    With δ = g2 − g1: c·g2 − g1 = c·δ − (1 − c)·g1. The square may cancel to less than 0 by rounding, and is clamped.
+    """
+    c, rest = coefficient, 1 - coefficient
+    lost = rest * g1_squared
+    squares = torch.addcmul(c * torch.sub(c * squares, rest * inner, alpha=2), rest, lost).clamp(min=0)
+    return c * inner - lost, squares
+
+
+def length_of_sum(squares_of_first: Tensor, inner: Tensor, squares: Tensor) -> Tensor:
+    """‖a + b‖ out of parts of ‖a‖², ⟨a, b⟩ and ‖b‖².
+
+    A sum that cancels may come out below 0, and its root as NaN: it is clamped, which lets a NaN of the parts through.
+
+    >>> length_of_sum(torch.tensor([9.0]), torch.tensor([0.0]), torch.tensor([16.0]))
+    tensor(5.)
+    """
+    return torch.add(squares_of_first + squares, inner, alpha=2).sum().clamp(min=0).sqrt()
+
+
+def item_on_cpu(value: Scalar) -> Scalar:
+    """A Python number where reading costs nothing (CPU), and the 0-d tensor itself where it would stall a device."""
+    return value.item() if isinstance(value, Tensor) and value.device.type == "cpu" else value

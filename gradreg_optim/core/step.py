@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradreg_optim.core.scalars import Scalar
+Scalar = float | Tensor
+"""A Python number, or a 0-d tensor that nobody has read yet."""
 
 Figure = Scalar | Callable[[], Tensor]
 """A scalar, or how to compute it, if anybody asks: on a GPU each operation on scalars is a kernel launch."""
@@ -43,8 +44,8 @@ class GroupGradients:
     """One parameter group's regularized tensors, and what is known about them so far.
 
     ``g1`` and ``weights`` are what the arithmetic runs on: flat or shaped, real, local to this process. ``counts`` says
-    which of them this rank adds to sums over ranks; ``None``: all. ``eps`` is ε in this step, ``g1_squared`` is ‖g1‖² after
-    clipping. ``moved_along`` and ``step_squared`` are ⟨θ'_real − θ, g1⟩ and ‖g1‖² of g1 as it came, perhaps on a sample.
+    which of them this rank adds to sums over ranks; ``None``: all. ``eps`` is ε in this step. ``moved_along`` and
+    ``step_squared`` are ⟨θ'_real − θ, g1⟩ and ‖g1‖² of g1 as it came, perhaps on a sample.
     """
 
     strength: float
@@ -52,7 +53,6 @@ class GroupGradients:
     g1: list[Tensor] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
     counts: list[bool] | None = None
-    g1_squared: Tensor = field(default_factory=_zero)
     moved_along: Scalar = 0.0
     step_squared: Scalar = 0.0
 
@@ -68,7 +68,7 @@ class FirstGradient:
     """g1, out of reach of the next backward, and the gradients that were taken at further points.
 
     ``figures`` are what is to be logged about g1 and ε, ``skipped`` is 1 if the penalty is left out. ``norm`` is ‖g1‖ over
-    all groups and ranks, before the clip by the factor ``clip``. ``is_low``: the passes have fewer bits than float32.
+    all groups and ranks, before the clip by the factor ``clip``, and ``g1_squared`` ‖d‖² of each group. ``is_low``: the passes have fewer bits than float32.
     ``taken`` are gradients of further points as the storage keeps them, ``further`` the same, laid out like g1. ``noise``
     is ‖g − g1‖² of the gradients g at :attr:`Point.SIDEWAYS`, over this rank's tensors. ``auto_radius`` is the radius, if
     it adapts, and ``next_radius`` that of the next step. ``losses`` holds this rank's share of the change of the loss from
@@ -81,6 +81,7 @@ class FirstGradient:
     skipped: Scalar = 0
     norm: Tensor = field(default_factory=_zero)
     clip: Scalar = 1.0
+    g1_squared: Tensor = field(default_factory=_zero)
     is_low: bool = False
     is_frozen_again: bool = False
     taken: dict[Point, Any] = field(default_factory=dict)
@@ -130,7 +131,7 @@ class Outcome:
 
     ``is_empty``: the first pass left no gradient on any parameter that is to be regularized. ``is_low``: whether the passes
     have fewer bits than float32, if this step found out. ``auto_radius``: that of the next step, if it adapts.
-    ``symptoms``: what :class:`~gradreg_optim.core.witnesses.Witnesses` goes by.
+    ``symptoms``: what :class:`~gradreg_optim.core.witnesses.Witnesses` goes by; ``is_disproved``: they are to be read now.
     """
 
     figures: dict[str, Figure]
@@ -140,3 +141,4 @@ class Outcome:
     is_low: bool | None = None
     auto_radius: Scalar | None = None
     symptoms: Callable[[], Tensor] | None = None
+    is_disproved: bool = False

@@ -9,8 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gradreg_optim.core.scalars import Scalar
-from gradreg_optim.core.step import FirstGradient, Gradients
+from gradreg_optim.core.step import FirstGradient, Gradients, Scalar
 
 
 class Storage(Protocol):

@@ -20,16 +20,18 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gradreg_optim.core.local import local_shard, real
+from gradreg_optim.core.local import local_shard
 from gradreg_optim.core.multi_tensor import moments_along
-from gradreg_optim.core.scalars import Scalar, ratio, stack_scalars
-from gradreg_optim.core.step import FirstGradient, Outcome
+from gradreg_optim.core.same_start import as_tuple, backward_replaced
+from gradreg_optim.core.schemes import ratio, stack_scalars
+from gradreg_optim.core.step import Figure, FirstGradient, Outcome, Scalar, computed
 from gradreg_optim.core.storage import Storage
 
 FAR = 0.25
@@ -42,26 +44,7 @@ MANY = 20
 LITTLE, MUCH = 0.01, 10.0
 """Bounds of a ``penalty_ratio`` that needs no word."""
 UNREAD = 10
-"""Steps whose symptoms wait on a device until they are read."""
-
-
-@contextmanager
-def backward_replaced(stand_in: Callable[..., None]) -> Iterator[None]:
-    """In the block each backward is ``stand_in(backward, …)``, but for those that it runs: reentrant checkpoints do."""
-    backward = torch.autograd.backward
-
-    def replaced(*args: Any, **kwargs: Any) -> None:
-        torch.autograd.backward = backward
-        try:
-            stand_in(backward, *args, **kwargs)
-        finally:
-            torch.autograd.backward = replaced
-
-    torch.autograd.backward = replaced
-    try:
-        yield
-    finally:
-        torch.autograd.backward = backward
+"""Steps after which symptoms are read at the latest."""
 
 
 class Losses:
@@ -92,17 +75,20 @@ class Losses:
             self._passes.clear()
         self._passes.append([])
 
+    def note(self, tensors: Any, grad_tensors: Any) -> None:
+        """Note what a backward of the pass that began last differentiates."""
+        self._passes[-1].append(_differentiated(tensors, grad_tensors))
+
     @contextmanager
     def noted(self) -> Iterator[None]:
         """Around backwards of the pass that began last."""
-        losses = self._passes[-1]
 
-        def note(backward: Callable[..., None], tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
-            tensors, grad_tensors = _as_tuple(tensors), _as_tuple(grad_tensors)
-            losses.append(_differentiated(tensors, grad_tensors))
+        def noted(backward: Callable[..., None], tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
+            tensors, grad_tensors = as_tuple(tensors), as_tuple(grad_tensors)
+            self.note(tensors, grad_tensors)
             backward(tensors, grad_tensors, *args, **kwargs)
 
-        with backward_replaced(note):
+        with backward_replaced(noted):
             yield
 
     def returned(self, loss: Any) -> Any:
@@ -152,7 +138,7 @@ class Losses:
         products = [moments_along(*pair)[0] for pair in pairs]
         sums = storage.sum_over_ranks(stack_scalars([*products, *shares]))
         steps = stack_scalars([group.eps for group in first.groups], sums) * first.clip
-        squares = stack_scalars([group.g1_squared for group in first.groups], sums) / first.clip**2
+        squares = first.g1_squared.to(sums) / first.clip**2
         expected = float((steps * (squares + sums[:-2] / storage.loss_scale**2)).sum() / 2)
         change, size = sums[-2:].tolist()
         if not math.isfinite(change) or not math.isfinite(expected) or not expected:
@@ -182,85 +168,99 @@ class Losses:
             )
 
 
-class Clearing:
-    """Notices a first pass that adds to gradients from before instead of clearing them, until it has seen one clear.
+@contextmanager
+def cleared(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Run the block, which is a first pass; raise if it adds to gradients from before instead of clearing them.
 
     Such a pass (of Lightning, with ``accumulate_grad_batches``) covers all of a step's micro-batches, and the second one
-    only its own. When the first backward that reaches it begins, one gradient must have gone or been written; only one that
-    was not is read, since zeros need no clearing.
+    only its own. During the pass NaN stands in place of one of the gradients from before. Waits for the device.
+    """
+    with_gradient = (p for p in parameters if p.grad is not None and p.grad.layout is torch.strided)
+    probe: Any = next((p for p in sorted(with_gradient, key=Tensor.numel) if bool(p.grad.any())), None)  # type: ignore[union-attr]
+    if probe is None:
+        yield
+        return
+    gradient, probe.grad = probe.grad, torch.full_like(probe.grad, math.nan)
+    stand_in, is_added_to = probe.grad, False
+    try:
+        yield
+    finally:
+        is_added_to = probe.grad is stand_in and bool(stand_in.isnan().any())
+        if is_added_to:
+            probe.grad = gradient
+    if is_added_to:
+        raise RuntimeError(
+            "The closure added to gradients from before it was called: its second call would lack them. Clear gradients "
+            "in the closure and run all micro-batches of the step in it (in Lightning, by manual optimization instead of "
+            "accumulate_grad_batches)."
+        )
+
+
+@dataclass
+class Evidence:
+    """The scalars of a step by which it proves itself, without its tensors; figures are computed if anybody asks.
+
+    ``losses`` are the change of the loss and its size, ``spacing`` that of its dtype; ``losses`` is ``None`` if they tell
+    nothing. The others are those of :class:`~gradreg_optim.core.step.FirstGradient` and
+    :class:`~gradreg_optim.core.step.Difference`.
     """
 
-    def __init__(self) -> None:
-        self.is_seen = False
+    eps: list[Scalar]
+    clip: Scalar
+    norm: Tensor
+    g1_squared: Tensor
+    ahead: Tensor
+    squares: Tensor
+    losses: Tensor | None
+    spacing: float
+    g2_norm: Figure
+    fidelity: Figure
+    penalty_ratio: Figure
 
-    @contextmanager
-    def required(self, parameters: Iterable[Tensor]) -> Iterator[None]:
-        """Run the block, which is a first pass; raise if it did not clear gradients."""
-        with_gradient = (p for p in parameters if p.requires_grad and p.grad is not None)
-        candidates = [p for p in with_gradient if p.grad.layout is torch.strided]  # type: ignore[union-attr]
-        if not candidates:
-            yield
-            return
-        parameter = min(candidates, key=Tensor.numel)
-        gradient: Any = parameter.grad
-        now, was_cleared = real(gradient), list[bool]()
-        version, start = now._version, now if type(gradient) is Tensor else now.clone()
+    def _changes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The change of the loss, its size, and the change that gradients tell: ε·⟨d, (g1 + g2)/2⟩ over all groups."""
+        change, size = self.losses.to(self.ahead.device).unbind()  # type: ignore[union-attr]
+        eps = stack_scalars(self.eps, self.ahead)
+        return change, size, (eps * (self.g1_squared / self.clip + self.ahead)).sum() / 2
 
-        def is_as_before() -> bool:
-            if type(gradient) is Tensor:
-                return now._version == version and parameter.grad is gradient
-            return parameter.grad is not None and torch.equal(real(parameter.grad), start)  # DTensors have no version
+    def loss_check(self) -> Tensor:
+        """(L(θ') − L(θ)) / (ε·⟨d, (g1 + g2)/2⟩); 0 if the gradient vanishes."""
+        change, _, expected = self._changes()
+        return ratio(change, expected)
 
-        def compare(backward: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-            before = now.clone() if not was_cleared and is_as_before() else None
-            backward(*args, **kwargs)
-            if not was_cleared and (before is None or not is_as_before()):  # else it was the backward of something else
-                was_cleared.append(before is None or not bool(before.any()))
+    def off_by(self) -> Tensor:
+        """How far ``loss_check`` is from 1, beyond 8 spacings of the loss; 0 if the gradient vanishes."""
+        change, size, expected = self._changes()
+        return ratio(((change - expected).abs() - 8 * self.spacing * size).clamp(min=0), expected.abs())
 
-        with backward_replaced(compare):
-            yield
-        if was_cleared and not was_cleared[0]:
-            raise RuntimeError(
-                "The closure added to gradients from before it was called: its second call would lack them. Clear gradients "
-                "in the closure and run all micro-batches of the step in it (in Lightning, by manual optimization instead "
-                "of accumulate_grad_batches)."
-            )
-        self.is_seen = bool(was_cleared)
-
-
-# What a step's witnesses are, as one vector that is computed if anybody asks.
-
-
-def expected_change(eps: list[Scalar], g1_squared: Tensor, ahead: Tensor, clip: Scalar) -> Tensor:
-    """ε·⟨d, (g1 + g2)/2⟩ over all groups, with d = clip·g1 of square ``g1_squared``, and ⟨g2, d⟩ in ``ahead``."""
-    return (stack_scalars(eps, ahead) * (g1_squared / clip + ahead)).sum() / 2
-
-
-def off_by(change: Tensor, expected: Tensor, size: Tensor, spacing: float) -> Tensor:
-    """How far ``loss_check`` is from 1, beyond 8 spacings of the loss; 0 if the gradient vanishes."""
-    distance = (change - expected).abs() - 8 * spacing * size
-    return ratio(distance.clamp(min=0), expected.abs())
+    def symptoms(self) -> Tensor:
+        """What :meth:`Witnesses.look` reads."""
+        relative = ratio(self.squares.sum(), self.g1_squared.sum()).sqrt()
+        off = torch.zeros_like(relative) if self.losses is None else self.off_by()
+        apart = (ratio(computed(self.g2_norm), self.norm) - 1).abs()
+        return stack_scalars([off, computed(self.fidelity), apart, relative, computed(self.penalty_ratio)], relative)
 
 
 class Witnesses:
     """Reads the symptoms of the last steps, and tells the user once of each kind of trouble.
 
-    Symptoms of a step on a CPU are read at once; on an accelerator every ``UNREAD`` steps, and with the metrics.
+    Symptoms are read every ``UNREAD`` steps, with the metrics, in the steps of a check, and of a step that disproved itself.
     """
 
     def __init__(self) -> None:
         self._unread: deque[Callable[[], Tensor]] = deque()
         self._streaks: dict[str, int] = {}
         self._ratios: list[float] = []
+        self._is_young = True  # whether the first ``MANY`` steps are not over: later, gradients and curvature vanish
         self._told: set[str] = set()
 
-    def note(self, outcome: Outcome, *, is_on_cpu: bool) -> None:
+    def note(self, outcome: Outcome) -> None:
         """Take in what a step found."""
         if outcome.check is not None and outcome.check.advice is not None:
             self.warn("check", outcome.check.advice)
         if outcome.symptoms is not None:
             self._unread.append(outcome.symptoms)
-            if is_on_cpu or outcome.check is not None or len(self._unread) >= UNREAD:
+            if outcome.is_disproved or outcome.check is not None or len(self._unread) >= UNREAD:
                 self.look()
 
     def look(self) -> None:
@@ -297,6 +297,7 @@ class Witnesses:
             if len(self._ratios) == MANY:
                 self._tell_ratio(sum(self._ratios) / MANY)
                 self._ratios.clear()
+                self._is_young = False
 
     def _tell_ratio(self, mean: float) -> None:
         if mean > MUCH:
@@ -306,7 +307,7 @@ class Witnesses:
                 "a strength for another loss, batch or model",
                 f"multiply strength by {0.3 / mean:.1g}, so that the ratio is near 0.3, or set max_penalty_ratio",
             )
-        elif mean < LITTLE:
+        elif mean < LITTLE and self._is_young:
             self.tell(
                 "little",
                 f"over {MANY} steps the penalty was {mean:.3g} of the gradient (penalty_ratio): it changes next to nothing",
@@ -327,10 +328,6 @@ class Witnesses:
         if kind not in self._told:
             self._told.add(kind)
             warnings.warn(message, stacklevel=4)
-
-
-def _as_tuple(tensors: Any) -> Any:
-    return tensors if tensors is None or isinstance(tensors, Tensor) else tuple(tensors)
 
 
 def _differentiated(tensors: Any, grad_tensors: Any) -> Tensor:

@@ -7,6 +7,7 @@ these are the wrapped optimizer's own objects, so that there is nothing to keep 
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +27,7 @@ from gradreg_optim.wrapping.groups import (
     DELETED_KEYS,
     KEYS,
     SETTING_KEYS,
+    Planner,
     adopt_group,
     check_brought,
     drop_keys,
@@ -34,7 +36,6 @@ from gradreg_optim.wrapping.groups import (
     modernize,
     warn_of_replaced,
 )
-from gradreg_optim.wrapping.planning import Planner
 from gradreg_optim.wrapping.refusals import check_arguments, check_wrappable
 from gradreg_optim.wrapping.settings import PLACES, SHARED, check_settings
 
@@ -127,11 +128,20 @@ class OptimizerWrapper(Optimizer):
         self._planner = Planner()
         self._adopt_new_groups()
         self._planner.settled(self.param_groups, self.exclusion.positions)
-        upwards.announce()
 
     # One optimizer: groups, state and defaults are the wrapped one's.
 
-    param_groups = shared("param_groups")
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The wrapped optimizer's groups."""
+        if upwards.TRAINER in sys.modules and upwards.ATTACH not in sys.modules:
+            upwards.announce()  # a trainer that is imported after the wrapper was built looks at them before it trains
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = groups
+
     state = shared("state")
     defaults = shared("defaults", {})
 
@@ -166,7 +176,7 @@ class OptimizerWrapper(Optimizer):
         """Complete groups that came without ``gradreg_*`` keys, as after ``add_param_group`` on the wrapped optimizer."""
         excluded = self.exclusion.update(self._groups_with_names(), self._model)
         for group, positions in zip(self.param_groups, excluded, strict=False):
-            if missing_keys(group):
+            if "gradreg_step" not in group:
                 adopt_group(group, self._settings, step=self.step_count)
             group["gradreg_excluded"] = positions
 
@@ -196,10 +206,10 @@ class OptimizerWrapper(Optimizer):
         for group in self.param_groups:
             group["gradreg_step"] = step
 
-    def plan(self, storage: Storage | None = None) -> Plan:
-        """The settings of the step to come, on ``storage`` if it is at hand; validated when one has been changed."""
+    def plan(self) -> Plan:
+        """The settings of the step to come; validated when one has been changed."""
         self._adopt_new_groups()
-        return self._planner(self.param_groups, self.exclusion.positions, self._schedule, storage or self.storage())
+        return self._planner(self.param_groups, self.exclusion.positions, self._schedule)
 
     def _remember(self, outcome: Outcome) -> None:
         """Keep in the groups what a step found out for those to come."""
@@ -262,4 +272,4 @@ class OptimizerWrapper(Optimizer):
         """Everything but the model and the trainer, which are not the optimizer's to pickle."""
         # "step" is an LR scheduler's, which would step the original instead of the copy.
         own = {k: v for k, v in self.__dict__.items() if k != "step" and not k.startswith("_optimizer_")}
-        return own | dict.fromkeys(("_model", "_attachment", "_passes"))
+        return own | dict.fromkeys(("_model", "_attachment"))

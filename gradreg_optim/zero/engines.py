@@ -123,7 +123,7 @@ class HeldStep:
 
 
 def accumulation_windows(
-    engine: Any, held_step: HeldStep, same_start: Callable[[Point], AbstractContextManager[None]]
+    engine: Any, held_step: HeldStep, around: Callable[[Point], AbstractContextManager[Any]]
 ) -> Callable[[Point], AbstractContextManager[None]]:
     """The context of each pass of one step: all passes start from the engine's counters as they are now.
 
@@ -134,11 +134,12 @@ def accumulation_windows(
 
     @contextmanager
     def window(point: Point) -> Iterator[None]:
-        with same_start(point):
+        with around(point):
             if point is not Point.THETA:
                 with held_step.repeated(first_micro_step):
                     yield
                 return
+            engine.micro_steps = first_micro_step  # θ may come twice
             with held_step.held_back() as held:
                 yield
             if len(held) != 1:

@@ -136,7 +136,7 @@ class Stage12Partitions(GatheredPartitions):
         for tensors in self.zero.averaged_gradients.values():
             # Where a partition ends inside a parameter DeepSpeed keeps a view, and so the whole gradient.
             tensors[:] = [detached_from_bucket(tensor) for tensor in tensors]
-        return self.gradients()
+        return self.see_sum()
 
     def _clear(self) -> None:
         super()._clear()

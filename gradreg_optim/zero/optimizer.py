@@ -8,7 +8,7 @@ the optimizer step, which is the engine's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 from deepspeed import DeepSpeedEngine
@@ -17,19 +17,18 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack  # comes with torch; in typing from Python 3.11
 
 from gradreg_optim.core.plan import Plan
-from gradreg_optim.core.repeatable import same_start
 from gradreg_optim.core.step import Point
 from gradreg_optim.core.storage import Storage
 from gradreg_optim.optimizer import GradRegOptimizer
 from gradreg_optim.wrapping.groups import KEYS
-from gradreg_optim.wrapping.settings import Settings, settings_among, suggestion
+from gradreg_optim.wrapping.settings import Settings, check_names, settings_among
 from gradreg_optim.wrapping.wrapper import OptimizerWrapper
 from gradreg_optim.zero.engines import HeldStep, accumulation_windows, check_engine
 from gradreg_optim.zero.gathered import BF16Partitions, Stage12Partitions
 from gradreg_optim.zero.stage3 import Stage3Partitions
 from gradreg_optim.zero.storage import Partitions, WholeGradients
 
-OF_ENGINE = ("model", "scaler", "rounding")
+OF_ENGINE = {"model", "scaler", "rounding"}
 """Settings that the engine makes pointless: it has the model, the loss scale and fp32 masters."""
 
 
@@ -93,9 +92,15 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
     """
 
     _is_stepping = False  # whether the engine's step is running
+    _has_stepped = False  # whether the end of a loop has run it, so that a step() may follow which does nothing
 
     def __init__(self, engine: DeepSpeedEngine, **settings: Unpack[Settings]) -> None:
-        _check_names(settings)
+        check_names(type(self).__name__, settings)
+        for name in OF_ENGINE.intersection(settings):
+            raise TypeError(
+                f"{type(self).__name__} got {name!r}, which is the engine's: it has the model, the loss scale and fp32 "
+                "masters to round from. Leave it out."
+            )
         check_engine(engine)
         holder = _holder(engine)
         if isinstance(
@@ -129,7 +134,7 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
             groups = [{key: group[key] for key in KEYS} for group in wrapper.param_groups]
         optimizer = cls(engine, **{name: value for name, value in settings.items() if name not in OF_ENGINE})
         if wrapper is not None:
-            optimizer.exclude, optimizer._excluded = wrapper.exclude, [[] for _ in optimizer.param_groups]
+            optimizer.exclusion.patterns = wrapper.exclude
         for group, values in zip(optimizer.param_groups, groups, strict=False):
             group.update(values)
         optimizer.leave_out(excluded)
@@ -141,13 +146,13 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
     def storage(self) -> Partitions | WholeGradients:
         """The engine's partitions; in stage 0 its whole gradients, as they are seen in one step."""
         if isinstance(self._storage, WholeGradients):
-            self._storage = WholeGradients(self.engine)
+            self._storage = WholeGradients(self.engine, is_first=not self.progress.is_proven)
         return self._storage
 
     def surroundings(self, storage: Storage, plan: Plan) -> Callable[[Point], AbstractContextManager[Any]]:
         """An accumulation window around each pass. The engine clears gradients itself."""
-        around = same_start(storage.devices, self._model, self._buffers, self._noting, nullcontext())
-        return accumulation_windows(self.engine, self.held_step, around)
+        self._has_stepped, self._clearing.is_seen = False, True
+        return accumulation_windows(self.engine, self.held_step, super().surroundings(storage, plan))
 
     def _base_step(self) -> None:
         """Take the engine's step that was held back, on the combined gradient."""
@@ -164,24 +169,17 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
     def _end_loop(self) -> None:
         """Take the engine's step, which the body called. A ``step()`` after the loop then does nothing."""
         self._base_step()
-        self._pending = lambda: None
+        self._has_stepped = True
 
-    def _step_on_gradients(self, was_under_way: bool) -> None:
+    def _step_on_gradients(self, was_under_way: bool, closure: Callable[[], Any] | None = None) -> None:
         if self._is_stepping:  # the engine's step calls its client optimizer once a group
             self._step_wrapped(self.optimizer.step)
+        elif self._has_stepped:
+            self._has_stepped = False
         else:
-            super()._step_on_gradients(was_under_way)
+            super()._step_on_gradients(was_under_way, closure)
 
     def finish_window(self) -> None:
         """Take the engine's step that was held back while a trainer ran the window."""
         self._attachment.check_consulted()
         self._base_step()
-
-
-def _check_names(settings: Iterable[str]) -> None:
-    """Raise ``TypeError`` for a name that is no setting under DeepSpeed."""
-    known = [name for name in Settings.__annotations__ if name not in OF_ENGINE]
-    for name in settings:
-        if name not in known:
-            why = " (the engine has the model, the loss scale and fp32 masters)" if name in OF_ENGINE else ""
-            raise TypeError(f"ZeroGradRegOptimizer has no setting {name!r}{why}. {suggestion(name, known)}")

@@ -32,10 +32,10 @@ class WholeGradients(LocalStorage):
 
     is_moved = False  # after a pass the weights are at θ again
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, *, is_first: bool = False) -> None:
         self.engine = engine
         self.replicas = [(engine.seq_data_parallel_group, engine.device)]
-        super().__init__(self.named_groups())
+        super().__init__(self.named_groups(), is_first=is_first)
 
     def named_groups(self) -> list[dict[str, Any]]:
         """The model's parameters, as parameter groups. In bf16 the optimizer's own groups hold masters."""
@@ -97,7 +97,7 @@ class Partitions(ABC):
 
     @abstractmethod
     def _gradients_on_device(self) -> list[Tensor]:
-        """What :meth:`gradients` returns without offload."""
+        """What :meth:`see_sum` returns without offload."""
 
     @abstractmethod
     def restore(self) -> None:
@@ -117,7 +117,7 @@ class Partitions(ABC):
 
     def _detached(self) -> list[Tensor]:
         """The gradients, out of reach of the next backward: copies, because DeepSpeed reuses its buffers."""
-        return [gradient.clone() for gradient in self.gradients()]
+        return [gradient.clone() for gradient in self.see_sum()]
 
     def _clear(self) -> None:
         """Leave the engine as after ``zero_grad``."""
@@ -128,12 +128,12 @@ class Partitions(ABC):
         self._clear()
         if self._averaged:  # in place: DeepSpeed's parameters refer to this dict, too
             self.zero.averaged_gradients.update(self._averaged)
-        for gradient, g1 in zip(self.gradients(), self.first, strict=True):
+        for gradient, g1 in zip(self.see_sum(), self.first, strict=True):
             gradient.copy_(g1)
 
     # Common to all ZeRO optimizers.
 
-    def gradients(self) -> list[Tensor]:
+    def see_sum(self) -> list[Tensor]:
         """Views of the averaged gradient of each fragment, in the buffers that the engine's step reads."""
         if not self.offloaded:
             return self._gradients_on_device()
@@ -168,6 +168,8 @@ class Partitions(ABC):
         return bool(is_low) or any(
             parameter.dtype.itemsize < torch.float32.itemsize for parameter in parameters
         )
+
+    first_pass_moved = False  # masters are out of its reach
 
     def check_first_pass(self) -> None:
         """Nothing to do: the engine alone uses the gradients that it has reduced."""
@@ -218,7 +220,7 @@ class Partitions(ABC):
 
     def last(self, first: FirstGradient) -> Gradients:
         """Views of what the engine's step will read; fragments that are not regularized get g1 back."""
-        gradients = self.gradients()
+        gradients = self.see_sum()
         for group, gradient, g1 in zip(self._groups, gradients, self.first, strict=True):
             if group is None:
                 gradient.copy_(g1)
@@ -228,6 +230,11 @@ class Partitions(ABC):
         """Sort the gradients of regularized fragments by group."""
         pairs = list(zip(self._groups, gradients, strict=True))
         return [[gradient for owner, gradient in pairs if owner is group] for group in first.groups]
+
+    @property
+    def loss_ranks(self) -> int:
+        """The ranks of the data-parallel group, each with a loss of its own."""
+        return dist.get_world_size(self.zero.dp_process_group)
 
     def sum_over_ranks(self, sums: Tensor) -> Tensor:
         """Add up ``sums`` over the data-parallel group, in float32, with one all_reduce."""
@@ -255,7 +262,7 @@ class Partitions(ABC):
     def _release(self) -> None:
         """Forget g1, and note norms and the overflow flag of the gradients on which the engine will step."""
         if self.offloaded:  # DeepSpeed noted those of the last pass while it copied gradients to the CPU
-            pairs = zip(self.fragments, self.gradients(), strict=True)
+            pairs = zip(self.fragments, self.see_sum(), strict=True)
             norms = {self.zero.get_param_id(f.parameter): gradient.norm() for f, gradient in pairs}
             self.zero.norm_for_param_grads = norms
             self.zero.local_overflow = not all(bool(torch.isfinite(norm)) for norm in norms.values())
@@ -271,11 +278,7 @@ class Partitions(ABC):
         self._clear()
         return taken
 
-    def copy_sum(self) -> list[Tensor]:
-        """Copy the gradient of each fragment."""
-        return [gradient.clone() for gradient in self.gradients()]
-
     def add_sum(self, gradients: list[Tensor]) -> None:
         """Add to the gradient of each fragment."""
-        for gradient, addend in zip(self.gradients(), gradients, strict=True):
+        for gradient, addend in zip(self.see_sum(), gradients, strict=True):
             gradient.add_(addend)

@@ -4,6 +4,10 @@ TESTS = ["tests/sharded/test_zero.py", "tests/sharded/test_zero_engines.py"]
 STORAGE, GATHERED, STAGE_3, ENGINES, OPTIMIZER = (
     f"gradreg_optim/zero/{name}.py" for name in ("storage", "gathered", "stage3", "engines", "optimizer")
 )
+BF16, OFFLOAD, ONE_TENSOR, THREE = (
+    f"tests/sharded/test_zero.py::test_{name}"
+    for name in ("bf16_optimizer", "offload", "weights_and_masters_in_one_tensor", "three_ranks")
+)
 INTERRUPT, OVERFLOW, COUNTS, CLOSURES, RESUMES = (
     f"tests/sharded/test_zero_engines.py::test_{name}"
     for name in (
@@ -33,13 +37,10 @@ MUTANTS = [
      " and id(fragment.parameter) not in left_out", ""),
     ("the loss scale is forgotten", STORAGE,
      'return float(getattr(self.zero, "loss_scale", 1.0))', "return 1.0"),
-    ("the overflow flag is lost", STORAGE,
-     "self.zero.local_overflow = not all(bool(torch.isfinite(norm)) for norm in norms.values())",
-     "self.zero.local_overflow = False", OVERFLOW),
     ("an overflow of the second pass is taken back", STORAGE,
      "return bool(self.engine.fp16_enabled())", "return False", OVERFLOW),
     ("the engine clips by the norms of g2", STORAGE,
-     "self.zero.norm_for_param_grads = norms", "pass"),
+     "self.zero.norm_for_param_grads = norms", "pass", OFFLOAD),
     ("after an exception the weights stay at θ'", STORAGE,
      "            self._rescue()", "            pass", INTERRUPT),
     ("weights are written and not gathered", GATHERED,
@@ -49,20 +50,20 @@ MUTANTS = [
     ("a parameter that a partition cuts keeps its beginning", GATHERED,
      "size = min(parameter.numel() - skipped, ", "size = min(parameter.numel(), "),
     ("BF16_Optimizer clips by a gradient that is combined on one rank", GATHERED,
-     "        self._gather(self.zero.fp32_groups_gradients_flat, self.zero.fp32_groups_gradient_flat_partition)\n", ""),
+     "        self._gather(self.zero.fp32_groups_gradients_flat, self.zero.fp32_groups_gradient_flat_partition)\n", "", BF16),
     ("BF16_Optimizer's slice begins with the group", GATHERED,
      "Fragment(parameter, index, index, start - first, end - start)",
-     "Fragment(parameter, index, index, offset % size, end - start)"),
+     "Fragment(parameter, index, index, offset % size, end - start)", BF16),
     ("BF16_Optimizer leaves gradients out of its norm", GATHERED,
-     "[True] * len(group)", "[False] * len(group)"),
+     "[True] * len(group)", "[False] * len(group)", BF16),
     ("persistent parameters stay at θ", STAGE_3,
      "persistent[0].all_gather(persistent)", "pass"),
     ("gathered parameters are not released before they are written", STAGE_3,
      "        self.zero._partition_all_parameters()\n        flat = ", "        flat = "),
     ("the padding of the last rank counts", STAGE_3,
-     "size = min(slice_size, parameter.ds_numel - rank * slice_size)", "size = slice_size"),
+     "size = min(slice_size, parameter.ds_numel - rank * slice_size)", "size = slice_size", THREE),
     ("weights that are their own masters are written", STAGE_3,
-     "if flat[index].data_ptr() == master.data_ptr():", "if False:"),
+     "if flat[index].data_ptr() == master.data_ptr():", "if False:", ONE_TENSOR),
     ("micro-steps count further passes", ENGINES,
      "            engine.micro_steps = end\n            timer", "            timer", COUNTS),
     ("the throughput timer counts further passes", ENGINES,

@@ -162,8 +162,11 @@ def test_refuses_at_construction(pair, reason):
         ({"strength": -1.0}, "ValueError: strength=-1.0"),
         ({"exclude": ("no such name",)}, "is part of no parameter name"),
         ({"eps": 0.1, "radius": 0.1}, "both set the length"),
-        ({"strenght": 0.1}, "TypeError: ZeroGradRegOptimizer has no setting 'strenght'. Did you mean 'strength'?"),
-        ({"scaler": None}, "has no setting 'scaler' (the engine has"),
+        (
+            {"strenght": 0.1},
+            "TypeError: ZeroGradRegOptimizer got an unexpected setting 'strenght'. Did you mean 'strength'?",
+        ),
+        ({"scaler": None}, "TypeError: ZeroGradRegOptimizer got 'scaler', which is the engine's"),
     ],
 )
 def test_refuses_settings(pair, settings, words):

@@ -1,0 +1,266 @@
+"""What modules hold beside their weights, put back for further passes.
+
+A training forward writes running statistics, the vectors of spectral norms, momentum encoders, codebooks and counters. Each
+further pass starts from their values before the first one, and the step ends with those that the first one left. Whatever
+else differs between the passes, the witnesses see (:mod:`gradreg_optim.core.witnesses`).
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from gradreg_optim.core.local import detached_from_bucket, differ, local_shard
+from gradreg_optim.core.multi_tensor import sampled
+
+SMALL = 2**20
+"""Bytes up to which a frozen parameter is copied before it is known to move; of larger ones a sample is."""
+
+_NOTHING: Any = object()  # in place of an attribute that did not exist
+_PLAIN = (type(None), bool, int, float, str)
+_ENGINES = ("torch.nn.parallel", "torch.distributed", "torch._dynamo", "deepspeed", "accelerate")
+_OF_DEEPSPEED = ("ds_", "_ds_", "applied_pre_backward_ref_cnt", "_original_parameters", "_external_params")  # of ZeRO-3
+
+
+@dataclass
+class _Value:
+    """A tensor in one step, and its values before the first pass, perhaps of a sample, and after it."""
+
+    tensor: Tensor
+    version: int
+    address: int
+    before: Tensor | None = None
+    is_sample: bool = False
+    after: Tensor | None = None
+
+    def has_moved(self, is_new: bool) -> bool:
+        """Whether the first pass wrote the tensor: by value at first, since ``.data`` and BatchNorm leave no mark."""
+        if self.version != self.tensor._version or self.address != self.tensor.data_ptr():
+            return True
+        if not is_new or self.before is None:
+            return False
+        return differ(sampled(self.tensor.detach()) if self.is_sample else self.tensor, self.before)
+
+
+@dataclass
+class _Known:
+    """Of a module in one mode (``training``): whether it has run yet, and the names of its tensors that move."""
+
+    is_new: bool = True
+    moving: set[str] = field(default_factory=set)
+
+
+class ModuleState:
+    """What the ``modules`` that run in a step hold beside their weights.
+
+    That is buffers, frozen parameters, and tensors and plain numbers in attributes; also the plain numbers of
+    DistributedDataParallel's communication hooks, and gradients of parameters that the optimizer does not own.
+
+    Memory: two copies of what moves. When a module first runs in its present mode, all its buffers and small frozen
+    parameters are copied and compared, which waits for the device. Later ``_version`` tells what begins to move; the step
+    in which it does repeats it from its moved value.
+    """
+
+    def __init__(self) -> None:
+        self._known: weakref.WeakKeyDictionary[nn.Module, dict[bool, _Known]] = weakref.WeakKeyDictionary()
+        self._compiled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._owned: set[int] = set()
+        self.forget()
+
+    def __reduce__(self) -> Any:
+        """A copy of the optimizer has modules of its own."""
+        return ModuleState, ()
+
+    def forget(self) -> None:
+        """Forget the step."""
+        self.modules: dict[nn.Module, dict[str, _Value]] = {}
+        self._stores: list[tuple[dict[str, Any], dict[str, Any]]] = []  # dicts of modules, and what they held
+        self._values: dict[int, _Value] = {}  # by the ``id`` of the tensor
+        self._changed: list[tuple[dict[str, Any], str, Any, Any]] = []
+        self._foreign: list[tuple[Tensor, Tensor | None]] = []
+        # By the ``id`` of a module: it and its buffers, if compiled code has noted them; ``None`` if it was looked at.
+        self._traced: dict[int, tuple[nn.Module, list[tuple[Tensor, Tensor]]] | None] = {}
+
+    # The first pass.
+
+    def begin_first(self, model: nn.Module | None, finding: ExitStack) -> None:
+        """Begin the first pass: look at ``model`` in advance, and at other modules when they are called in the block."""
+        self.begin(model)
+        if "torch._dynamo" in sys.modules:
+            # A compiled module warns that hooks are called on its wrapper too: ``look`` looks once at each module.
+            finding.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks")
+        finding.callback(register_module_forward_pre_hook(self.look).remove)
+
+    def begin(self, *models: nn.Module | None) -> None:
+        """Forget the last step, and look at ``models`` and at what compiled code called in it."""
+        self.forget()
+        for model in (*models, *self._compiled):
+            if model is not None:
+                self.look(model)
+
+    def own(self, parameters: Iterable[Tensor]) -> None:
+        """Leave ``parameters`` and their gradients alone: they are the optimizer's."""
+        self._owned = {id(parameter) for parameter in parameters}
+
+    def look(self, module: nn.Module, _inputs: object = None) -> None:
+        """Note the values of ``module`` and of everything below it: a compiled module calls no hooks of its parts."""
+        if id(module) not in self._traced:
+            (self._trace if torch.compiler.is_compiling() else self._look_below)(module)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # where code is compiled in parts, this runs between them
+    def _look_below(self, module: nn.Module) -> None:
+        with torch.no_grad(), torch._C._DisableFuncTorch():
+            todo: list[nn.Module | None] = [module]
+            while todo:
+                part = todo.pop()
+                if part is not None and id(part) not in self._traced:
+                    self._traced[id(part)] = None
+                    self._look_at(part)
+                    todo += part._modules.values()
+
+    def _trace(self, module: nn.Module) -> None:
+        """Compiled into the code that calls ``module``: note all of its buffers."""
+        for part in module.modules():
+            if id(part) not in self._traced:
+                self._traced[id(part)] = part, [(buffer, buffer.clone()) for buffer in part.buffers(recurse=False)]
+
+    def _look_at(self, part: nn.Module) -> None:
+        known, values = self._known_of(part), {}
+        own = [part._buffers, part._parameters]
+        own += [] if type(part).__module__.startswith(_ENGINES) else [vars(part)]
+        # Not dict(store): that reads the items of a parameter dict of ZeRO-3 one by one, which gathers them.
+        self._stores += [(store, dict(store.items())) for store in own]
+        for name, held in (item for store in own for item in store.items() if isinstance(item[1], Tensor)):
+            tensor = None if held.requires_grad or held._is_view() or id(held) in self._owned else writable(held)
+            if tensor is not None and id(tensor) not in self._values:
+                values[name] = self._values[id(tensor)] = self._noted(tensor, name, known)
+        if isinstance(part, DistributedDataParallel):
+            states = (state for _, state in getattr(part, "_comm_hooks", ()) if hasattr(state, "__dict__"))
+            self._stores += [(vars(state), dict(vars(state))) for state in states]
+        self.modules[part] = values
+
+    def _noted(self, tensor: Tensor, name: str, known: _Known) -> _Value:
+        value = _Value(tensor, tensor._version, tensor.data_ptr())
+        value.is_sample = name not in known.moving and isinstance(tensor, nn.Parameter) and tensor.nbytes > SMALL
+        if name in known.moving or known.is_new:
+            value.before = (sampled(tensor.detach()) if value.is_sample else tensor.detach()).clone()
+        return value
+
+    def _known_of(self, part: nn.Module) -> _Known:
+        return self._known.setdefault(part, {}).setdefault(part.training, _Known())
+
+    def end(self) -> None:
+        """The first pass has ended: find out what moved."""
+        with torch.no_grad(), torch._C._DisableFuncTorch():
+            for part, noted in (entry for entry in self._traced.values() if entry is not None):
+                self._compiled.add(part)
+                values = {id(b): _Value(b, b._version, b.data_ptr(), copy) for b, copy in noted}
+                self._values |= values
+                names = {name: values[id(b)] for name, b in part._buffers.items() if id(b) in values}
+                self.modules[part] = names
+            for store, state in self._stores:
+                self._compare(store, state)
+            for part, values in self.modules.items():
+                self._learn(self._known_of(part), values)
+            self._put_aside(self.modules)
+
+    def _compare(self, store: dict[str, Any], state: dict[str, Any]) -> None:
+        """Note which names refer to something else than before, and go on from there in further passes."""
+        if len(store) == len(state) and all(map(is_, store.values(), state.values())):
+            return
+        for name in {**state, **store}:
+            before, after = state.get(name, _NOTHING), store.get(name, _NOTHING)
+            if before is not after and _is_state(before) and _is_state(after) and not name.startswith(_OF_DEEPSPEED):
+                self._changed.append((store, name, before, after))
+
+    def _learn(self, known: _Known, values: dict[str, _Value]) -> None:
+        for name, value in values.items():
+            if name not in known.moving and value.has_moved(known.is_new):
+                known.moving.add(name)
+            if name in known.moving and value.before is not None and not value.is_sample:
+                value.after = value.tensor.detach().clone()
+        known.is_new = False
+
+    def _put_aside(self, modules: Iterable[nn.Module]) -> None:
+        """Note the gradients that the first pass left on parameters of other optimizers, which step on them."""
+        parameters = (p for part in modules for p in part._parameters.values() if p is not None and p.requires_grad)
+        for parameter in {id(p): p for p in parameters if id(p) not in self._owned}.values() if self._owned else ():
+            parameter.grad = detached_from_bucket(parameter.grad)
+            self._foreign.append((parameter, parameter.grad))
+
+    # Further passes.
+
+    @contextmanager
+    def repeated(self) -> Iterator[None]:
+        """Run the block, which is a further pass: from the values before the first pass; afterwards those that it left."""
+        try:
+            self.put(is_before=True)
+            yield
+        finally:
+            self.put(is_before=False)
+
+    def put(self, *, is_before: bool) -> None:
+        """Put back the values before the first pass, or after it."""
+        with torch.no_grad(), torch._C._DisableFuncTorch():
+            for store, name, before, after in self._changed:
+                held = before if is_before else after
+                if held is _NOTHING:
+                    store.pop(name, None)
+                else:
+                    store[name] = held
+            for value in self._values.values():
+                if value.before is not None and value.after is not None:
+                    _write_(value.tensor, value.before if is_before else value.after)
+            for parameter, gradient in self._foreign:
+                parameter.grad = None if is_before else gradient
+
+
+def is_wrapped(value: Any) -> bool:
+    """Whether a transform of ``torch.func`` put ``value`` in place of another tensor."""
+    return isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
+def writable(value: Any) -> Tensor | None:
+    """The plain tensor on this process that holds the numbers of ``value``; ``None`` if there is no such tensor."""
+    if not isinstance(value, Tensor):
+        return None
+    while is_wrapped(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    tensor = local_shard(value)
+    is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_quantized
+    if not is_plain or tensor.device.type == "meta" or tensor.is_inference():
+        return None
+    return None if is_expanded(tensor) else tensor
+
+
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether elements share memory, so that nothing writes them in place."""
+    is_strided = tensor.layout is torch.strided
+    return is_strided and any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+def _is_state(value: Any) -> bool:
+    """Whether an attribute with this value is put back; activations, and what torch.func puts there, are not."""
+    if isinstance(value, Tensor):
+        return not value.requires_grad and not value._is_view() and not is_wrapped(value)
+    return value is _NOTHING or type(value) in _PLAIN
+
+
+def _write_(tensor: Tensor, value: Tensor) -> None:
+    """Write ``value`` into ``tensor``, which an observer may have resized."""
+    if tensor.shape == value.shape and tensor.dtype == value.dtype:
+        tensor.copy_(value)
+    else:
+        tensor.data = value.to(tensor.device, copy=True)
