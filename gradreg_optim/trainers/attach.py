@@ -147,8 +147,8 @@ def _attach_callbacks(trainer: Trainer) -> None:
             callback.attach_to(trainer)
 
 
-# A trainer that holds a GradRegOptimizer attaches by itself when it begins to train, before DeepSpeed takes the
-# parameters of an optimizer that it has just created, and in its first training step.
+# A trainer that holds a GradRegOptimizer attaches by itself: when it begins to train, before DeepSpeed takes
+# the parameters of an optimizer that it has just created, and in its first training step.
 
 
 def _attach_built(init: Callable[..., None], trainer: Trainer, *args: Any, **kwargs: Any) -> None:

@@ -56,11 +56,10 @@ class Attachment(TrainerCallback):
     ) -> None:
         self.trainer = trainer
         self.patches = Patches()
-        self.window: Window | None = None
+        self.window: Any = None  # of the step in progress
         self._reset()
         self.adoption = Adoption(trainer, optimizer, settings, self)
-        devices = lambda: self.window.passes.storage.devices  # type: ignore[union-attr]  # noqa: E731
-        self._generations = Generations(trainer, devices)
+        self._generations = Generations(trainer, lambda: self.window.passes.storage.devices)
         self._old_policy = OldPolicy(trainer)
         answer = self.patches.answer
         answer(trainer, "training_step", self.training_step)
@@ -93,14 +92,6 @@ class Attachment(TrainerCallback):
         """Whether the trainer was given ``wrapper`` in place of the one that is attached."""
         return wrapper is not self.optimizer and not self.adoption.is_sharded
 
-    @property
-    def _resample(self) -> str:
-        return getattr(self.optimizer, "resample", "reuse")
-
-    @property
-    def _is_repeating(self) -> bool:
-        return self.window is not None and self.window.is_repeating
-
     # The training.
 
     def on_train_begin(self, *_args: Any, **_kwargs: Any) -> None:
@@ -108,15 +99,14 @@ class Attachment(TrainerCallback):
         self._reset()
         if self.adoption.is_sharded:
             self.adoption.shard()
-        if self._generations.methods and self._resample != "reuse":
-            raise self._old_policy.refusal(
-                self._resample, "its loss compares completions of one policy with each other"
-            )
         if find_wrapper(self.trainer.optimizer) is None:
             raise RuntimeError(
                 "The trainer's optimizer is not the GradRegOptimizer that was attached any more: it would "
                 "train without the penalty. Call detach(trainer), or give the trainer a GradRegOptimizer."
             )
+        if self._generations.methods and (resample := self.optimizer.resample) != "reuse":
+            why = "its loss compares completions of one policy with each other"
+            raise self._old_policy.refusal(resample, why)
 
     def on_step_begin(self, *_args: Any, **_kwargs: Any) -> None:
         """Remember how many steps the wrapper has taken."""
@@ -137,7 +127,7 @@ class Attachment(TrainerCallback):
     def training_step(self, step: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Run ``step``, the trainer's own, as one micro-batch."""
         trainer = self.trainer
-        if self._is_repeating:
+        if self.window is not None and self.window.is_repeating:
             return step(*args, **kwargs)
         wrapper = find_wrapper(trainer.optimizer)
         if wrapper is not None and self.is_outdated(wrapper):
@@ -181,7 +171,7 @@ class Attachment(TrainerCallback):
         micro_batch = window.record(model, inputs, num_items_in_batch)
         first = FirstPass() if micro_batch is None else micro_batch.first
         # In the warm-up too, since ``keeping`` refuses losses without a ratio.
-        with self._old_policy.keeping(self._resample, inputs, first), window.allowing_backwards():
+        with self._old_policy.keeping(self.optimizer.resample, inputs, first), window.allowing_backwards():
             return compute_loss(model, inputs, *args, **kwargs)
 
     def _backward(self, backward: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any) -> None:

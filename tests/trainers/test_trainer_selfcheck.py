@@ -6,8 +6,10 @@ import warnings
 import pytest
 import torch
 from torch.optim import SGD
-from trainers import AT_THETA, REAL, assert_same, build, every_kind, llama, penalties, weights
+from trainers import AT_THETA, REAL, assert_same, at_theta, build, every_kind, llama, penalties, weights
 from trl import SFTTrainer
+
+pytestmark = at_theta
 
 
 class Elsewhere(SFTTrainer):
@@ -107,7 +109,9 @@ def test_a_loss_that_changes_later_is_told_once(tmp_path):
         trainer.train()
     told = [str(warning.message) for warning in caught if "repeated" in str(warning.message)]
     assert len(told) == 1
-    assert re.match(r"Later: in regularized step 2 the first loss was \d.*, and \d.*Usual causes: .*Keep such", told[0])
+    assert re.match(
+        r".*in regularized step 2 of Later the first loss was \d.*, and \d.*Usual causes: .*Remedy: keep", told[0]
+    )
     assert len(penalties(trainer, "penalty_ratio")) == 10
 
 
