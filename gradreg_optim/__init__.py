@@ -13,8 +13,7 @@ from gradreg_optim.config import GradRegConfig
 from gradreg_optim.optimizer import GradRegOptimizer
 
 if TYPE_CHECKING:
-    from gradreg_optim.trainers.attach import attach, detach
-    from gradreg_optim.trainers.callback import GradRegCallback
+    from gradreg_optim.trainers.attach import GradRegCallback, attach, detach
     from gradreg_optim.zero import ZeroGradRegOptimizer
 
 __version__ = "0.1.0"
@@ -29,7 +28,7 @@ __all__ = [
 ]
 
 _LAZY = {
-    "GradRegCallback": "gradreg_optim.trainers.callback",
+    "GradRegCallback": "gradreg_optim.trainers.attach",
     "ZeroGradRegOptimizer": "gradreg_optim.zero",
     "attach": "gradreg_optim.trainers.attach",
     "detach": "gradreg_optim.trainers.attach",

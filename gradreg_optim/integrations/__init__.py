@@ -1,1 +1,1 @@
-"""Plugins for training stacks that load one; each file names the version of the stack with which it was run."""
+"""Plugins for training stacks; each file names the version of the stack with which it was run."""

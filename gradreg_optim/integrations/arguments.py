@@ -1,4 +1,4 @@
-"""Finds the settings of the penalty among the arguments of a stack: everywhere they are called ``grad_reg_<name>``."""
+"""Finds the settings of the penalty, called ``grad_reg_<name>``, among the arguments of a stack."""
 
 from __future__ import annotations
 

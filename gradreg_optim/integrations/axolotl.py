@@ -6,8 +6,9 @@
       - gradreg_optim.integrations.axolotl.GradRegPlugin
     grad_reg_strength: 1e-2
 
-Relied upon (``axolotl/integrations``): the class that ``get_input_args`` names becomes a base of the configuration's class,
-and ``post_trainer_create(cfg, trainer)`` is called between the constructor of the trainer and its training.
+Relied upon (``axolotl/integrations``): the class that ``get_input_args`` names becomes a base of the
+configuration's class, and ``post_trainer_create(cfg, trainer)`` is called between the constructor of the
+trainer and its training.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class _Checked(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _check(cls, data: Any) -> Any:
-        """Refuse what breaks a rule before anything is loaded; Axolotl drops keys that it does not know, and empty ones."""
+        """Refuse what breaks a rule before anything is loaded: Axolotl drops unknown and empty keys."""
         parted(data)
         no_clip = [name for name in NAMES if name.endswith("_clip") and name in data and data[name] is None]
         return {**data, **dict.fromkeys(no_clip, 0)}

@@ -2,13 +2,13 @@
 
 In place of ``llamafactory-cli train``::
 
-    python -m gradreg_optim.integrations.llama_factory train.yaml grad_reg_strength=1e-2     # or a line of the file
-    torchrun --nproc_per_node 8 -m gradreg_optim.integrations.llama_factory train.yaml
+    python -m gradreg_optim.integrations.llama_factory train.yaml grad_reg_strength=1e-2     # or a line of
+    the file torchrun --nproc_per_node 8 -m gradreg_optim.integrations.llama_factory train.yaml
 
 In Python, give ``run_exp`` a :class:`~gradreg_optim.GradRegCallback`, which is all that this file does.
 
-Relied upon: ``llamafactory.hparams.read_args()``, and ``llamafactory.train.tuner.run_exp(args, callbacks)``, whose callbacks
-the trainers of all stages but PPO get in their constructors.
+Relied upon: ``llamafactory.hparams.read_args()``, and ``llamafactory.train.tuner.run_exp(args, callbacks)``,
+whose callbacks the trainers of all stages but PPO get in their constructors.
 """
 
 from __future__ import annotations
@@ -22,15 +22,14 @@ from transformers import HfArgumentParser
 
 from gradreg_optim.config import GradRegConfig
 from gradreg_optim.integrations.arguments import of_penalty, parted
-from gradreg_optim.trainers.callback import GradRegCallback
+from gradreg_optim.trainers.attach import GradRegCallback
 
 
 def main() -> None:
-    """Train as ``llamafactory-cli train`` does with the same arguments, regularized by those that begin with ``grad_reg_``.
+    """Train as ``llamafactory-cli train`` does with the same arguments, and take ``grad_reg_*`` as settings.
 
-    Raises:
-        ValueError: a setting is unknown or breaks its rule, or the stage is PPO or the engine Megatron's, where nothing
-            would take the penalty.
+    Raises: ValueError: a setting is unknown or breaks its rule, or the stage is PPO or the engine Megatron's,
+        where nothing would take the penalty.
     """
     arguments: dict[str, Any] | list[str] = read_args()
     if isinstance(arguments, dict):
@@ -38,9 +37,10 @@ def main() -> None:
         stage = arguments.get("stage")
     else:
         of_penalty(word[2:].partition("=")[0] for word in arguments if word.startswith("--"))
-        kinds: list[Any] = [GradRegConfig]
-        parser: Any = HfArgumentParser(kinds)
-        config, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+        parser: Any = HfArgumentParser
+        config, rest = parser(GradRegConfig).parse_args_into_dataclasses(
+            arguments, return_remaining_strings=True
+        )
         stage = "ppo" if "ppo" in arguments else None
     if stage == "ppo" or os.environ.get("USE_MCA", "0").lower() in ("1", "true", "y"):
         raise ValueError(

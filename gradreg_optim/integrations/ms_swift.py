@@ -2,13 +2,15 @@
 
 A file ``plugin.py`` with the line ``import gradreg_optim.integrations.ms_swift``, and::
 
-    swift sft --external_plugins plugin.py --optimizer gradreg --optim_args grad_reg_strength=1e-2,grad_reg_eps=0.1 …
+    swift sft --external_plugins plugin.py --optimizer gradreg --optim_args
+    grad_reg_strength=1e-2,grad_reg_eps=0.1 …
 
 ``--optim`` chooses the optimizer inside, to which the rest of ``--optim_args`` goes. ``gradreg_multimodal``,
-``gradreg_galore`` and so on are ms-swift's own ``--optimizer`` with the penalty. Megatron refuses these names.
+``gradreg_galore`` and so on are ms-swift's own ``--optimizer`` with the penalty. Megatron refuses these
+names.
 
-Relied upon (``swift/optimizers``): ``optimizers_map[args.optimizer](args, trainer)``, whose ``create_optimizer`` is called
-before DeepSpeed takes the parameters.
+Relied upon (``swift/optimizers``): ``optimizers_map[args.optimizer](args, trainer)``, whose
+``create_optimizer`` is called before DeepSpeed takes the parameters.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from gradreg_optim.trainers.attachment import attachment_of
 
 
 def _parted(optim_args: str | None) -> tuple[GradRegConfig, str | None]:
-    """``a=1,b=2,3`` in two: the settings of the penalty, and the rest. A comma belongs to a value if no name follows."""
+    """Part ``a=1,b=2,3`` into settings and rest. A comma belongs to a value if no name follows."""
     entries = re.split(r",(?=[^,=]*=)", optim_args.replace(" ", "")) if optim_args else []
     texts = {name: text for name, _, text in (entry.partition("=") for entry in entries)}
     config, rest = parted(
@@ -49,7 +51,7 @@ def _regularized(callback: type[OptimizerCallback]) -> type[OptimizerCallback]:
                 optimizer = super().create_optimizer(model)
             finally:
                 self.args.optim_args = given
-            # As ms-swift does with the result; done later, it would shift what is excluded.
+            # ms-swift takes empty groups out of the result; detach() expects the groups that it saw.
             optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
             self.trainer.optimizer = optimizer
             if attachment_of(self.trainer) is None:

@@ -6,19 +6,18 @@ For the actor, and likewise for ``critic`` and, without the prefix, for ``verl.t
     actor_rollout_ref.actor.strategy=fsdp2
     +actor_rollout_ref.actor.optim.override_optimizer_config.grad_reg_strength=1e-2
 
-``optim`` chooses the optimizer inside. Embeddings and value heads are left out of the penalty, as in trainers. What a step
-reports is of its first pass, beside ``grad_reg/…``. On other engines (Megatron, VeOmni) the keys are an error, as they are
-without ``external_lib``.
+``optim`` chooses the optimizer inside. Embeddings and value heads are left out of the penalty, as in
+trainers. What a step reports is of its first pass, beside ``grad_reg/…``. On other engines (Megatron, VeOmni)
+the keys are an error, as they are without ``external_lib``.
 
-Relied upon (``verl/workers/engine``): ``FSDPEngine._build_optimizer(module)``; ``forward_backward_batch``, before which
-``BaseEngine.train_batch`` clears the gradients, and after which it clips them and steps.
+Relied upon (``verl/workers/engine``): ``FSDPEngine._build_optimizer(module)``; ``forward_backward_batch``,
+before which ``BaseEngine.train_batch`` clears the gradients, and after which it clips them and steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import wraps
 from typing import Any
 
 from verl.workers.config.optimizer import build_optimizer
@@ -28,6 +27,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
 from gradreg_optim.integrations.arguments import of_penalty, parted
 from gradreg_optim.optimizer import GradRegOptimizer
 from gradreg_optim.trainers.exclusion import added_exclusion
+from gradreg_optim.trainers.patches import Patches
 
 
 def _build_optimizer(build: Callable[..., Any], engine: Any, module: Any) -> Any:
@@ -56,8 +56,9 @@ def _forward_backward(
         return run(engine, data, loss_function, forward_only=forward_only)
     if any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"]):
         raise RuntimeError(
-            "forward_backward_batch was called twice without a step in between: the second pass would repeat the last batch "
-            "alone. Give the whole batch to one call, which splits it into micro-batches, or leave out grad_reg_*."
+            "forward_backward_batch was called twice without a step in between: the second pass would "
+            "repeat the last batch alone. Give the whole batch to one call, which splits it into "
+            "micro-batches, or leave out grad_reg_*."
         )
     first = None
     for _ in optimizer.passes():
@@ -80,17 +81,12 @@ def _train_batch(train: Callable[..., Any], engine: Any, *args: Any, **kwargs: A
     override = getattr(engine.optimizer_config, "override_optimizer_config", None) or {}
     if of_penalty(override) and not isinstance(engine.optimizer, GradRegOptimizer):
         raise RuntimeError(
-            f"{type(engine).__name__} built its optimizer without the settings grad_reg_*, which would have no effect. Use "
-            "strategy=fsdp2, or leave them out."
+            f"{type(engine).__name__} built its optimizer without the settings grad_reg_*, which would have "
+            "no effect. Use strategy=fsdp2, or leave them out."
         )
     return train(engine, *args, **kwargs)
 
 
-def _replace(cls: Any, name: str, by: Callable[..., Any]) -> None:
-    original = getattr(cls, name)
-    setattr(cls, name, wraps(original)(lambda *args, **kwargs: by(original, *args, **kwargs)))
-
-
-_replace(FSDPEngine, "_build_optimizer", _build_optimizer)
-_replace(FSDPEngine, "forward_backward_batch", _forward_backward)
-_replace(BaseEngine, "train_batch", _train_batch)
+Patches().answer(FSDPEngine, "_build_optimizer", _build_optimizer)
+Patches().answer(FSDPEngine, "forward_backward_batch", _forward_backward)
+Patches().answer(BaseEngine, "train_batch", _train_batch)

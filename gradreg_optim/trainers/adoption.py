@@ -17,14 +17,14 @@ from gradreg_optim.wrapping.settings import exclude_patterns
 
 
 def find_wrapper(optimizer: Any) -> GradRegOptimizer | None:
-    """Find the :class:`GradRegOptimizer` in a chain of wrappers (Accelerate's, an engine's); ``None`` if there is none."""
+    """Find the :class:`GradRegOptimizer` inside other wrappers of an optimizer; ``None`` if there is none."""
     while optimizer is not None and not isinstance(optimizer, GradRegOptimizer):
         optimizer = getattr(optimizer, "optimizer", None)
     return optimizer
 
 
 class Adoption:
-    """The wrapper of one trainer: given to it, built around what it creates, or rebuilt on DeepSpeed's partitions.
+    """The wrapper of one trainer: given, built around what it creates, or rebuilt on DeepSpeed's partitions.
 
     ``optimizer`` is the wrapper, ``None`` until the trainer has created an optimizer.
     """
@@ -63,9 +63,9 @@ class Adoption:
         if self.is_sharded and self._given is not None and trainer.optimizer is None:
             if self.optimizer is not self._given:
                 raise RuntimeError(
-                    "Under DeepSpeed an optimizer that was given as optimizers= can train only once: DeepSpeed has replaced "
-                    "its parameters by partitions. Build a new trainer, or let the trainer create the optimizer and call "
-                    "attach(trainer)."
+                    "Under DeepSpeed an optimizer that was given as optimizers= can train only once: "
+                    "DeepSpeed has replaced its parameters by partitions. Build a new trainer, or let the "
+                    "trainer create the optimizer and call attach(trainer)."
                 )
             trainer.optimizer = self._given
         create(*args, **kwargs)
@@ -129,7 +129,8 @@ class Adoption:
     def check_trains(self) -> None:
         """Raise if the optimizer holds nothing that the trainer trains, after the first backward of a window.
 
-        That is no trainable parameter of the model, and none that has got a gradient; or none of PEFT's adapters.
+        That is no trainable parameter of the model, and none that has got a gradient; or none of PEFT's
+        adapters.
         """
         model: Any = self._trainer.model
         held = {
@@ -146,11 +147,11 @@ class Adoption:
         is_held = any(id(parameter) in held for parameter in adapters or trainable.values())
         if not is_held and (adapters or not is_reached):
             raise RuntimeError(
-                f"{type(self._trainer).__name__}: none of the {len(adapters or trainable)} parameters that the model trains "
-                f"({next(iter(trainable), 'it trains none')}, …) is in the optimizer, so nothing would be trained. An "
-                "optimizer that was built before the trainer got peft_config= lacks the adapters: call "
-                "peft.get_peft_model(model, config) first and build the optimizer on its parameters, or let the trainer "
-                "create the optimizer and call attach(trainer)."
+                f"{type(self._trainer).__name__}: none of the {len(adapters or trainable)} parameters that "
+                f"the model trains ({next(iter(trainable), 'it trains none')}, …) is in the optimizer, so "
+                "nothing would be trained. An optimizer that was built before the trainer got peft_config= "
+                "lacks the adapters: call peft.get_peft_model(model, config) first and build the optimizer "
+                "on its parameters, or let the trainer create the optimizer and call attach(trainer)."
             )
 
     def give_back(self) -> None:
@@ -163,7 +164,7 @@ class Adoption:
             self._restore(self.optimizer.param_groups)
 
     def _restore(self, groups: list[dict[str, Any]]) -> None:
-        """Remove the keys that wrapping added to ``groups``; a wrapper that was given to the trainer keeps its settings."""
+        """Remove the keys that wrapping added to ``groups``; a wrapper that was given keeps its settings."""
         for group, before in zip(groups, self._groups_before, strict=False):
             drop_keys(group, KEYS)
             group.update(before)

@@ -1,14 +1,15 @@
 """Connects a wrapper to a Transformers or TRL trainer.
 
-A trainer calls ``optimizer.step()`` without a closure, after several micro-batches and its own gradient clipping. So an
-attachment replaces methods of the trainer. ``training_step`` begins a micro-batch, ``compute_loss`` gets its *prepared*
-inputs, and ``accelerator.backward`` completes its gradient. After the last backward of the window of gradient accumulation,
-before the trainer clips, the recorded micro-batches run once more at θ'.
+A trainer calls ``optimizer.step()`` without a closure, after several micro-batches and its own gradient
+clipping. So an attachment replaces methods of the trainer. ``training_step`` begins a micro-batch,
+``compute_loss`` gets its *prepared* inputs, and ``accelerator.backward`` completes its gradient. After the
+last backward of the window of gradient accumulation, before the trainer clips, the recorded micro-batches run
+once more at θ'.
 
-Relied upon (transformers 4.57 to 5.23): ``Trainer.training_step`` calls ``_prepare_inputs``, ``compute_loss`` and
-``accelerator.backward`` in this order; ``accelerator.sync_gradients`` marks the last micro-batch of a window, and
-``accelerator.gradient_state._set_sync_gradients`` sets it, as the Trainer itself does. The tests of trainers fail when one
-of these changes.
+Relied upon (transformers 4.57 to 5.23): ``Trainer.training_step`` calls ``_prepare_inputs``, ``compute_loss``
+and ``accelerator.backward`` in this order; ``accelerator.sync_gradients`` marks the last micro-batch of a
+window, and ``accelerator.gradient_state._set_sync_gradients`` sets it, as the Trainer itself does. The tests
+of trainers fail when one of these changes.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ from gradreg_optim.trainers.old_policy import (
     clipped_by_loss,
     has_old_policy,
 )
-from gradreg_optim.trainers.other_backwards import OtherBackwards
 from gradreg_optim.trainers.patches import Patches
 from gradreg_optim.trainers.trackers import tag_card, tell_trackers
 
@@ -46,8 +46,9 @@ REPEATED_IN = (1, 2, 10, 100)
 class Attachment(TrainerCallback):
     """Regularizes one trainer: records its micro-batches, repeats them at θ', and logs ``grad_reg/*``.
 
-    Memory: the inputs of the window. Time, besides the further passes: one forward of one micro-batch in the steps of
-    :data:`REPEATED_IN` and of checks, to see whether the loss is still the same one when it is repeated.
+    Memory: the inputs of the window. Time, besides the further passes: one forward of one micro-batch in the
+    steps of :data:`REPEATED_IN` and of checks, to see whether the loss is still the same one when it is
+    repeated.
     """
 
     def __init__(
@@ -55,12 +56,11 @@ class Attachment(TrainerCallback):
     ) -> None:
         self.trainer = trainer
         self.patches = Patches()
-        self.window: Window | None = None
+        self.window: Any = None  # of the step in progress
         self._reset()
         self.adoption = Adoption(trainer, optimizer, settings, self)
-        self._generations = Generations(trainer, lambda: self.window.passes.storage.devices)  # type: ignore[union-attr]
+        self._generations = Generations(trainer, lambda: self.window.passes.storage.devices)
         self._old_policy = OldPolicy(trainer)
-        self._other_backwards = OtherBackwards(trainer, self._optimizer_if_regularizing)
         answer = self.patches.answer
         answer(trainer, "training_step", self.training_step)
         answer(trainer, "compute_loss", self._compute_loss)
@@ -92,17 +92,6 @@ class Attachment(TrainerCallback):
         """Whether the trainer was given ``wrapper`` in place of the one that is attached."""
         return wrapper is not self.optimizer and not self.adoption.is_sharded
 
-    @property
-    def _resample(self) -> str:
-        return getattr(self.optimizer, "resample", "reuse")
-
-    @property
-    def _is_repeating(self) -> bool:
-        return self.window is not None and self.window.is_repeating
-
-    def _optimizer_if_regularizing(self) -> Any:
-        return self.optimizer if self.window is not None and self.window.regularizes else None
-
     # The training.
 
     def on_train_begin(self, *_args: Any, **_kwargs: Any) -> None:
@@ -110,15 +99,14 @@ class Attachment(TrainerCallback):
         self._reset()
         if self.adoption.is_sharded:
             self.adoption.shard()
-        if self._generations.methods and self._resample != "reuse":
-            raise self._old_policy.refusal(
-                self._resample, "its loss compares completions of one policy with each other"
-            )
         if find_wrapper(self.trainer.optimizer) is None:
             raise RuntimeError(
-                "The trainer's optimizer is not the GradRegOptimizer that was attached any more: it would train without "
-                "the penalty. Call detach(trainer), or give the trainer a GradRegOptimizer."
+                "The trainer's optimizer is not the GradRegOptimizer that was attached any more: it would "
+                "train without the penalty. Call detach(trainer), or give the trainer a GradRegOptimizer."
             )
+        if self._generations.methods and (resample := self.optimizer.resample) != "reuse":
+            why = "its loss compares completions of one policy with each other"
+            raise self._old_policy.refusal(resample, why)
 
     def on_step_begin(self, *_args: Any, **_kwargs: Any) -> None:
         """Remember how many steps the wrapper has taken."""
@@ -129,8 +117,9 @@ class Attachment(TrainerCallback):
         before, self._steps_before = self._steps_before, None
         if before == self.optimizer.step_count and not self.trainer.accelerator.optimizer_step_was_skipped:
             raise RuntimeError(
-                f"{type(self.trainer).__name__} took a step that was not its GradRegOptimizer's: it trains without the "
-                "penalty. Let it call step() of the optimizer that it was given, or call detach(trainer)."
+                f"{type(self.trainer).__name__} took a step that was not its GradRegOptimizer's: it trains "
+                "without the penalty. Let it call step() of the optimizer that it was given, or call "
+                "detach(trainer)."
             )
 
     # The first pass.
@@ -138,7 +127,7 @@ class Attachment(TrainerCallback):
     def training_step(self, step: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Run ``step``, the trainer's own, as one micro-batch."""
         trainer = self.trainer
-        if self._is_repeating:
+        if self.window is not None and self.window.is_repeating:
             return step(*args, **kwargs)
         wrapper = find_wrapper(trainer.optimizer)
         if wrapper is not None and self.is_outdated(wrapper):
@@ -157,7 +146,7 @@ class Attachment(TrainerCallback):
             self._generations.recorded = None if micro_batch is None else micro_batch.generations
         # Only as long as the step runs: a search for hyperparameters makes a new accelerator for each trial.
         with (
-            self._other_backwards.refused(),
+            self.window.refusing_other_backwards(),
             Patches().answer(trainer.accelerator, "backward", self._backward),
         ):
             return step(*args, **kwargs)
@@ -182,7 +171,7 @@ class Attachment(TrainerCallback):
         micro_batch = window.record(model, inputs, num_items_in_batch)
         first = FirstPass() if micro_batch is None else micro_batch.first
         # In the warm-up too, since ``keeping`` refuses losses without a ratio.
-        with self._old_policy.keeping(self._resample, inputs, first), self._other_backwards.allowed():
+        with self._old_policy.keeping(self.optimizer.resample, inputs, first), window.allowing_backwards():
             return compute_loss(model, inputs, *args, **kwargs)
 
     def _backward(self, backward: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -195,7 +184,7 @@ class Attachment(TrainerCallback):
         window.record_loss(loss)
         # Accelerate takes a DeepSpeed engine's step inside backward; it has to wait for the further passes.
         holding = self.optimizer.held_step.held_back() if self.adoption.is_sharded else nullcontext()
-        with self._other_backwards.allowed():
+        with window.allowing_backwards():
             with holding as held, noted:
                 backward(loss, *args, **kwargs)
             window.end_micro_batch()
@@ -213,7 +202,7 @@ class Attachment(TrainerCallback):
         try:
             with closing(window.passes) as passes:  # after an exception the weights are at θ
                 self.optimizer._module_state.end()
-                passes.storage.check_first_pass()  # before a loss is repeated, which would differ without saying why
+                passes.storage.check_first_pass()  # a repeated loss would differ, too, and not say why
                 self._compare_losses(window)
                 for micro_batch in window.further_passes():
                     self._note_ratios(micro_batch)
@@ -222,7 +211,7 @@ class Attachment(TrainerCallback):
         self._note("second_pass_time", time.perf_counter() - start)
 
     def _compare_losses(self, window: Window) -> None:
-        """Compare the first loss of the window with itself. The first time a difference raises, later it is told once."""
+        """Repeat the first loss of the window. In the first step a difference raises, later it warns."""
         self._regularized += 1
         plan = window.passes.plan
         if self._regularized not in REPEATED_IN and len(plan.points) == len(plan.scheme.points):
@@ -231,21 +220,23 @@ class Attachment(TrainerCallback):
         name = type(self.trainer).__name__
         if found is not None and self._regularized == 1:
             raise RuntimeError(
-                f"{name}: the first loss was {found}. The second pass needs a loss that depends on weights, inputs "
-                "and random numbers alone. Keep state of the loss in plain attributes of the trainer, which are "
-                "restored for the second pass, or train without GradRegOptimizer."
+                f"{name}: the first loss was {found}. The second pass needs a loss that depends on weights, "
+                "inputs and random numbers alone. Keep state of the loss in plain attributes of the "
+                "trainer, which are restored for the second pass, or train without GradRegOptimizer."
             )
         if found is not None:
             self.optimizer.witnesses.tell(
                 "repeated",
                 f"in regularized step {self._regularized} of {name} the first loss was {found}",
-                "a loss that changes state outside of the trainer's attributes (an object without update(), a class, a "
-                "closure, a list in a module); batches or masks from an iterator or a generator of its own",
-                "keep such state in plain attributes or containers of the trainer, or change it in a callback",
+                "a loss that changes state outside of the trainer's attributes (an object without "
+                "update(), a class, a closure, a list in a module); batches or masks from an iterator or a "
+                "generator of its own",
+                "keep such state in plain attributes or containers of the trainer, or change it in a "
+                "callback",
             )
 
     def check_consulted(self) -> None:
-        """Collect the metrics of a step. The optimizer's step calls it; raises if a second pass was due and did not run."""
+        """Called by the optimizer's step: raise if a second pass is missing, and collect the metrics."""
         window, self.window = self.window or self._new_window(), None
         if window.regularizes and not window.is_regularized:
             window.passes.close()
@@ -263,7 +254,7 @@ class Attachment(TrainerCallback):
     # The log.
 
     def _note_ratios(self, micro_batch: MicroBatch) -> None:
-        """Collect whether the loss that just ran at θ' reweighted its completions, and which fraction it clipped."""
+        """Collect whether the loss that just ran reweighted completions, and which fraction it clipped."""
         is_given = has_old_policy(micro_batch.inputs)
         if is_given or hasattr(self.trainer, LOG_P_METHOD):
             self._note("reweighted", float(is_given or micro_batch.first.log_p is not None))

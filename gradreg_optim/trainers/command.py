@@ -1,13 +1,13 @@
-"""The command ``gradreg``: TRL's own training scripts, with the settings of the penalty among their arguments.
+"""The command ``gradreg``: TRL's own training scripts, with the settings of the penalty as arguments.
 
 ::
 
-    gradreg sft --config sft.yaml                                     # grad_reg_strength: 1e-2 is a line of the file
-    gradreg grpo --model_name_or_path … --grad_reg_strength 1e-2      # or a flag
-    accelerate launch --config_file zero2.yaml -m gradreg_optim sft --config sft.yaml
+    gradreg sft --config sft.yaml                                     # grad_reg_strength: 1e-2 is a line of
+    the file gradreg grpo --model_name_or_path … --grad_reg_strength 1e-2      # or a flag accelerate launch
+    --config_file zero2.yaml -m gradreg_optim sft --config sft.yaml
 
-Relied upon (trl 0.27 to 1.16): each script in ``trl.scripts`` has ``make_parser()``, whose ``dataclass_types`` are the
-arguments of ``main``, and builds a trainer there and calls its ``train()``.
+Relied upon (trl 0.27 to 1.16): each script in ``trl.scripts`` has ``make_parser()``, whose
+``dataclass_types`` are the arguments of ``main``, and builds a trainer there and calls its ``train()``.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _about(unknown: Sequence[str]) -> str:
-    """What to say about arguments, from the command line or the configuration file, that the script does not have."""
+    """The message about arguments that the script does not have, from the command line or a file."""
     flags = [word for word in unknown if word.startswith("--")] or list(unknown)
     close = [
         get_close_matches(flag.lstrip("-"), [f.name for f in fields(GradRegConfig)], n=1) for flag in flags

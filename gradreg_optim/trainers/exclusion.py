@@ -1,4 +1,4 @@
-"""What trainers leave out of the penalty by default: embeddings and heads, found as modules rather than by name."""
+"""What trainers leave out of the penalty: embeddings and heads, found as modules rather than by name."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ HEADS = ("score", "classifier", "v_head", "value_head", "reward_head")
 """Attributes under which Transformers and TRL keep value, reward and classification heads."""
 
 _INSIDE = ("module", "_orig_mod", "base_model", "model", "pretrained_model")
-"""Attributes under which DDP, compilation, PEFT, Transformers and value-head models keep the model that they wrap."""
+"""Attributes in which DDP, compilation, PEFT, Transformers and value heads keep the model that they wrap."""
 
 
 def added_exclusion(exclude: tuple[str, ...], model: Any) -> list[nn.Parameter]:
-    """What is left out besides the patterns ``exclude``: :func:`default_exclusion`, or nothing if they say "none"."""
+    """Return what is left out besides the patterns ``exclude``; with ``"none"`` that is nothing."""
     return [] if exclude == NOTHING else default_exclusion(model)
 
 

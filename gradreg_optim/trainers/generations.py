@@ -1,8 +1,8 @@
-"""Trainers that generate, score and differentiate in one ``training_step``: OnlineDPO, and its subclasses NashMD and XPO.
+"""Trainers that generate, score and differentiate in one ``training_step``: OnlineDPO, NashMD and XPO.
 
-For these the second pass repeats the whole ``training_step``. Generation, scoring and judging are not repeated: the results
-of the first pass are returned again, and the random numbers continue as they did then. Only the reference model runs a
-second time; its weights do not move.
+For these the second pass repeats the whole ``training_step``. Generation, scoring and judging are not
+repeated: the results of the first pass are returned again, and the random numbers continue as they did then.
+Only the reference model runs a second time; its weights do not move.
 
 Relied upon (trl 0.27 to 1.16): the names of the class and of the methods below.
 """
@@ -34,8 +34,8 @@ Recorded = tuple[Any, RandomState]  # the result of a call, and the random state
 class Generations:
     """Records the results of these methods in the first pass, and returns them in the second.
 
-    ``methods`` holds the owner and the name of each; it is empty for any other trainer. Results are appended to the list
-    ``recorded``, or read from the iterator ``repeated``, if there is one.
+    ``methods`` holds the owner and the name of each; it is empty for any other trainer. Results are appended
+    to the list ``recorded``, or read from the iterator ``repeated``, if there is one.
     """
 
     def __init__(self, trainer: Any, devices: Callable[[], set[torch.device]]) -> None:

@@ -1,8 +1,9 @@
 """The micro-batches of one step in a trainer: recorded in the first pass, repeated in the further ones.
 
-A second pass can repeat a micro-batch that consists of one ``compute_loss`` and one ``accelerator.backward``; anything
-else is refused. It repeats the Trainer's own ``training_step``, which scales losses as its version does, on the inputs
-that ``compute_loss`` got. Each micro-batch starts from the random numbers and the trainer's state of its first pass.
+A second pass can repeat a micro-batch that consists of one ``compute_loss`` and one ``accelerator.backward``;
+anything else is refused. It repeats the Trainer's own ``training_step``, which scales losses as its version
+does, on the inputs that ``compute_loss`` got. Each micro-batch starts from the random numbers and the
+trainer's state of its first pass.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -51,8 +52,8 @@ class MicroBatch:
 class Window:
     """The micro-batches of one window of gradient accumulation, which is one step of the ``optimizer``.
 
-    ``passes`` are those of the step, ``is_repeating`` tells whether a further one runs. Memory: the inputs of the
-    window. Without a penalty nothing is recorded.
+    ``passes`` are those of the step, ``is_repeating`` tells whether a further one runs. Memory: the inputs of
+    the window. Without a penalty nothing is recorded.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Window:
         self.is_repeating = False
         self._trainer, self._optimizer = trainer, optimizer
         self._generations, self._old_policy = generations, old_policy
+        self._allows_backwards = False
         self._expected = ""  # the next call of a regularized micro-batch: "loss", then "backward", then none
         self._is_engine = hasattr(
             optimizer, "held_step"
@@ -83,7 +85,7 @@ class Window:
         self._expected = "loss" if self.regularizes else ""
 
     def record(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> MicroBatch | None:
-        """Record the state before a loss is computed; ``None`` outside the micro-batches of a regularized window."""
+        """Record the state before a loss is computed; ``None`` where nothing is recorded."""
         if not self._expected:
             return None
         if self._expected != "loss":
@@ -104,6 +106,40 @@ class Window:
             raise not_repeatable(self._trainer, "accelerator.backward got a loss that is not compute_loss's")
         if self.regularizes:
             self.micro_batches[-1].loss = loss.detach()
+
+    def allowing_backwards(self) -> Patches:
+        """Around what further passes repeat: ``compute_loss`` and ``accelerator.backward``."""
+        return Patches().set(self, "_allows_backwards", True)
+
+    def refusing_other_backwards(self) -> Patches:
+        """Around ``training_step``: raise before it runs a backward of its own.
+
+        Adversarial training (FGM, PGD), contrastive or auxiliary terms are often written so. Further passes
+        would lack its gradient, and the difference of the gradients would contain it. Every backward in
+        Python calls ``torch.autograd.backward``.
+        """
+
+        def check(backward: Callable[..., Any], tensors: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.regularizes and not self._allows_backwards:
+                starts = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+                inputs = kwargs.get("inputs", args[4] if len(args) > 4 else None)
+                reached = (
+                    list(_leaves(starts))
+                    if inputs is None
+                    else [inputs]
+                    if isinstance(inputs, Tensor)
+                    else inputs
+                )
+                known = {id(p) for group in self._optimizer._groups_with_names() for p in group["params"]}
+                # In FSDP2's graph other parameters are whole ones.
+                is_sharded = isinstance(self._trainer.model_wrapped, FSDPModule)
+                if any(
+                    id(leaf) in known or (is_sharded and isinstance(leaf, nn.Parameter)) for leaf in reached
+                ):
+                    raise not_repeatable(self._trainer, "training_step ran a backward besides compute_loss's")
+            return backward(tensors, *args, **kwargs)
+
+        return Patches().answer(torch.autograd, "backward", check)
 
     def end_micro_batch(self) -> None:
         """The gradient of the micro-batch is accumulated."""
@@ -134,7 +170,7 @@ class Window:
 
     @contextmanager
     def _prepared(self, modules: AbstractContextManager[None]) -> Iterator[Patches]:
-        """Let the block repeat micro-batches; then restore trainer, random numbers, ``modules`` and engine."""
+        """Let the block repeat micro-batches; then restore trainer, random numbers, modules and engine."""
         trainer: Any = self._trainer
         gradient_state = trainer.accelerator.gradient_state
         with (
@@ -155,7 +191,7 @@ class Window:
             yield replaced
 
     def _repeat(self, micro_batch: MicroBatch) -> None:
-        """Run the training step of one micro-batch from its recorded state: the Trainer's own, or a whole one."""
+        """Run the training step of one micro-batch from its recorded state."""
         trainer, inputs = self._trainer, copied(micro_batch.inputs)
         put_state(trainer, micro_batch.state)
         micro_batch.clipped_before = clipped_so_far(trainer)
@@ -164,7 +200,7 @@ class Window:
         self._generations.repeated = iter(micro_batch.generations)
         is_whole = bool(self._generations.methods)
         step = trainer.training_step if is_whole else functools.partial(Trainer.training_step, trainer)
-        # TRL's activation offloading has to be entered anew for each training step, or later backwards free nothing.
+        # TRL's activation offloading is entered for each training step, or later backwards free nothing.
         offloading = getattr(trainer, "maybe_activation_offload_context", nullcontext())
         with offloading, self._old_policy.repeating(self._optimizer.resample, inputs, micro_batch.first):
             step(micro_batch.model, inputs, micro_batch.num_items_in_batch)
@@ -172,10 +208,11 @@ class Window:
     # The repeated loss.
 
     def compare_losses(self) -> str | None:
-        """Repeat the first loss at θ; ``None`` if it is the same one, else what the two were. All ranks agree.
+        """Repeat the first loss at θ; ``None`` if it is the same, else what the two were. All ranks agree.
 
-        Costs one forward, and a second, with gradients, for a loss that differentiates by itself or looks whether it
-        may. Under FSDP2 it costs one with gradients and its backward: the end of a backward ends a forward there.
+        Costs one forward, and a second, with gradients, for a loss that differentiates by itself or looks
+        whether it may. Under FSDP2 it costs one with gradients and its backward: the end of a backward ends a
+        forward there.
         """
         accelerator: Any = self._trainer.accelerator
         recorded = repeated = equal = cast(Tensor, self.micro_batches[0].loss)
@@ -186,15 +223,15 @@ class Window:
                 if enabled or isinstance(error, torch.OutOfMemoryError):
                     raise
                 repeated = recorded + math.inf
-            # Equal up to kernels that add in no fixed order: a bf16 loss has three digits, and GRPO's cancels to 0.
+            # Kernels add in no fixed order, a bf16 loss has three digits, and GRPO's terms cancel.
             equal = torch.isclose(repeated.float(), recorded.float(), rtol=1e-3, atol=1e-5, equal_nan=True)
             if accelerator.reduce((~equal).float(), "sum") == 0:
                 return None
-        elsewhere = " (they differ on another rank)" if equal else ""
-        return f"{float(recorded)!r}, and {float(repeated)!r} when it was repeated at the same weights{elsewhere}"
+        values = f"{float(recorded)!r}, and {float(repeated)!r} when it was repeated at the same weights"
+        return f"{values} (they differ on another rank)" if equal else values
 
     def _repeated_loss(self, micro_batch: MicroBatch, enabled: bool) -> Tensor:
-        """The loss of ``micro_batch`` at the current weights, computed with gradients ``enabled`` or without."""
+        """The loss of ``micro_batch`` at the current weights, with gradients ``enabled`` or without."""
         losses: list[Tensor] = []
         accelerator: Any = self._trainer.accelerator
         has_backward = _is_fsdp2(micro_batch.model)
@@ -222,11 +259,24 @@ class Window:
 def not_repeatable(trainer: Trainer, what: str) -> RuntimeError:
     """Return the error about a trainer that does ``what``, which a second pass cannot repeat."""
     return RuntimeError(
-        f"{type(trainer).__name__}: {what}. The second pass repeats micro-batches of one compute_loss and one "
-        "accelerator.backward each. It would leave out or change the penalty of any other step. "
-        "Call optimizer.step(closure) in a training loop of your own, or train without GradRegOptimizer."
+        f"{type(trainer).__name__}: {what}. The second pass repeats micro-batches of one compute_loss and "
+        "one accelerator.backward each. It would leave out or change the penalty of any other step. Call "
+        "optimizer.step(closure) in a training loop of your own, or train without GradRegOptimizer."
     )
 
 
 def _is_fsdp2(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def _leaves(tensors: list[Tensor]) -> Iterator[Tensor]:
+    """The tensors into which a backward from ``tensors`` accumulates gradients."""
+    yield from (tensor for tensor in tensors if tensor.grad_fn is None)
+    todo: list[Any] = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    seen: set[Any] = set(todo)
+    for node in todo:  # the loop appends to it
+        if hasattr(node, "variable"):
+            yield node.variable
+        new = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= new
+        todo += new

@@ -1,22 +1,25 @@
 """Which policy the second pass of GRPO, RLOO and similar losses calls "old": the setting ``resample``.
 
-These losses estimate ∇J(θ) = E[A(y) ∇log π_θ(y)], y ∼ π_θ, through a ratio to the old policy, which drew y. The second
-pass runs at θ' on the same completions. Both modes cost the same, apart from one stored number per token.
+These losses estimate ∇J(θ) = E[A(y) ∇log π_θ(y)], y ∼ π_θ, through a ratio to the old policy, which drew y.
+The second pass runs at θ' on the same completions. Both modes cost the same, apart from one stored number per
+token.
 
-``"reuse"``, the published default: if the inputs hold no old log-probabilities, GRPO takes the policy at θ' as old. Its
-    ratio is 1, so (g2 − g1)/ε lacks one term of H·d: E[A ∇log π (∇log π · d)], the change of the distribution of y.
-``"sequence"``, where that bias matters: old is the policy at θ, and every loss takes the ratio π_θ'(y)/π_θ(y) of whole
-    completions, times its own ratio in the first pass. The gradient is unbiased, as if completions had been drawn at θ'.
-    The clip range is open in the further passes, unless the first pass clipped: a ratio that is clipped ahead of θ and
-    not behind it would look like curvature.
+``"reuse"``, the published default: if the inputs hold no old log-probabilities, GRPO takes the policy at θ'
+    as old. Its ratio is 1, so (g2 − g1)/ε lacks one term of H·d: E[A ∇log π (∇log π · d)], the change of the
+    distribution of y.
+``"sequence"``, where that bias matters: old is the policy at θ, and every loss takes the ratio π_θ'(y)/π_θ(y)
+    of whole completions, times its own ratio in the first pass. The gradient is unbiased, as if completions
+    had been drawn at θ'. The clip range is open in the further passes, unless the first pass clipped: a ratio
+    that is clipped ahead of θ and not behind it would look like curvature.
 
 Old log-probabilities in the inputs (RLOO's; GRPO's with several iterations or steps per generation, or vLLM's
-correction) stay: they belong to the policy that drew y. Advantages are constants (RLOO's contain its KL penalty), tokens
-are selected by entropy or dropped as off-policy again, and only ``use_bias_correction_kl`` reweights GRPO's KL penalty.
-With ``"reuse"`` clip ranges act at θ' (``clipped_by_loss``). VESPO is refused: its weight is not the ratio, and falls
-with it where advantages are positive.
+correction) stay: they belong to the policy that drew y. Advantages are constants (RLOO's contain its KL
+penalty), tokens are selected by entropy or dropped as off-policy again, and only ``use_bias_correction_kl``
+reweights GRPO's KL penalty. With ``"reuse"`` clip ranges act at θ' (``clipped_by_loss``). VESPO is refused:
+its weight is not the ratio, and falls with it where advantages are positive.
 
-Relied upon (trl 0.27 to 1.16): the names below; losses call ``LOG_P_METHOD`` before they read ``old_per_token_logps``.
+Relied upon (trl 0.27 to 1.16): the names below; losses call ``LOG_P_METHOD`` before they read
+``old_per_token_logps``.
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ _CLIPPED = ("clip_ratio/region_mean", "cispo_clip_ratio", "clip_ratio")
 
 @dataclass
 class FirstPass:
-    """What the further passes of a loss need of its first one: log-probabilities of completions, whether it clipped."""
+    """Of the first pass of a loss: the log-probabilities of completions, and whether it clipped."""
 
     log_p: Tensor | None = None
     has_clipped: bool = False
@@ -110,12 +113,12 @@ class OldPolicy:
     def refusal(self, resample: str, why: str) -> RuntimeError:
         """Return the error about completions that cannot be reweighted."""
         return RuntimeError(
-            f"{type(self._trainer).__name__}: resample={resample!r} takes ratios to the policy at θ, but {why}. "
-            "Use resample='reuse', or GRPO or RLOO with one of TRL's own losses, not Liger's."
+            f"{type(self._trainer).__name__}: resample={resample!r} takes ratios to the policy at θ, but "
+            f"{why}. Use resample='reuse', or GRPO or RLOO with one of TRL's own losses, not Liger's."
         )
 
     def __call__(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call ``method``, which is ``LOG_P_METHOD``; its first call in a loss is the one on unmodified completions."""
+        """Call the ``LOG_P_METHOD``. Its first call in a loss is the one on unmodified completions."""
         result = method(*args, **kwargs)
         listener, self._listener = self._listener, None
         if listener is not None:
@@ -129,10 +132,10 @@ def has_old_policy(inputs: Any, names: tuple[str, ...] = _OLD_LOG_P) -> bool:
 
 
 def clipped_by_loss(trainer: Any, before: Mapping[str, int]) -> float | None:
-    """Return the fraction of tokens, or of completions where those have one ratio, that the last loss clipped.
+    """Return the fraction of tokens, or of completions where they have one ratio, that the last loss clipped.
 
-    The figure is the loss's own, over all ranks. ``before``: :func:`clipped_so_far` at the start of that loss; ``None`` if
-    the loss has logged no such metric since.
+    The figure is the loss's own, over all ranks. ``before``: :func:`clipped_so_far` at the start of that
+    loss; ``None`` if the loss has logged no such metric since.
     """
     figures = _figures(trainer)
     return next(
@@ -142,7 +145,7 @@ def clipped_by_loss(trainer: Any, before: Mapping[str, int]) -> float | None:
 
 
 def clipped_so_far(trainer: Any) -> dict[str, int]:
-    """Return how many clipped fractions the trainer has logged since its last log, for each of their names."""
+    """Return how many clipped fractions of each name the trainer has logged since its last log."""
     figures = _figures(trainer)
     return {name: len(figures.get(name, ())) for name in _CLIPPED}
 

@@ -12,7 +12,7 @@ class Patches(ExitStack):
     """What was replaced. ``close()``, or the end of a ``with`` block, restores it in the reverse order."""
 
     def answer(self, owner: Any, name: str, listener: Callable[..., Any]) -> Patches:
-        """Replace the method ``owner.name`` by ``listener``, which gets the original as its first argument."""
+        """Replace the method ``owner.name`` by ``listener``, whose first argument is the original."""
         original = getattr(owner, name)
 
         @functools.wraps(original)

@@ -1,8 +1,9 @@
 """Isolates a trainer from the second pass, which works on copies of its metrics, counters and ``state``.
 
-Copied are attributes of the trainer and of ``trainer.state``: numbers, texts, containers, tensors and arrays of at
-most ``LARGE`` elements, and objects with an ``update`` method, such as metrics, also inside containers. Anything else
-that a loss changes it changes in every pass; the repeated loss and ``loss_check`` tell when that matters.
+Copied are attributes of the trainer and of ``trainer.state``: numbers, texts, containers, tensors and arrays
+of at most ``LARGE`` elements, and objects with an ``update`` method, such as metrics, also inside containers.
+Anything else that a loss changes it changes in every pass; the repeated loss and ``loss_check`` tell when
+that matters.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ LARGE, MANY = 2**22, 10_000
 """Elements of tensors and arrays, and of containers, up to which they are copied."""
 
 _READ_ONLY = {
-    "train_dataset", "eval_dataset", "_buffered_inputs", "args", "state", "control", "data_collator", "accelerator",
-    "optimizer", "lr_scheduler", "callback_handler", "processing_class", "_gradreg_attachment", "log_history",
+    "train_dataset", "eval_dataset", "_buffered_inputs", "args", "state", "control", "data_collator",
+    "accelerator", "optimizer", "lr_scheduler", "callback_handler", "processing_class", "_gradreg_attachment",
+    "log_history",
 }  # fmt: skip
 """Attributes of trainers and of their ``state`` that losses only read, or that have rules of their own."""
 
@@ -51,7 +53,7 @@ def put_state(trainer: Any, state: State) -> None:
 
 @contextmanager
 def untouched(trainer: Any) -> Iterator[None]:
-    """Let the block work on copies of the trainer's state, and replace its attributes; restore them afterwards."""
+    """Let the block work on copies of the trainer's state and replace attributes; restore them afterwards."""
     before, state = dict(vars(trainer)), _attributes(trainer)
     trainer.state = copy.copy(trainer.state)
     put_state(trainer, state)
@@ -63,7 +65,7 @@ def untouched(trainer: Any) -> Iterator[None]:
 
 
 def copied(value: Any, *, with_tensors: bool = False, memo: dict[int, Any] | None = None) -> Any:
-    """Copy containers recursively; what is inside is shared, but for tensors, arrays and metrics ``with_tensors``.
+    """Copy containers recursively, and ``with_tensors`` also the tensors, arrays and metrics inside.
 
     >>> inputs = {"labels": [1, 2]}
     >>> copied(inputs)["labels"].append(3); inputs

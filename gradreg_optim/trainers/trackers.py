@@ -1,7 +1,8 @@
 """Notes the penalty where a run is described: the configuration that trackers keep of it, and the model card.
 
-Relied upon (transformers 4.57 to 5.23): callbacks of trackers hold their module in ``_wandb`` or ``_trackio``, are
-``_initialized`` before the first step and update ``config`` with ``allow_val_change=True``; TensorBoard's has ``tb_writer``.
+Relied upon (transformers 4.57 to 5.23): callbacks of trackers hold their module in ``_wandb`` or
+``_trackio``, are ``_initialized`` before the first step and update ``config`` with ``allow_val_change=True``;
+TensorBoard's has ``tb_writer``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ TAG = "gradreg_optim"
 
 
 def tell_trackers(trainer: Trainer, optimizer: Any) -> None:
-    """Add the settings that ``optimizer`` trains with to what W&B, trackio and TensorBoard record of the run."""
+    """Add the settings that ``optimizer`` trains with to what W&B, trackio and TensorBoard record."""
     if not trainer.state.is_world_process_zero:
         return
     flags = as_flags(_settings_in_use(optimizer))
@@ -35,7 +36,7 @@ def tell_trackers(trainer: Trainer, optimizer: Any) -> None:
 
 
 def _settings_in_use(optimizer: Any) -> dict[str, Any]:
-    """The settings of the groups, which a checkpoint may have brought; where groups differ, the list of their values."""
+    """The settings of the groups, which a checkpoint may have brought; a list where groups differ."""
     groups = optimizer.param_groups
     settings = {"resample": optimizer.resample, "exclude": optimizer.exclude}
     for name in (*SHARED, *PER_GROUP):

@@ -260,17 +260,6 @@ def train_with_given_optimizer(folder, name):
             return str(error)
 
 
-def train_with_late_callback(folder, name):
-    """What a trainer says to a callback that comes after its constructor, and its weights before and after."""
-    with engine(name, folder) as settings:
-        trainer = make("sft", folder, "late callback", REAL, **settings)
-        weights = Weights(trainer)
-        try:
-            trainer.train()
-        except RuntimeError as error:
-            return str(error), len(weights.kept)
-
-
 class Creating(SFTTrainer):
     """Makes the wrapper in ``create_optimizer``, as plugins of training stacks do."""
 

@@ -3,10 +3,12 @@
 import pytest
 import torch
 import transformers
-from trainers import AT_THETA, PLAIN, REAL, Spy, assert_same, llama, own_figures, penalties, weights
+from trainers import AT_THETA, PLAIN, REAL, Spy, assert_same, at_theta, llama, own_figures, penalties, weights
 
-from gradreg_optim import GradRegOptimizer, attach
+from gradreg_optim import GradRegCallback, GradRegConfig, GradRegOptimizer, attach
 from gradreg_optim.trainers.exclusion import default_exclusion
+
+pytestmark = at_theta
 
 SIZES = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 GPT2 = {"vocab_size": 24, "n_embd": 16, "n_layer": 2, "n_head": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
@@ -171,11 +173,11 @@ LATE = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
 
 @pytest.mark.parametrize("on", ["wrapper", "base"])
 @pytest.mark.parametrize(
-    ("exclude", "expected"), [((), [0, 2]), ("none", []), ("norm", [1])], ids=["default", "nothing", "pattern"]
+    ("exclude", "expected"), [((), [0, 2]), ("none", []), ("norm", [0, 1, 2])], ids=["default", "nothing", "pattern"]
 )
 @pytest.mark.parametrize("how", ["optimizers", "attach"])
 def test_parameters_unfrozen_later_are_left_out_as_well(how, exclude, expected, on, tmp_path):
-    """The default, or the user's pattern, holds for a group that a callback adds in training."""
+    """The default, and the user's pattern beside it, hold for a group that a callback adds in training."""
     model = llama()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in LATE)
@@ -194,3 +196,64 @@ def test_parameters_unfrozen_later_are_left_out_as_well(how, exclude, expected, 
     groups = trainer._gradreg_attachment.optimizer.param_groups
     assert [len(group["params"]) for group in groups][1] == len(LATE)
     assert groups[1]["gradreg_excluded"] == expected
+
+
+class Creating(transformers.Trainer):
+    """Makes the wrapper in ``create_optimizer``."""
+
+    def create_optimizer(self, *_):
+        if self.optimizer is None:
+            self.optimizer = GradRegOptimizer(torch.optim.SGD(self.model.parameters(), lr=0.1), **self.settings)
+        return self.optimizer
+
+
+def given(model, settings, make):
+    return make(optimizers=(GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **settings), None))
+
+
+def attached(_model, settings, make):
+    attach(trainer := make(), **settings)
+    return trainer
+
+
+def configured(_model, settings, make):
+    patterns = settings["exclude"]
+    config = GradRegConfig(grad_reg_strength=0.1, grad_reg_exclude=[patterns] if isinstance(patterns, str) else None)
+    attach(trainer := make(), config)
+    return trainer
+
+
+def called(_model, settings, make):
+    return make(callbacks=[GradRegCallback(**settings)])
+
+
+def creating(_model, settings, make):
+    trainer = make(Creating)
+    trainer.settings = settings
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("exclude", "expected"),
+    [((), {"embed_tokens", "lm_head"}), ("norm", {"embed_tokens", "lm_head", "norm"}), ("none", set())],
+    ids=["default", "pattern", "nothing"],
+)
+@pytest.mark.parametrize("way", [given, attached, configured, called, creating])
+def test_patterns_are_added_to_the_default(way, exclude, expected, tmp_path):
+    """However the penalty came, and in a second training too."""
+    model = llama()
+
+    def make(trainer_class=transformers.Trainer, **more):
+        arguments = transformers.TrainingArguments(output_dir=str(tmp_path), **PLAIN | {"max_steps": 1})
+        data = [{"input_ids": [3, 4, 5, 6], "labels": [3, 4, 5, 6]}] * 16
+        return trainer_class(model=model, args=arguments, train_dataset=data, **more)
+
+    trainer = way(model, {"strength": 0.1, "exclude": exclude, "model": model}, make)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for _ in range(2):
+        trainer.train()
+        groups = trainer._gradreg_attachment.optimizer.param_groups
+        left_out = [names[id(group["params"][i])] for group in groups for i in group["gradreg_excluded"]]
+        parts = {part for name in left_out for part in ("embed_tokens", "lm_head", "norm") if part in name}
+        assert parts == expected
+        assert len(left_out) == {0: 0, 2: 2, 3: 7}[len(expected)]  # five norms in two layers

@@ -8,10 +8,12 @@ import numpy
 import pytest
 import torch
 from torch import nn
-from trainers import AT_THETA, REAL, assert_same, build, llama, weights
+from trainers import AT_THETA, REAL, assert_same, at_theta, build, llama, weights
 from trl import SFTTrainer
 
 from gradreg_optim.trainers import snapshot
+
+pytestmark = at_theta
 
 
 class Meter:

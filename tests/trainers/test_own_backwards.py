@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch.nn import functional as F
-from trainers import AT_THETA, REAL, assert_same, build, llama, weights
+from trainers import AT_THETA, REAL, assert_same, at_theta, build, llama, weights
 from trl import SFTTrainer
+
+pytestmark = at_theta
 
 
 class Auxiliary(SFTTrainer):

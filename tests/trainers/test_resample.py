@@ -10,13 +10,15 @@ import torch
 from test_trainer_update import EXCLUDED, completion_log_probabilities, distance, double, norm, trained
 from torch.optim import SGD
 from trainer_kinds import build_kind, find
-from trainers import AT_THETA, REAL, UNCLIPPED, assert_same, build, llama, penalties, weights
+from trainers import AT_THETA, REAL, UNCLIPPED, assert_same, at_theta, build, llama, penalties, weights
 from transformers import LlamaForCausalLM
 from transformers.utils import ModelOutput
 from trl import GRPOTrainer, RLOOTrainer, SFTTrainer
 
 from gradreg_optim import GradRegConfig, attach
 from gradreg_optim.trainers.old_policy import FirstPass, OldPolicy, clipped_by_loss, clipped_so_far
+
+pytestmark = at_theta
 
 ACTIONS, PROMPT = 5, 3
 EXACT = 1e-12
@@ -295,30 +297,33 @@ def test_first_update_is_the_formula(kind, accumulation, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
-def test_a_clip_range_is_open_in_the_second_pass(kind, tmp_path):
-    """A range of 3e-4 would clip at θ' and not at θ − ε·d; it clips at neither, and both differences agree."""
-    settings, tight = {"gradient_accumulation_steps": 2, "epsilon": 3e-4}, (3e-4, 3e-4)
-    trainer, spy, steps = trained(kind, tmp_path, {**REAL, "resample": "sequence", "check_every": 1}, **settings)
+def test_a_clip_range_is_open_in_further_passes(kind, tmp_path):
+    """A range of 3e-4 clips at θ − ε·d alone, were it not open there: the differences ahead and behind agree."""
+    settings = {"gradient_accumulation_steps": 2, "epsilon": 3e-4}
+    wrapped = {**REAL, "resample": "sequence", "check_every": 1}
+    trainer, spy, steps = trained(kind, tmp_path, wrapped, **settings)
     start, window = steps.weights[0], spy.inputs[:2]
-    expected, _ = formula(kind, trainer.model, start, window, **REAL)
-    closed, clipped = formula(kind, trainer.model, start, window, epsilon=tight, **REAL)
+    behind = {**REAL, "eps": -REAL["eps"]}
+    _, clipped = formula(kind, trainer.model, start, window, epsilon=(3e-4, 3e-4), **behind)
     assert clipped > 0.1
-    assert distance(closed, expected) > 1e-2 * norm(expected)
+    expected, _ = formula(kind, trainer.model, start, window, **REAL)
     assert distance(steps.update(0), expected) < 2e-5 * norm(expected)  # as above
     assert penalties(trainer, "self_check")[0] > 0.9
     assert [entry["clip_ratio/region_mean"] for entry in trainer.state.log_history if "loss" in entry] == [0.0]  # at θ
-    assert (trainer.epsilon_low, trainer.epsilon_high) == tight
+    assert (trainer.epsilon_low, trainer.epsilon_high) == (3e-4, 3e-4)
 
 
 def test_reused_completions_are_clipped(tmp_path):
-    """RLOO's ratio refers to the policy that sampled: a range of 3e-4 clips at θ', and the figure is the float64 one."""
+    """RLOO's ratio refers to the policy that sampled, and a range of 3e-4 clips behind θ: the figure is the float64 one."""
     settings = {"gradient_accumulation_steps": 2, "epsilon": 3e-4}
-    trainer, spy, steps = trained("rloo", tmp_path, REAL, **settings)
-    tight = (3e-4, 3e-4)
-    expected, clipped = formula("rloo", trainer.model, steps.weights[0], spy.inputs[:2], epsilon=tight, **REAL)
-    assert clipped > 0.1
-    assert penalties(trainer, "clipped_by_loss") == pytest.approx([clipped], abs=1e-6)  # no ratio is that near the edge
-    assert distance(steps.update(0), expected) < 2e-5 * norm(expected)  # as above
+    trainer, spy, steps = trained("rloo", tmp_path, REAL | {"method": "central"}, **settings)
+    fractions = [
+        formula("rloo", trainer.model, steps.weights[0], spy.inputs[:2], epsilon=(3e-4, 3e-4), strength=1.0, eps=eps)[1]
+        for eps in (REAL["eps"], -REAL["eps"])
+    ]
+    assert max(fractions) > 0.1
+    mean = pytest.approx(sum(fractions) / 2, abs=1e-6)  # no ratio is that near the edge
+    assert penalties(trainer, "clipped_by_loss") == [mean]
 
 
 @pytest.mark.parametrize("tool_mask", [None, [1, 0]], ids=["", "tools"])

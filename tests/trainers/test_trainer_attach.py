@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD
-from trainers import AT_THETA, REAL, Spy, adamw, assert_same, build, llama, weights
-from transformers import TrainerCallback
+from trainers import AT_THETA, PLAIN, REAL, Spy, adamw, assert_same, at_theta, build, llama, penalties, weights
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTTrainer
 
-from gradreg_optim import GradRegConfig, GradRegOptimizer, attach, detach
+from gradreg_optim import GradRegCallback, GradRegConfig, GradRegOptimizer, attach, detach
+
+pytestmark = at_theta
 
 
 def belongings(trainer):
@@ -374,3 +376,44 @@ def test_parameters_beside_the_model_are_trained(tmp_path):
     trainer.scale = scale
     trainer.train()
     assert scale.item() != 1
+
+
+@pytest.mark.parametrize("by", ["optimizers", "attach", "callback"])
+def test_an_accelerator_that_is_made_anew_is_used(by, tmp_path):
+    """A search for hyperparameters makes one for each trial: the second pass runs in each training."""
+    wrapped = REAL if by == "optimizers" else None
+    callbacks = [GradRegCallback(**REAL)] if by == "callback" else []
+    trainer = build("sft", tmp_path, base=None if by == "attach" else adamw, wrapped=wrapped, callbacks=callbacks)
+    if by == "attach":
+        attach(trainer, **REAL)
+    spy = Spy(trainer)
+    for _ in range(2):
+        trainer.create_accelerator_and_postprocess()
+        trainer.train()
+        assert len(spy.losses) == 2 * 3
+        assert "backward" not in vars(trainer.accelerator)
+        spy.losses.clear()
+
+
+@pytest.mark.parametrize("by", ["attach", "callback"])
+def test_a_search_for_hyperparameters(by, tmp_path):
+    """Every trial is regularized, and so is a training after the search."""
+    pytest.importorskip("optuna", reason="the search needs a backend")
+    trainer = Trainer(
+        model_init=lambda _trial=None: llama(),
+        args=TrainingArguments(output_dir=str(tmp_path), **PLAIN | {"max_steps": 2}),
+        train_dataset=(rows := [{"input_ids": [3, 4, 5, 6], "labels": [3, 4, 5, 6]}] * 8),
+        eval_dataset=rows[:2],
+        callbacks=[GradRegCallback(**REAL)] if by == "callback" else [],
+    )
+    if by == "attach":
+        attach(trainer, **REAL)
+    ratios = []
+
+    def rate(trial):
+        ratios.append(len(penalties(trainer, "penalty_ratio")))
+        return {"learning_rate": trial.suggest_float("learning_rate", 1e-3, 1e-2)}
+
+    trainer.hyperparameter_search(hp_space=rate, n_trials=2, backend="optuna")
+    trainer.train()
+    assert [*ratios, len(penalties(trainer, "penalty_ratio"))] == [0, 2, 2]

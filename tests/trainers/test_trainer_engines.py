@@ -1,5 +1,6 @@
 """Trainers on two ranks, under the engines of Accelerate: their updates are those of one process on the global batch."""
 
+import functools
 import importlib.util
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import trainer_engine_worker as worker
 from distributed import World
 from test_trainer_update import EXCLUDED, distance, formula, norm
-from trainers import REAL, assert_same, llama
+from trainers import REAL, assert_same, first_passes, llama
 
 DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is an extra")
 ENGINES = {
@@ -37,13 +38,28 @@ def world():
     ranks.close()
 
 
+@pytest.fixture(scope="module")
+def trained(world, tmp_path_factory):
+    """What the ranks did in a training, which runs once for all tests that look at it."""
+
+    @functools.cache
+    def run(engine, **arguments):
+        return world.run(worker.train, tmp_path_factory.mktemp(engine), engine, **arguments)
+
+    def with_defaults(engine, **arguments):
+        arguments = {"how": "attach", "kind": "sft", "accumulation": 1, **arguments}
+        return run(engine, **dict(sorted(arguments.items())))
+
+    return with_defaults
+
+
 def assert_updates_are_the_formula(ranks, accumulation, kind="sft", engine=""):
     """Both updates against the float64 reference over the micro-batches of both ranks."""
     first, second = (next(iter(rank["inputs"][0].values())) for rank in ranks)
     assert first.shape != second.shape or not torch.equal(first, second)
     weights = ranks[0]["weights"]
     for step in (0, 1):
-        begin = 2 * accumulation * step
+        begin = first_passes(kind) * accumulation * step
         window = [batch for rank in ranks for batch in rank["inputs"][begin : begin + accumulation]]
         expected, g1 = formula(LOSS.get(kind, kind), llama(), weights[step], window, **REAL)
         assert distance(expected, g1) > 0.02 * norm(g1)
@@ -64,20 +80,18 @@ def assert_updates_are_the_formula(ranks, accumulation, kind="sft", engine=""):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @on(*ENGINES)
-def test_updates_are_those_of_one_process(world, engine, accumulation, tmp_path):
+def test_updates_are_those_of_one_process(trained, engine, accumulation):
     """SFT by ``attach``: each update is −g1 − (γ/ε)·(g2 − g1) of the loss over both ranks' micro-batches."""
-    ranks = world.run(worker.train, tmp_path, engine, how="attach", accumulation=accumulation)
+    ranks = trained(engine, accumulation=accumulation)
     assert [rank["engine"] for rank in ranks] == [ENGINES[engine]] * 2
     assert_updates_are_the_formula(ranks, accumulation, engine=engine)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @on("ddp", "zero0", "zero2", "zero3")
-def test_given_optimizer_updates_alike(world, engine, accumulation, tmp_path):
+def test_given_optimizer_updates_alike(trained, engine, accumulation):
     """The same by ``optimizers=``, where the Trainer takes one, bit for bit what ``attach`` gives."""
-    given, attached = (
-        world.run(worker.train, tmp_path, engine, how=how, accumulation=accumulation) for how in ("optimizers", "attach")
-    )
+    given, attached = (trained(engine, how=how, accumulation=accumulation) for how in ("optimizers", "attach"))
     assert_updates_are_the_formula(given, accumulation, engine=engine)
     for step in (1, 2):
         assert_same(given[0]["weights"][step], attached[0]["weights"][step])
@@ -91,16 +105,16 @@ def test_fsdp_needs_attach(world, tmp_path):
 
 @pytest.mark.parametrize(("kind", "engine"), [("grpo", "ddp"), ("plain", "ddp"), ("plain", "fsdp2")])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_other_trainers_update_alike(world, kind, engine, accumulation, tmp_path):
+def test_other_trainers_update_alike(trained, kind, engine, accumulation):
     """GRPO, with completions and advantages of its own on each rank, and Transformers' own Trainer."""
-    ranks = world.run(worker.train, tmp_path, engine, kind=kind, how="attach", accumulation=accumulation)
+    ranks = trained(engine, kind=kind, accumulation=accumulation)
     assert_updates_are_the_formula(ranks, accumulation, kind, engine)
 
 
 @on("ddp", "fsdp2")
-def test_gradients_are_reduced_at_the_end_of_a_window_only(world, engine, tmp_path):
+def test_gradients_are_reduced_at_the_end_of_a_window_only(trained, engine):
     """``no_sync`` holds in both passes: of three micro-batches the first two of each pass send no gradient."""
-    for rank in world.run(worker.train, tmp_path, engine, how="attach", accumulation=3, max_steps=1):
+    for rank in trained(engine, accumulation=3, max_steps=1):
         reductions = rank["reductions"]
         assert len(reductions) == 2 * 3
         assert reductions[0] == reductions[1] == reductions[3] == reductions[4] == 0
@@ -108,12 +122,12 @@ def test_gradients_are_reduced_at_the_end_of_a_window_only(world, engine, tmp_pa
 
 
 @on(*ENGINES)
-def test_first_loss_is_repeated_once_without_a_trace(world, engine, tmp_path):
-    """One forward more after the first window, with gradients under FSDP2 alone; all else as without it."""
+def test_first_loss_is_repeated_once_without_a_trace(trained, engine):
+    """One forward more in the first two steps, with gradients under FSDP2 alone; all else as without it."""
     arguments = {"how": "attach", "accumulation": 2, "dropout": 0.3}
-    checked, unchecked = (world.run(worker.train, tmp_path, engine, checked=yes, **arguments) for yes in (True, False))
+    checked, unchecked = (trained(engine, checked=yes, **arguments) for yes in (True, False))
     for one, other in zip(checked, unchecked, strict=True):
-        assert one["forwards"] == [True, True, engine == "fsdp2", *[True] * 6]
+        assert one["forwards"] == [True, True, engine == "fsdp2", True, True] * 2
         assert other["forwards"] == [True] * 8
         assert torch.equal(one["random"], other["random"])
         assert one["counters"] == other["counters"]
@@ -123,9 +137,9 @@ def test_first_loss_is_repeated_once_without_a_trace(world, engine, tmp_path):
 
 
 @on("zero0", "zero2", "zero3")
-def test_engine_counts_what_it_counts_without_the_penalty(world, engine, tmp_path):
+def test_engine_counts_what_it_counts_without_the_penalty(trained, engine):
     """Steps, micro-steps, samples and the throughput timer of DeepSpeed's engine are those of plain training."""
-    runs = [world.run(worker.train, tmp_path, engine, how=how, accumulation=2) for how in ("attach", "none")]
+    runs = [trained(engine, how=how, accumulation=2) for how in ("attach", "none")]
     assert runs[0][0]["counters"] == runs[1][0]["counters"]
     assert runs[0][0]["counters"]["global_steps"] == 2
 
@@ -150,24 +164,19 @@ def test_what_a_loss_counts_is_counted_once(world, engine, tmp_path):
 
 
 @on("ddp", "zero0", "zero2", "zero3")
-def test_a_wrapper_that_the_trainer_creates_is_used(world, engine, tmp_path):
+def test_a_wrapper_that_the_trainer_creates_is_used(world, trained, engine, tmp_path):
     """``create_optimizer`` may return a wrapper; under DeepSpeed it is rebuilt before the engine takes its parameters."""
     (weights, figures), *_ = world.run(worker.train_created, tmp_path, engine)
-    attached = world.run(worker.train, tmp_path, engine, how="attach")
+    attached = trained(engine)
     assert len(figures) == 2
     assert_same(weights, attached[0]["weights"][2])
 
 
 @pytest.mark.parametrize("how", ["callback", "late callback"])
 @on("ddp", "fsdp2", "zero0", "zero2", "zero3")
-def test_a_callback_attaches(world, engine, how, tmp_path):
-    """From the constructor, and later where no DeepSpeed engine exists: the weights of ``attach``, bit for bit."""
-    if engine.startswith("zero") and how == "late callback":
-        for message, steps in world.run(worker.train_with_late_callback, tmp_path, engine):
-            assert "give it to the constructor" in message
-            assert steps == 0
-        return
-    found, attached = (world.run(worker.train, tmp_path, engine, how=way)[0] for way in (how, "attach"))
+def test_a_callback_attaches(trained, engine, how):
+    """From the constructor, and when training begins: the weights of ``attach``, bit for bit."""
+    found, attached = (trained(engine, how=way)[0] for way in (how, "attach"))
     assert found["engine"] == ENGINES[engine]
     assert len(found["inputs"]) == len(attached["inputs"]) == 2 * 2
     for step in (1, 2):

@@ -5,10 +5,25 @@ import math
 import pytest
 import torch
 from torch.optim import SGD
-from trainers import AT_THETA, REAL, Spy, adamw, assert_same, build, every_kind, llama, own_figures, penalties, weights
+from trainers import (
+    AT_THETA,
+    REAL,
+    Spy,
+    adamw,
+    assert_same,
+    at_theta,
+    build,
+    every_kind,
+    llama,
+    own_figures,
+    penalties,
+    weights,
+)
 from transformers import TrainerCallback
 
 from gradreg_optim import GradRegOptimizer, attach, detach
+
+pytestmark = at_theta
 
 PLAIN_STEP = {"strength", "skipped"}
 FIGURES = {

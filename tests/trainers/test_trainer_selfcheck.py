@@ -6,8 +6,10 @@ import warnings
 import pytest
 import torch
 from torch.optim import SGD
-from trainers import AT_THETA, REAL, assert_same, build, every_kind, llama, penalties, weights
+from trainers import AT_THETA, REAL, assert_same, at_theta, build, every_kind, llama, penalties, weights
 from trl import SFTTrainer
+
+pytestmark = at_theta
 
 
 class Elsewhere(SFTTrainer):
@@ -81,7 +83,7 @@ def resting(model):
     return SGD(model.parameters(), lr=0.0)
 
 
-@pytest.mark.filterwarnings("ignore:Gradient regularization: the self-check")  # steps of .07 in so small a model
+@pytest.mark.filterwarnings("ignore:Gradient regularization. the self-check")  # steps of .07 in so small a model
 def test_runs_again_later_and_with_each_check(tmp_path):
     """In regularized steps 1, 2, 10 and 100, and where the difference is checked as well."""
     unchecked = {"base": resting, "max_steps": 101, "logging_steps": 200}
@@ -107,7 +109,9 @@ def test_a_loss_that_changes_later_is_told_once(tmp_path):
         trainer.train()
     told = [str(warning.message) for warning in caught if "repeated" in str(warning.message)]
     assert len(told) == 1
-    assert re.match(r"Later: in regularized step 2 the first loss was \d.*, and \d.*Usual causes: .*Keep such", told[0])
+    assert re.match(
+        r".*in regularized step 2 of Later the first loss was \d.*, and \d.*Usual causes: .*Remedy: keep", told[0]
+    )
     assert len(penalties(trainer, "penalty_ratio")) == 10
 
 

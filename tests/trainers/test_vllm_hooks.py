@@ -13,10 +13,25 @@ import numpy
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from trainers import AT_THETA, PLAIN, REAL, assert_same, build, dataset, llama, own_figures, penalties, tokenizer, weights
+from trainers import (
+    AT_THETA,
+    PLAIN,
+    REAL,
+    assert_same,
+    at_theta,
+    build,
+    dataset,
+    llama,
+    own_figures,
+    penalties,
+    tokenizer,
+    weights,
+)
 from transformers import TrainerCallback
 
 from gradreg_optim import attach
+
+pytestmark = at_theta
 
 SHARED = importlib.util.find_spec("trl.generation") is not None
 """Whether vLLM is one module's concern (trl 1.16), or each trainer's (0.27)."""
