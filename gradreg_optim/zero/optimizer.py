@@ -8,7 +8,7 @@ the optimizer step, which is the engine's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from deepspeed import DeepSpeedEngine
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack  # comes with torch; in typing from Python 3.11
 
 from gradreg_optim.core.plan import Plan
+from gradreg_optim.core.same_start import same_start
 from gradreg_optim.core.step import Point
 from gradreg_optim.core.storage import Storage
 from gradreg_optim.optimizer import GradRegOptimizer
@@ -151,8 +152,9 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
 
     def surroundings(self, storage: Storage, plan: Plan) -> Callable[[Point], AbstractContextManager[Any]]:
         """An accumulation window around each pass. The engine clears gradients itself."""
-        self._has_stepped, self._clearing.is_seen = False, True
-        return accumulation_windows(self.engine, self.held_step, super().surroundings(storage, plan))
+        self._has_stepped = False
+        start = same_start(storage.devices, self._model, self._module_state, self._losses, nullcontext)
+        return accumulation_windows(self.engine, self.held_step, start)
 
     def _base_step(self) -> None:
         """Take the engine's step that was held back, on the combined gradient."""
