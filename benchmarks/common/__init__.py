@@ -1,1 +1,1 @@
-"""What several benchmarks share: the place and stamp of results, tables, language models."""
+"""What several benchmarks share: the place and stamp of results, tables, arguments."""

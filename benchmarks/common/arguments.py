@@ -6,7 +6,13 @@ import argparse
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-__all__ = ["at_least", "existing", "require_match"]
+__all__ = ["add_output", "at_least", "existing", "require_match"]
+
+
+def add_output(parser: argparse.ArgumentParser, question: str) -> None:
+    """Add ``--output``: the path of the results."""
+    words = f"path without suffix; default: results/<date>-{question}/result"
+    parser.add_argument("--output", type=Path, help=words)
 
 
 def at_least(low: int, *, multiple_of: int = 1) -> Callable[[str], int]:
@@ -28,7 +34,9 @@ def existing(text: str) -> Path:
     return Path(text)
 
 
-def require_match(parser: argparse.ArgumentParser, flag: str, parts: Iterable[str] | None, names: Iterable[str]) -> None:
+def require_match(
+    parser: argparse.ArgumentParser, flag: str, parts: Iterable[str] | None, names: Iterable[str]
+) -> None:
     """End with an error if one of ``parts``, which ``flag`` gave, is part of none of ``names``."""
     names = list(names)
     for part in parts or ():

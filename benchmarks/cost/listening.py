@@ -33,9 +33,11 @@ ALIASES = {
 
 
 class Listener:
-    """Counts the calls of torch.distributed's collectives, and the bytes of the largest tensor given to each call.
+    """Counts the calls of torch.distributed's collectives, and the bytes of the largest tensor given to each
+    call.
 
-    It replaces the functions in the module, so make it before anything that keeps references to them is imported.
+    It replaces the functions in the module, so make it before anything that keeps references to them is
+    imported.
     """
 
     def __init__(self) -> None:
@@ -51,7 +53,9 @@ class Listener:
                 return function(*args, **kwargs)
             lists = [value if isinstance(value, list) else [value] for value in (*args, *kwargs.values())]
             sizes = [
-                sum(t.nbytes for t in tensors) for tensors in lists if all(isinstance(t, torch.Tensor) for t in tensors)
+                sum(t.nbytes for t in tensors)
+                for tensors in lists
+                if all(isinstance(t, torch.Tensor) for t in tensors)
             ]
             self.counts[f"{ALIASES.get(name, name)} calls"] += 1
             self.counts[f"{ALIASES.get(name, name)} bytes"] += max(sizes, default=0)

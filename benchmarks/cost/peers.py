@@ -1,7 +1,8 @@
-"""The optimizers that GradRegOptimizer is compared with: they take a second gradient, and come as their packages ship them.
+"""The optimizers that GradRegOptimizer is compared with: they take a second gradient, and come as their
+packages ship them.
 
-``PEERS`` names each one's package and builds a step. A measurement leaves out those whose package is not installed;
-:func:`missing` lists them. ``CANNOT_RUN`` lists those that do not run with this version of torch.
+``PEERS`` names each one's package and builds a step. A measurement leaves out those whose package is not
+installed; :func:`missing` lists them. ``CANNOT_RUN`` lists those that do not run with this version of torch.
 """
 
 from __future__ import annotations
@@ -10,21 +11,19 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.metadata import distribution
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest.mock import MagicMock
 
-if TYPE_CHECKING:
-    from benchmarks.cost.variants import Subject
+from benchmarks.common.results import version_of
+from benchmarks.cost.subject import Step, Subject
 
 __all__ = ["CANNOT_RUN", "PEERS", "Peer", "composer_sam", "described", "missing", "present"]
 
-Step = Callable[[], Any]
-
 CANNOT_RUN = {
-    "trl_gradientregularization": "the published implementation: a mixin for the trainers of trl 0.27.2 that imports "
-    "DeepSpeed; it is not an optimizer, has no step of its own, and is not on PyPI",
+    "trl_gradientregularization": "the published implementation: a mixin for the trainers of trl 0.27.2; "
+    "it is not an optimizer, has no step of its own, and is not on PyPI",
     "gnp": "JAX; no step of it could be compared with a torch step",
     "optax.contrib.sam": "JAX, likewise",
     "davda54/sam": "not on PyPI under that name; zij ships the same class",
@@ -36,8 +35,8 @@ CANNOT_RUN = {
 class Peer:
     """One optimizer: its package on PyPI, a function that builds a step, and a note about its row.
 
-    ``period`` is the number of steps after which its cost repeats. ``has_own_tensors``: its first step makes an optimizer
-    state or weights of its own, which do not count as its cost.
+    ``period`` is the number of steps after which its cost repeats. ``has_own_tensors``: its first step makes
+    an optimizer state or weights of its own, which do not count as its cost.
     """
 
     package: str
@@ -102,8 +101,8 @@ def _composer(subject: Subject) -> Step:
 def composer_sam() -> ModuleType:
     """The file of Composer that holds its SAM, loaded without its package.
 
-    The package pins torch below 2.7.1 and cannot be imported with a newer one (its torchvision is of another build). The
-    optimizer uses nothing of the package, so the file's other imports get stand-ins.
+    The package pins torch below 2.7.1 and cannot be imported with a newer one (its torchvision is of another
+    build). The optimizer uses nothing of the package, so the file's other imports get stand-ins.
     """
     names = (
         "composer",
@@ -144,9 +143,7 @@ def _heavyball(subject: Subject) -> Step:
 PEERS = {
     "SAM": Peer("pytorch_optimizer", _sam),
     "WSAM": Peer("pytorch_optimizer", _wsam),
-    "LookSAM, k=4": Peer(
-        "pytorch_optimizer", _looksam, "takes a second gradient in every 4th step, and reuses a part of it", 4
-    ),
+    "LookSAM, k=4": Peer("pytorch_optimizer", _looksam, "takes a second gradient in every 4th step", 4),
     "Composer SAM": Peer(
         "mosaicml",
         _composer,
@@ -155,25 +152,27 @@ PEERS = {
     "HeavyBall SAMWrapper": Peer(
         "heavyball",
         _heavyball,
-        "wraps only HeavyBall's own AdamW, so its base step differs; not compiled, because compiling took 73 s at 10 M "
-        "parameters and made no step shorter",
+        "wraps only HeavyBall's own AdamW, so its base step differs; not compiled, because that took 73 s "
+        "at 10 M parameters and made no step shorter",
         has_own_tensors=True,
     ),
-    "davda54's SAM": Peer(
-        "zij", _zij, "as the package zij ships it; it restores θ by rebinding `.data`", has_own_tensors=True
-    ),
+    "davda54's SAM": Peer("zij", _zij, "restores θ by rebinding `.data`", has_own_tensors=True),
     "sam.pytorch": Peer("sam-pytorch", _sam_pytorch, "restores θ by subtraction, so not bit for bit"),
 }
 
 
 def present() -> dict[str, Peer]:
     """The optimizers whose packages are installed."""
-    return {name: peer for name, peer in PEERS.items() if _version(peer.package)}
+    return {name: peer for name, peer in PEERS.items() if version_of(peer.package)}
 
 
 def missing() -> dict[str, str]:
     """The optimizers whose packages are not installed, each with the name of its package."""
-    return {name: f"{peer.package} is not installed here" for name, peer in PEERS.items() if not _version(peer.package)}
+    return {
+        name: f"{peer.package} is not installed here"
+        for name, peer in PEERS.items()
+        if not version_of(peer.package)
+    }
 
 
 def described(name: str) -> str:
@@ -181,11 +180,4 @@ def described(name: str) -> str:
     if name not in PEERS:
         return name
     package = PEERS[name].package
-    return f"{name} ({package} {_version(package)})"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    return f"{name} ({package} {version_of(package)})"

@@ -1,13 +1,16 @@
 """What does a regularized step cost under ZeRO, compared with two backward passes and one engine step?
 
-    python -m benchmarks.cost.zero_cost     # stages 1, 2 and 3, float32 and bfloat16, two CPU processes over gloo
+    python -m benchmarks.cost.zero_cost     # stages 1, 2 and 3, fp32 and bf16, two CPU processes over gloo
 
 Measured on every rank; only the seconds differ between ranks:
 
-- ``kept``         bytes in use when the second pass begins, beyond those in use when the first pass begins, per parameter.
-                   Plain DeepSpeed keeps nothing between two windows, so regularization adds these bytes.
-- ``collectives``  calls and bytes of a regularized step, minus twice those of a window and once those of the engine's step
-- ``seconds``      a regularized step against two windows and one engine step, timed in turn on an engine of each kind
+- ``kept``         bytes in use when the second pass begins, beyond those in use when the first pass begins,
+                   per parameter. Plain DeepSpeed keeps nothing between two windows, so regularization adds
+                   these bytes.
+- ``collectives``  calls and bytes of a regularized step, minus twice those of a window and once those of
+                   the engine's step
+- ``seconds``      a regularized step against two windows and one engine step, timed in turn on an engine of
+                   each kind
 """
 
 from __future__ import annotations
@@ -31,29 +34,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from tqdm import tqdm
 
-from benchmarks.common.arguments import at_least
-from benchmarks.common.results import stamp, todays
+from benchmarks.common.arguments import add_output, at_least
+from benchmarks.common.results import stamp, todays, write_both
 from benchmarks.common.tables import markdown_table
 from benchmarks.cost.listening import Listener, bytes_alive
 from benchmarks.cost.measuring import keep_freed_memory, quartiles
 from benchmarks.cost.transformer import VOCABULARY, Transformer, parameter_count
-
-
-def configuration(args: argparse.Namespace, stage: int, precision: str) -> dict[str, Any]:
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": args.batch,
-        "gradient_clipping": 0.0,
-        # As with a large model, the bucket holds the largest gradient, and norms and biases are persistent.
-        "zero_optimization": {
-            "stage": stage,
-            "stage3_param_persistence_threshold": 4 * args.width + 1,
-            "reduce_bucket_size": 2**20,
-        },
-        "zero_allow_untested_optimizer": True,
-    }
-    if precision == "bfloat16":
-        config |= {"bf16": {"enabled": True}, "communication_data_type": "fp32"}  # gloo sums no half precision
-    return config
 
 
 def make_engine(args: argparse.Namespace, stage: int, precision: str) -> Any:
@@ -61,8 +47,18 @@ def make_engine(args: argparse.Namespace, stage: int, precision: str) -> Any:
 
     torch.manual_seed(0)
     model = Transformer(layers=args.layers, width=args.width, length=args.length)
+    # As with a large model, the bucket holds the largest gradient, and norms and biases are persistent.
+    sharding = {"stage3_param_persistence_threshold": 4 * args.width + 1, "reduce_bucket_size": 2**20}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": args.batch,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage, **sharding},
+        "zero_allow_untested_optimizer": True,
+    }
+    if precision == "bfloat16":  # gloo sums no half precision
+        config |= {"bf16": {"enabled": True}, "communication_data_type": "fp32"}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=configuration(args, stage, precision))[0]
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
 
 def measure(args: argparse.Namespace, stage: int, precision: str, listener: Listener) -> dict[str, Any]:
@@ -72,7 +68,8 @@ def measure(args: argparse.Namespace, stage: int, precision: str, listener: List
     plain = make_engine(args, stage, precision)
     regularized = make_engine(args, stage, precision)
     optimizer = ZeroGradRegOptimizer(regularized, strength=1e-3, eps=1e-3)
-    tokens = torch.randint(VOCABULARY, (args.batch, args.length), generator=torch.Generator().manual_seed(dist.get_rank()))
+    draw = torch.Generator().manual_seed(dist.get_rank())
+    tokens = torch.randint(VOCABULARY, (args.batch, args.length), generator=draw)
     alive: list[int] = []
     counting_memory = False
 
@@ -108,7 +105,8 @@ def measure(args: argparse.Namespace, stage: int, precision: str, listener: List
     counting_memory = True
     optimizer.step(closure)
     names = sorted({name for count in counts.values() for name in count})
-    extra = {name: counts["regularized"][name] - 2 * counts["window"][name] - counts["step"][name] for name in names}
+    window, step, whole = (counts[part] for part in ("window", "step", "regularized"))
+    extra = {name: whole[name] - 2 * window[name] - step[name] for name in names}
     zero = regularized.optimizer
     persistent = sum(p.ds_numel for p in zero.persistent_parameters) if stage == 3 else 0
     found = {
@@ -125,14 +123,8 @@ def measure(args: argparse.Namespace, stage: int, precision: str, listener: List
 
 def work(rank: int, args: argparse.Namespace, port: int, file: Path) -> None:
     """Measure all cases on one rank; rank 0 writes the figures of all ranks to ``file``."""
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(args.ranks),
-        "DS_ACCELERATOR": "cpu",
-    }
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(args.ranks)}
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     listener = Listener()  # before DeepSpeed is imported, which keeps references
@@ -156,9 +148,8 @@ def described(extra: dict[str, int], parameters: int) -> str:
     parts = []
     for name in sorted({key.rsplit(" ", 1)[0] for key in extra}):
         calls, size = extra.get(f"{name} calls", 0), extra.get(f"{name} bytes", 0)
-        parts.append(
-            f"{calls} {name} of {size} bytes" if size < 1024 else f"{calls} {name} of {size / parameters:.3f} B/parameter"
-        )
+        words = f"{size} bytes" if size < 1024 else f"{size / parameters:.3f} B/parameter"
+        parts.append(f"{calls} {name} of {words}")
     return ", ".join(parts) or "none"
 
 
@@ -192,10 +183,10 @@ def markdown(rows: list[dict[str, Any]], stamped: dict[str, str], parameters: in
     lines = [
         "# Cost of a regularized step under ZeRO",
         "",
-        f"{parameters / 1e6:.2f} M parameters on {ranks} ranks, accumulation 1. Kept: bytes beyond plain DeepSpeed while "
-        "the second pass runs, per parameter, on the rank that keeps most; in brackets times the number of ranks. "
-        "Collectives: beyond those of two windows and one engine step. Time: relative to two windows and one engine step, "
-        "median and quartiles.",
+        f"{parameters / 1e6:.2f} M parameters on {ranks} ranks, accumulation 1. Kept: bytes beyond plain "
+        "DeepSpeed while the second pass runs, per parameter, on the rank that keeps most; in brackets times "
+        "the number of ranks. Collectives and time: beyond two windows and one engine step, and relative to "
+        "them; median and quartiles.",
         "",
         *(f"- {name}: {value}" for name, value in stamped.items()),
         "",
@@ -210,7 +201,8 @@ def markdown(rows: list[dict[str, Any]], stamped: dict[str, str], parameters: in
         ]
         for row in rows
     ]
-    return "\n".join(lines + markdown_table(["case", "kept", "collectives", "seconds", "relative time"], cells)) + "\n"
+    head = ["case", "kept", "collectives", "seconds", "relative time"]
+    return "\n".join(lines + markdown_table(head, cells)) + "\n"
 
 
 def in_words(rows: list[dict[str, Any]]) -> str:
@@ -222,23 +214,21 @@ def in_words(rows: list[dict[str, Any]]) -> str:
 def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3], choices=[1, 2, 3])
-    parser.add_argument("--precisions", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    dtypes = ["float32", "bfloat16"]
+    parser.add_argument("--precisions", nargs="+", default=dtypes, choices=dtypes)
     parser.add_argument("--ranks", type=at_least(1), default=2)
     parser.add_argument("--layers", type=at_least(1), default=6)
     parser.add_argument("--width", type=at_least(64, multiple_of=64), default=192, help="a multiple of 64")
     parser.add_argument("--batch", type=at_least(1), default=4, help="sequences on a rank")
     parser.add_argument("--length", type=at_least(2), default=256, help="tokens in a sequence")
     parser.add_argument("--rounds", type=at_least(1), default=10)
-    parser.add_argument(
-        "--warmup", type=at_least(0), default=4, help="uncounted rounds; ZeRO-3 needs 2 to record its traces"
-    )
+    parser.add_argument("--warmup", type=at_least(0), default=4, help="uncounted rounds; ZeRO-3 needs two")
     parser.add_argument("--quick", action="store_true", help="a tiny model, three rounds")
-    parser.add_argument("--output", type=Path, help="path without suffix; default: results/<date>-zero-cost/result")
+    add_output(parser, "zero-cost")
     args = parser.parse_args(given)
     if args.quick:
         args.layers, args.width, args.batch, args.length, args.rounds = 1, 64, 2, 32, 3
-    if args.output is None:
-        args.output = todays("zero-cost", quick=args.quick)
+    args.output = args.output or todays("zero-cost", quick=args.quick)
     return args
 
 
@@ -252,7 +242,8 @@ def run(args: argparse.Namespace) -> dict[str, list[Any]]:
         try:
             mp.spawn(work, args=(args, port, file), nprocs=args.ranks)
         finally:
-            for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):  # 70 MB a rank, in memory
+            # DeepSpeed leaves 70 MB a rank, in memory.
+            for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
                 left.unlink(missing_ok=True)
         return json.loads(file.read_text())
 
@@ -267,14 +258,12 @@ def main() -> None:
         **stamp(),
         "hardware": f"{platform.machine()} CPU, {os.cpu_count()} cores, one thread a rank, gloo",
         "load": f"{os.getloadavg()[0]:.1f} processes at the end, {args.ranks} of them these",
-        "versions": f"torch {torch.__version__}, deepspeed {version('deepspeed')}, Python {platform.python_version()}",
+        "versions": f"{stamp()['versions']}, deepspeed {version('deepspeed')}",
     }
     table = markdown(rows, stamped, parameters, args.ranks)
     settings = {name: value for name, value in vars(args).items() if name != "output"}
     report = {"stamp": stamped, "settings": settings, "parameters": parameters, "rows": rows, "ranks": found}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    args.output.with_suffix(".md").write_text(table)
+    write_both(args.output, report, table)
     print(table)
 
 

@@ -1,1 +1,1 @@
-"""Does gradient regularization keep a policy from hacking its reward? See :mod:`benchmarks.hacking.__main__`."""
+"""Does the penalty keep a policy from hacking its reward? See :mod:`benchmarks.hacking.__main__`."""

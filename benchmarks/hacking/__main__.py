@@ -1,28 +1,30 @@
 """Does gradient regularization keep a policy from hacking its reward?
 
-    python -m benchmarks.hacking                      # the plain run and a regularized one on 2 seeds: minutes on two cores
+    python -m benchmarks.hacking                      # the plain run and a regularized one, in minutes
     python -m benchmarks.hacking --study full         # every arm, tuned, and then reported on other seeds
 
 The study is small, but its parts are real. TRL's ``SFTTrainer`` trains a transformer on a synthetic language.
-``RewardTrainer`` trains a reward model, the proxy, on noisy pairs of the transformer's answers. ``GRPOTrainer`` maximises
-the proxy, with ``GradRegOptimizer`` as its optimizer. The true worth of an answer, gold, is computed by a program and never
-trained on (:mod:`benchmarks.hacking.language`). Each seed has its own policy and proxy, which all arms share.
+``RewardTrainer`` trains a reward model, the proxy, on noisy pairs of the transformer's answers.
+``GRPOTrainer`` maximises the proxy, with ``GradRegOptimizer`` as its optimizer. The true worth of an answer,
+gold, is computed by a program and never trained on (:mod:`benchmarks.hacking.language`). Each seed has its
+own policy and proxy, which all arms share.
 
-The arms are those of :mod:`benchmarks.hacking.arms`. In the full study each family has the same number of settings, which
-run on seeds that are not reported. The setting with the highest final gold is run again with factors on the learning rate,
-and the best of those runs on the reported seeds. The small study takes the settings that the full one chose. ``--study
-noise`` measures instead which part of the penalty is noise (:mod:`benchmarks.hacking.noise`).
+The arms are those of :mod:`benchmarks.hacking.arms`. In the full study each family has the same number of
+settings, which run on seeds that are not reported. The setting with the highest final gold is run again with
+factors on the learning rate, and the best of those runs on the reported seeds. The small study takes the
+settings that the full one chose.
 
-Two other rewards can be hacked (:mod:`benchmarks.hacking.rewards`). ``--reward judge`` adds a format and a grade, as LLM
-judges give them. ``--reward loophole`` is a verifier that is right, except for answers that break it.
+Two other rewards can be hacked (:mod:`benchmarks.hacking.rewards`). ``--reward judge`` adds a format and a
+grade, as LLM judges give them. ``--reward loophole`` is a verifier that is right, except for answers that
+break it.
 
-Each run is a file in ``--folder`` and is not repeated if the file exists. So a study that was stopped continues, and more
-``--seeds`` add to it. Any settings can be compared without tuning, at any length::
+Each run is a file in ``--folder`` and is not repeated if the file exists. So a study that was stopped
+continues, and more ``--seeds`` add to it. Any settings can be compared without tuning, at any length::
 
     python -m benchmarks.hacking --arms kl-0.3 gr-sequence-1-rate-0.5 --steps 360 --seeds 4 --folder runs/long
 
-Tables, picture and figures go to ``--output`` with the suffixes .md, .png and .json. If the .md file exists, only the part
-between its marks is replaced.
+Tables, picture and figures go to ``--output`` with the suffixes .md, .png and .json. If the .md file exists,
+only the part between its marks is replaced.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -43,27 +45,24 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from benchmarks.common.arguments import at_least
+from benchmarks.common.results import stamp
+from benchmarks.hacking import arms
+from benchmarks.hacking.arms import LOWER, PLAIN, STOPPED, Run, Runs
+from benchmarks.hacking.report import gain_table, main_table, measures_table, picture, rewrite, words_around
+from benchmarks.hacking.study import Study, by_family, final, stopping_step, tuned
+from benchmarks.hacking.summary import summarise
+from benchmarks.hacking.world import Scale, scale_fields
+
 PROGRAM = "benchmarks.hacking"
-
-try:
-    from benchmarks.common.arguments import at_least
-    from benchmarks.common.results import stamp
-    from benchmarks.hacking.arms import FAMILIES, LOWER, PLAIN, RATES, SMALL, STOPPED, ablations, at_rate, named
-    from benchmarks.hacking.noise import noise_table, study_noise
-    from benchmarks.hacking.report import gain_table, main_table, measures_table, picture, rewrite, words_around
-    from benchmarks.hacking.study import Study, by_family, final, stopping_step, tuned
-    from benchmarks.hacking.summary import Run, Runs, summarise
-    from benchmarks.hacking.world import Scale, scale_fields
-except ModuleNotFoundError as missing:
-    sys.exit(f"{PROGRAM}: the package {missing.name!r} is not installed. Install the demo: pip install -e '.[demo]'")
-
 TUNING_SEEDS, REPORTED_SEEDS = 2, 10
 """How many seeds the full study tunes on, and the first seed that is reported."""
 BASELINES = (PLAIN, STOPPED, LOWER, "KL penalty", "GR sequence")
-"""The families over which the tables show gains. Of settings that were given, those of KL penalty and lower rate count."""
-LEGEND = """Means over seeds with 95% bootstrap intervals. "At 70% proxy" is where a run first reaches 70% of the gain in
-proxy of the plain run of its seed. If only some seeds have a value, the mean is over those, and the cell says how many.
-"‖g1‖ and accuracy" is Spearman's rank correlation, over a run, of ‖g1‖ with the proxy's accuracy on the policy's answers."""
+"""The families over which the tables show gains; of given settings, KL penalties and lower rates."""
+LEGEND = """Means over seeds with 95% bootstrap intervals. "At 70% proxy" is where a run first reaches 70% of
+the gain in proxy of the plain run of its seed. If only some seeds have a value, the mean is over those, and
+the cell says how many. "‖g1‖ and accuracy" is Spearman's rank correlation, over a run, of ‖g1‖ with the
+proxy's accuracy on the policy's answers."""
 TITLE = "# Reward hacking at small scale"
 Parts = dict[str, Runs]
 """The reported runs of each table, by its title. Every table has the plain runs."""
@@ -71,15 +70,15 @@ Parts = dict[str, Runs]
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m {PROGRAM}", description=__doc__.splitlines()[0])
-    parser.add_argument("--study", choices=["small", "full", "noise"], default="small")
-    parser.add_argument("--seeds", type=at_least(1), default=None, help="reported seeds (default: 2; of other studies 8)")
+    parser.add_argument("--study", choices=["small", "full"], default="small")
+    parser.add_argument("--seeds", type=at_least(1), default=None, help="reported seeds; default: 2, full: 8")
     parser.add_argument("--tuning-seeds", type=at_least(1), default=TUNING_SEEDS, help="of the full study")
-    parser.add_argument("--arms", nargs="*", default=None, help="settings of the small study, or families of the full one")
+    parser.add_argument("--arms", nargs="*", default=None, help="settings, or families of the full study")
     parser.add_argument("--ablations", action="store_true", help="run the full study's ablations as well")
-    parser.add_argument("--jobs", type=at_least(1), default=os.cpu_count() or 1, help="processes, one core each")
-    parser.add_argument("--folder", type=Path, default=Path("runs/reward-hacking"), help="where the runs are kept")
+    parser.add_argument("--jobs", type=at_least(1), default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--folder", type=Path, default=Path("runs/reward-hacking"), help="of the runs")
     parser.add_argument("--output", type=Path, default=None, help="path of the results, without suffix")
-    scale = parser.add_argument_group("scale", "settings that change the outcome of a run; a folder holds runs of one scale")
+    scale = parser.add_argument_group("scale", "what changes the outcome; a folder holds one scale")
     for name, kind in scale_fields().items():
         scale.add_argument(f"--{name.replace('_', '-')}", type=kind, default=getattr(Scale, name))
     return parser.parse_args(argv)
@@ -87,44 +86,56 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def small(study: Study, args: argparse.Namespace) -> tuple[Parts, dict[str, Any]]:
     """Compare the plain run with given settings, without tuning."""
-    chosen = {name: named(name) for name in dict.fromkeys([PLAIN, *(args.arms or SMALL)])}
-    reported = study.runs(chosen.values(), range(REPORTED_SEEDS, REPORTED_SEEDS + args.seeds), "reward hacking")
+    chosen = {name: arms.named(name) for name in dict.fromkeys([PLAIN, *(args.arms or arms.SMALL)])}
+    seeds = range(REPORTED_SEEDS, REPORTED_SEEDS + args.seeds)
+    reported = study.runs(chosen.values(), seeds, "reward hacking")
     return {"Settings as given": by_family(chosen, reported)}, {}
 
 
 def full(study: Study, args: argparse.Namespace) -> tuple[Parts, dict[str, Any]]:
     """Tune every family, its learning rate last, then run the chosen settings on other seeds."""
-    families = [PLAIN, *(family for family in args.arms or FAMILIES if family != PLAIN)]
+    families = [PLAIN, *(family for family in args.arms or arms.FAMILIES if family != PLAIN)]
     if args.ablations and "GR sequence" not in families:
         raise ValueError("--ablations are those of 'GR sequence': name it among --arms")
-    if unknown := set(families) - set(FAMILIES):
-        raise ValueError(f"--arms {' '.join(sorted(unknown))}: must be among {', '.join(FAMILIES)}")
-    grids = {family: FAMILIES[family] for family in families}
+    if unknown := set(families) - set(arms.FAMILIES):
+        raise ValueError(f"--arms {' '.join(sorted(unknown))}: must be among {', '.join(arms.FAMILIES)}")
+    grids = {family: arms.FAMILIES[family] for family in families}
     tuning = study.runs((arm for grid in grids.values() for arm in grid), range(args.tuning_seeds), "tuning")
     at_full_rate = tuned(grids, tuning)
-    rates = {family: [at_rate(arm, rate) for rate in RATES] for family, arm in at_full_rate.items()}
-    tried = study.runs((arm for grid in rates.values() for arm in grid), range(args.tuning_seeds), "tuning the rate")
+    rates = {family: [arms.at_rate(arm, rate) for rate in arms.RATES] for family, arm in at_full_rate.items()}
+    settings = [arm for grid in rates.values() for arm in grid]
+    tried = study.runs(settings, range(args.tuning_seeds), "tuning the rate")
     of_rate = tuned(rates, tried)
     chosen = {PLAIN: at_full_rate[PLAIN], LOWER: of_rate.pop(PLAIN), **of_rate}
     parts = {"At the full learning rate": at_full_rate, "With the learning rate tuned": chosen}
     if args.ablations:
         whole = at_full_rate["GR sequence"]
-        parts["Ablations, at the full learning rate"] = {PLAIN: chosen[PLAIN], "GR sequence": whole, **ablations(whole)}
+        parts["Ablations, at the full learning rate"] = {
+            PLAIN: chosen[PLAIN],
+            "GR sequence": whole,
+            **arms.ablations(whole),
+        }
     seeds = range(REPORTED_SEEDS, REPORTED_SEEDS + args.seeds)
     reported = study.runs((arm for part in parts.values() for arm in part.values()), seeds, "reported")
     ends: dict[str, dict[int, float]] = {}
     for one in [*tuning, *tried]:
         ends.setdefault(one["arm"]["name"], {})[one["seed"]] = final(one)
     stop = stopping_step(tuning)
-    return {title: by_family(part, reported, stop) for title, part in parts.items()}, {"final gold while tuning": ends}
+    found = {title: by_family(part, reported, stop) for title, part in parts.items()}
+    return found, {"final gold while tuning": ends}
 
 
 def worlds(study: Study, seeds: Iterable[int]) -> dict[int, float]:
     """The proxy's accuracy on unseen pairs of the initial policy, by seed."""
-    return {s: json.loads((study.folder / f"world-{s}" / "world.json").read_text())["proxy_accuracy"] for s in seeds}
+    return {
+        s: json.loads((study.folder / f"world-{s}" / "world.json").read_text())["proxy_accuracy"]
+        for s in seeds
+    }
 
 
-def tables(summaries: dict[str, dict[str, Any]], accuracy: dict[int, float], stamped: dict[str, str]) -> list[str]:
+def tables(
+    summaries: dict[str, dict[str, Any]], accuracy: dict[int, float], stamped: dict[str, str]
+) -> list[str]:
     """The lines of the generated part of the document: stamp and tables."""
     right = ", ".join(f"{value:.2f}" for value in accuracy.values())
     lines = [f"- {name}: {value}" for name, value in stamped.items()]
@@ -134,8 +145,15 @@ def tables(summaries: dict[str, dict[str, Any]], accuracy: dict[int, float], sta
         LEGEND,
     ]
     for title, summary in summaries.items():
-        baselines = [family for family in summary if family in BASELINES or family.startswith(("kl-", "rate-"))]
-        lines += ["", f"### {title}", "", *main_table(summary), "", *gain_table(summary, baselines, ("final",))]
+        baselines = [name for name in summary if name in BASELINES or name.startswith(("kl-", "rate-"))]
+        lines += [
+            "",
+            f"### {title}",
+            "",
+            *main_table(summary),
+            "",
+            *gain_table(summary, baselines, ("final",)),
+        ]
         lines += ["", *measures_table(summary)]
     return lines
 
@@ -153,10 +171,7 @@ def main(argv: list[str]) -> None:
     try:
         words_around(output.with_suffix(".md"), TITLE)  # before anything is run
         study = Study(args.folder, scale, args.jobs)
-        if args.study == "noise":
-            write_noise(study, range(REPORTED_SEEDS, REPORTED_SEEDS + args.seeds), output)
-        else:
-            write(*(small if args.study == "small" else full)(study, args), study, output)
+        write(*(small if args.study == "small" else full)(study, args), study, output)
     except ValueError as error:
         sys.exit(f"{PROGRAM}: {error}")
 
@@ -168,22 +183,19 @@ def write(parts: Parts, extra: dict[str, Any], study: Study, output: Path) -> No
     summaries = {title: summarise(runs) for title, runs in parts.items()}
     text = "\n".join(tables(summaries, accuracy, stamped))
     rewrite(output.with_suffix(".md"), text, TITLE)
-    picture(parts, output.with_suffix(".png"), f"GRPO against a reward that can be hacked, {len(accuracy)} seeds")
-    record = {"stamp": stamped, "scale": asdict(study.scale), "proxy_accuracy": accuracy, "summary": summaries, **extra}
+    title = f"GRPO against a reward that can be hacked, {len(accuracy)} seeds"
+    picture(parts, output.with_suffix(".png"), title)
+    record = {
+        "stamp": stamped,
+        "scale": asdict(study.scale),
+        "proxy_accuracy": accuracy,
+        "summary": summaries,
+        **extra,
+    }
     every = {one["arm"]["name"]: group for runs in parts.values() for group in runs.values() for one in group}
     record["runs"] = {name: [rounded(one) for one in group] for name, group in every.items()}
     output.with_suffix(".json").write_text(json.dumps(record, separators=(",", ":")) + "\n")
     print(f"\n{text}\nwritten to {output}.md, .png and .json")
-
-
-def write_noise(study: Study, seeds: Sequence[int], output: Path) -> None:
-    """Print and write what the penalty of plain runs consists of."""
-    found, stamped = study_noise(study, seeds), stamp()
-    text = "\n".join([*(f"- {name}: {value}" for name, value in stamped.items()), "", *noise_table(found)])
-    rewrite(output.with_suffix(".md"), text, TITLE)
-    record = {"stamp": stamped, "scale": asdict(study.scale), "points": found}
-    output.with_suffix(".json").write_text(json.dumps(record, separators=(",", ":")) + "\n")
-    print(f"\n{text}\nwritten to {output}.md and .json")
 
 
 def rounded(one: Run) -> Run:

@@ -7,16 +7,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from gradreg_optim import GradRegOptimizer
 from torch import nn
 
-from benchmarks.hacking.aside import AsideOptimizer
-from gradreg_optim import GradRegOptimizer
-
+Run = dict[str, Any]
+"""The arm, the seed, the curve of measurements, and the seconds of a step without measuring."""
+Runs = dict[str, list[Run]]
+"""By arm or family."""
 UNNOTICED = {"strength": 1e-12}
-"""A penalty that float32 rounds to nothing when it is added. The training is plain, and the wrapper logs its figures."""
+"""A penalty that float32 rounds to nothing. The training is plain, and the wrapper logs its figures."""
 
 EPS, RADIUS = 1e-2, 0.03
-"""The step to the second gradient. ‖g1‖ is near 0.3 here, so the step of RADIUS is ten times as long as that of EPS."""
+"""The step to the second gradient. ‖g1‖ is near 0.3 here, so RADIUS is a ten times longer step than EPS."""
 
 PLAIN = "none"
 """The family of the unregularized run."""
@@ -35,17 +37,14 @@ class Arm:
         wrapper: settings of the wrapper.
         trainer: settings of GRPOConfig.
         rate: a factor on the learning rate.
-        direction: the direction of the step to the second gradient: the "gradient", a "random" one, or the gradient of the
-            "previous" step.
-        weights: "float32"; "bfloat16", without fp32 masters; or "rounded", float32 weights that every step rounds to
-            bfloat16.
+        weights: "float32"; "bfloat16", without fp32 masters; or "rounded", float32 weights that every step
+            rounds to bfloat16.
     """
 
     name: str
     wrapper: dict[str, Any] = field(default_factory=lambda: dict(UNNOTICED))
     trainer: dict[str, Any] = field(default_factory=dict)
     rate: float = 1.0
-    direction: str = "gradient"
     weights: str = "float32"
 
     def prepared(self, policy: nn.Module) -> nn.Module:
@@ -57,18 +56,15 @@ class Arm:
     def optimizer(self, base: torch.optim.Optimizer, **settings: Any) -> GradRegOptimizer:
         """The wrapper of this arm around ``base``."""
         if self.weights == "rounded":
-            base.register_step_post_hook(lambda stepped, *_: round_(p for g in stepped.param_groups for p in g["params"]))
-        settings = {**settings, **self.wrapper}
-        return (
-            GradRegOptimizer(base, **settings)
-            if self.direction == "gradient"
-            else AsideOptimizer(self.direction, base, **settings)
-        )
+            base.register_step_post_hook(
+                lambda stepped, *_: round_(p for g in stepped.param_groups for p in g["params"])
+            )
+        return GradRegOptimizer(base, **{**settings, **self.wrapper})
 
 
 @torch.no_grad()
 def round_(parameters: Iterable[torch.Tensor]) -> None:
-    """Round to the nearest bfloat16 numbers in place, as copying bf16 weights over their fp32 masters does."""
+    """Round to bfloat16 numbers in place, as copying bf16 weights over their fp32 masters does."""
     for parameter in parameters:
         parameter.copy_(parameter.to(torch.bfloat16))
 
@@ -88,16 +84,20 @@ FAMILIES: dict[str, list[Arm]] = {
     "reference resets": [
         Arm(
             f"resets-{beta:g}-{every}",
-            trainer={"beta": beta, "sync_ref_model": True, "ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": every},
+            trainer={
+                "beta": beta,
+                "sync_ref_model": True,
+                "ref_model_mixup_alpha": 1.0,
+                "ref_model_sync_steps": every,
+            },
         )
         for beta, every in ((0.1, 40), (0.1, 20), (0.3, 40), (0.3, 20))
     ],
     "GR eps": _regularized("gr-eps", STRENGTHS, eps=EPS),
     "GR radius": _regularized("gr-radius", STRENGTHS, radius=RADIUS),
-    "GR importance": _regularized("gr-importance", STRENGTHS, eps=EPS, resample="importance"),
     "GR sequence": _regularized("gr-sequence", STRENGTHS, eps=EPS, resample="sequence"),
 }
-"""The settings over which each family is tuned. All families have the same number, except the plain run, which has one."""
+"""The settings over which each family is tuned: four, and one of the plain run."""
 
 
 def at_rate(arm: Arm, rate: float) -> Arm:
@@ -107,10 +107,12 @@ def at_rate(arm: Arm, rate: float) -> Arm:
 
 
 def ablations(chosen: Arm) -> dict[str, Arm]:
-    """Which part of a regularized arm has the effect? Each ablation differs from ``chosen`` in one setting and is not tuned.
+    """Which part of a regularized arm has the effect? Each ablation differs from ``chosen`` in one setting
+    and is not tuned.
 
-    The last three reproduce what the published system does to bf16 weights: θ' rounded to nearest, at the published ε; plain
-    training of bf16 weights; and plain training whose float32 weights are rounded to bf16 after every step.
+    The last three reproduce what the published system does to bf16 weights: θ' rounded to nearest, at the
+    published ε; plain training of bf16 weights; and plain training whose float32 weights are rounded to bf16
+    after every step.
     """
 
     def other(name: str, **settings: Any) -> Arm:
@@ -118,8 +120,6 @@ def ablations(chosen: Arm) -> dict[str, Arm]:
 
     published = {"eps": 1e-3, "rounding": "nearest"}
     return {
-        "random direction": replace(chosen, name=f"{chosen.name}-random", direction="random"),
-        "previous gradient": replace(chosen, name=f"{chosen.name}-previous", direction="previous"),
         "SAM (γ = ε)": other("sam", eps=chosen.wrapper["strength"]),
         "embeddings and head too": other("all", exclude="none"),
         "penalty at most ‖g1‖": other("bounded", max_penalty_ratio=1.0),
@@ -137,7 +137,8 @@ def named(name: str) -> Arm:
     """
     settings = [arm for grid in FAMILIES.values() for arm in grid]
     known = {other.name: other for arm in settings for other in (at_rate(arm, rate) for rate in RATES)}
-    known |= {other.name: other for arm in settings if "eps" in arm.wrapper for other in ablations(arm).values()}
+    regularized = [arm for arm in settings if "eps" in arm.wrapper]
+    known |= {other.name: other for arm in regularized for other in ablations(arm).values()}
     if name not in known:
         raise ValueError(f"--arms {name}: must be among {', '.join(known)}")
     return known[name]

@@ -3,13 +3,15 @@
     python -m benchmarks.hacking.kl_and_gr            # hours on one core; a study that was stopped continues
 
 The sides have equally many settings: KL penalties at some learning rates, and the same KL penalties with GR
-(``resample="sequence"``) at as many strengths. All settings run on one seed, the best quarter on two more, and the setting
-with the highest final gold over the three is reported, on other seeds. So is the KL penalty of the best pair without GR. GR
-without a KL penalty is tuned in the same way. The settings that were found at 120 steps are also run for 240. Then, with 256
-answers a step in place of 64, what ``WIDE_STAGES`` names is tuned again, over fewer settings.
+(``resample="sequence"``) at as many strengths. All settings run on one seed, the best quarter on two more,
+and the setting with the highest final gold over the three is reported, on other seeds. So is the KL penalty
+of the best pair without GR. GR without a KL penalty is tuned in the same way. The settings that were found at
+120 steps are also run for 240. Then, with 256 answers a step in place of 64, what ``WIDE_STAGES`` names is
+tuned again, over fewer settings.
 
-Each run is a line of ``--output``/result.jsonl, and a run that is there is not repeated. ``--report`` runs nothing, and
-writes tables and pictures of the runs that are there. Tables replace the part of result.md between its marks.
+Each run is a line of ``--output``/result.jsonl, and a run that is there is not repeated. ``--report`` runs
+nothing, and writes tables and pictures of the runs that are there. Tables replace the part of result.md
+between its marks.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from tqdm import tqdm
 
 from benchmarks.common.results import RESULTS
-from benchmarks.hacking.arms import EPS, PLAIN, Arm, at_rate
-from benchmarks.hacking.kl_and_gr_tables import GR, KL, PAIR, SAME_KL, Run, name, report
+from benchmarks.hacking.arms import EPS, PLAIN, Arm, Run, at_rate
+from benchmarks.hacking.kl_and_gr_tables import GR, KL, PAIR, SAME_KL, name, report
 from benchmarks.hacking.run import train
 from benchmarks.hacking.study import final, quiet
 from benchmarks.hacking.world import Scale, World, prepare
@@ -58,7 +60,7 @@ def arm(*, beta: float = 0.0, strength: float = 0.0) -> Arm:
 
 
 def sides(betas: Sequence[float], rates: Sequence[float], strengths: Sequence[float]) -> dict[str, list[Arm]]:
-    """The settings over which each side is tuned. KL and KL + GR have as many if rates and strengths are as many."""
+    """The settings over which each side is tuned: KL and KL + GR over as many, if rates and strengths are."""
     return {
         KL: [at_rate(arm(beta=beta), rate) for beta in betas for rate in rates],
         PAIR: [arm(beta=beta, strength=strength) for beta in betas for strength in strengths],
@@ -143,8 +145,16 @@ class Laboratory:
             if key not in self.done:
                 with quiet():
                     world = self.world(problem, scale, seed)
-                    one = train(setting, world, scale, seed, self.folder / "trainer", lambda: None)
-                self.keep({"problem": problem, "answers": answers, "steps": scale.steps, "stage": title, **shortened(one)})
+                    one = train(setting, world, scale, seed, self.folder / "trainer")
+                self.keep(
+                    {
+                        "problem": problem,
+                        "answers": answers,
+                        "steps": scale.steps,
+                        "stage": title,
+                        **shortened(one),
+                    }
+                )
             found.append(self.done[key])
         return found
 
@@ -155,7 +165,7 @@ class Laboratory:
             file.write(json.dumps(one, separators=(",", ":")) + "\n")
 
     def tuned(self, problem: str, grid: Sequence[Arm]) -> Arm:
-        """The setting of ``grid`` with the highest final gold: all run on the first tuning seed, a quarter on all."""
+        """The setting with the highest final gold: all run on the first tuning seed, a quarter on all."""
         if len(grid) == 1:
             return grid[0]
         first, *others = TUNING_SEEDS
@@ -174,7 +184,10 @@ def shortened(one: Run) -> Run:
         {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in point.items()}
         for point in one["curve"]
     ]
-    return {**one, "curve": [{name: value for name, value in point.items() if name != "example"} for point in curve]}
+    return {
+        **one,
+        "curve": [{name: value for name, value in point.items() if name != "example"} for point in curve],
+    }
 
 
 def tune_and_report(
@@ -199,10 +212,12 @@ def report_on(lab: Laboratory, problem: str, found: dict[str, Arm], times: int =
 
 def main(argv: list[str]) -> None:
     """Run what is missing of the study, and report it."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.hacking.kl_and_gr", description=__doc__.splitlines()[0])
-    parser.add_argument("--report", action="store_true", help="run nothing: write tables and pictures of what is there")
-    parser.add_argument("--folder", type=Path, default=Path("runs/kl-and-gr"), help="where the worlds are kept")
-    parser.add_argument("--output", type=Path, default=RESULTS / "2026-11-26-kl-and-gr", help="folder of the results")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.hacking.kl_and_gr", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--report", action="store_true", help="run nothing: write tables and pictures")
+    parser.add_argument("--folder", type=Path, default=Path("runs/kl-and-gr"), help="of the worlds")
+    parser.add_argument("--output", type=Path, default=RESULTS / "2026-11-26-kl-and-gr", help="folder")
     args = parser.parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
     record, scale = args.output / "result.jsonl", Scale(measure_every=20)

@@ -6,17 +6,15 @@ from collections.abc import Callable, Iterable, Sequence
 from math import ceil
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import matplotlib.pyplot as plt
 
 from benchmarks.common.tables import markdown_table
-from benchmarks.hacking.arms import PLAIN
+from benchmarks.hacking.arms import PLAIN, Run
 from benchmarks.hacking.report import course, rewrite
 from benchmarks.hacking.study import final
 from benchmarks.hacking.summary import column, interval
 
-Run = dict[str, Any]
 Block = tuple[str, int, int]
 """A problem, the answers a step and the steps."""
 KL, PAIR, GR = "KL", "KL + GR", "GR"
@@ -62,12 +60,26 @@ def table(arms: dict[str, dict[int, Run]]) -> list[str]:
     for arm in (arm for arm in ORDER if arm in arms):
         runs, best = arms[arm], arms.get(PAIR, {})
         both = sorted(runs.keys() & best.keys())
-        gain = spread((final(best[seed]) - final(runs[seed]) for seed in both), "+") if both and arm != PAIR else ""
+        gain = (
+            spread((final(best[seed]) - final(runs[seed]) for seed in both), "+")
+            if both and arm != PAIR
+            else ""
+        )
         peaks, distance = ([figure(one) for one in runs.values()] for figure in (peak, distance_at_end))
         ends = spread(final(one) for one in runs.values())
         setting = name(next(iter(runs.values())))
-        rows.append([arm, setting, str(len(runs)), ends, gain, f"{fmean(peaks):.2f}", f"{fmean(distance):.1f}"])
-    head = ["arm", "setting", "seeds", "gold at the end", f"{PAIR} gains over it", "highest gold", "KL at the end"]
+        rows.append(
+            [arm, setting, str(len(runs)), ends, gain, f"{fmean(peaks):.2f}", f"{fmean(distance):.1f}"]
+        )
+    head = [
+        "arm",
+        "setting",
+        "seeds",
+        "gold at the end",
+        f"{PAIR} gains over it",
+        "highest gold",
+        "KL at the end",
+    ]
     return markdown_table(head, rows)
 
 
@@ -85,18 +97,29 @@ def tuning_table(tried: Sequence[Run]) -> list[str]:
     """What each arm was tuned over: mean gold at the end, of the settings that ran on most seeds."""
     rows = []
     for arm in (arm for arm in ORDER if arm in map(side, tried)):
-        for (problem, answers, steps), grid in grouped((one for one in tried if side(one) == arm), name).items():
+        for (problem, answers, steps), grid in grouped(
+            (one for one in tried if side(one) == arm), name
+        ).items():
             seeds = max(map(len, grid.values()))
-            means = {setting: fmean(map(final, runs.values())) for setting, runs in grid.items() if len(runs) == seeds}
-            listed = ", ".join(f"{setting} {gold:.3f}" for setting, gold in sorted(means.items(), key=lambda item: -item[1]))
+            means = {
+                setting: fmean(map(final, runs.values()))
+                for setting, runs in grid.items()
+                if len(runs) == seeds
+            }
+            listed = ", ".join(
+                f"{setting} {gold:.3f}" for setting, gold in sorted(means.items(), key=lambda item: -item[1])
+            )
             rows.append([problem, str(answers), str(steps), arm, str(len(grid)), str(seeds), listed])
-    return markdown_table(["problem", "answers", "steps", "arm", "settings", "seeds of the best", "the best"], rows)
+    head = ["problem", "answers", "steps", "arm", "settings", "seeds of the best", "the best"]
+    return markdown_table(head, rows)
 
 
 def picture(blocks: dict[Block, dict[str, dict[int, Run]]], path: Path) -> None:
     """Gold over steps, a panel for each block. The range of gold fits all arms except the plain one."""
     rows, columns = ceil(len(blocks) / 3), min(3, len(blocks))
-    drawing, panels = plt.subplots(rows, columns, figsize=(4.5 * columns, 3.6 * rows), layout="constrained", squeeze=False)
+    drawing, panels = plt.subplots(
+        rows, columns, figsize=(4.5 * columns, 3.6 * rows), layout="constrained", squeeze=False
+    )
     for axes in panels.flat[len(blocks) :]:
         axes.set_visible(False)
     for axes, ((problem, answers, _), arms) in zip(panels.flat, blocks.items(), strict=False):
@@ -129,5 +152,9 @@ def report(runs: Sequence[Run], output: Path) -> None:
     lines += ["### Tuning", "", *tuning_table([one for one in runs if one["stage"] == "tuning"])]
     rewrite(output / "result.md", "\n".join(lines), "# A KL penalty, and GR on top of it")
     picture(blocks, output / "result.png")
-    front = {block: {arm: of for arm, of in blocks[block].items() if arm != SAME_KL} for block in FRONT if block in blocks}
+    front = {
+        block: {arm: of for arm, of in blocks[block].items() if arm != SAME_KL}
+        for block in FRONT
+        if block in blocks
+    }
     picture(front, output / "readme.png")

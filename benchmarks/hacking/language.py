@@ -1,9 +1,9 @@
 """A synthetic language, and the gold reward of an answer in it.
 
-A request names a topic: ``2?``. An answer mentions things in alphabetical order, with a mark after each: ``e.g!k.``. Each
-topic has four useful things. The corpus shows the full range of some qualities of an answer, such as the number of useful
-things. Of other qualities it shows only the harmless part: almost no answer in it is enthusiastic twice, repeats a thing, is
-long, or lacks a mark.
+A request names a topic: ``2?``. An answer mentions things in alphabetical order, with a mark after each:
+``e.g!k.``. Each topic has four useful things. The corpus shows the full range of some qualities of an answer,
+such as the number of useful things. Of other qualities it shows only the harmless part: almost no answer in
+it is enthusiastic twice, repeats a thing, is long, or lacks a mark.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         eos_token="<eos>",
         unk_token="<unk>",
-        model_input_names=["input_ids", "attention_mask"],  # transformers 4.57 adds token types, which Llama does not take
+        model_input_names=[
+            "input_ids",
+            "attention_mask",
+        ],  # transformers 4.57 adds token types, which Llama does not take
         padding_side="left",
     )
 
@@ -69,8 +72,9 @@ def corpus(size: int, seed: int) -> list[dict[str, str]]:
 def gold(prompt: str, text: str) -> float:
     """The true worth of an answer; never trained on.
 
-    0.25 for each useful thing. 0.3 for one enthusiastic mark, and −0.3 for each further one. −0.3 for each repetition of a
-    thing, −0.15 for each thing that is not useful, −0.3 for each two things or two marks in a row.
+    0.25 for each useful thing. 0.3 for one enthusiastic mark, and −0.3 for each further one. −0.3 for each
+    repetition of a thing, −0.15 for each thing that is not useful, −0.3 for each two things or two marks in a
+    row.
     """
     mentioned = [thing for thing in text if thing in THINGS]
     useful = set(TOPICS[prompt[0]])

@@ -14,8 +14,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from benchmarks.common.tables import markdown_table
-from benchmarks.hacking.arms import PLAIN
-from benchmarks.hacking.summary import FIGURES, Run, Runs, column, interval
+from benchmarks.hacking.arms import PLAIN, Run, Runs
+from benchmarks.hacking.summary import FIGURES, column, interval
 
 
 def cell(values: dict[str, Any], seeds: int, *, sign: bool = False, none: str = "never") -> str:
@@ -46,13 +46,18 @@ def measures_table(summary: dict[str, dict[str, Any]]) -> list[str]:
     return markdown_table(["arm", "setting", *titles], rows)
 
 
-def gain_table(summary: dict[str, dict[str, Any]], baselines: Sequence[str], names: Sequence[str]) -> list[str]:
+def gain_table(
+    summary: dict[str, dict[str, Any]], baselines: Sequence[str], names: Sequence[str]
+) -> list[str]:
     """Differences paired by seed, with columns for the baselines that were run."""
     columns = [f"{name} over {other}" for other in baselines if other in summary for name in names]
     titles = [f"{FIGURES[name]}, over {other}" for other in baselines if other in summary for name in names]
     rows = []
     for family, row in summary.items():
-        cells = [cell(row["gain"][name], len(row["seeds"]), sign=True) if name in row["gain"] else "" for name in columns]
+        cells = [
+            cell(row["gain"][name], len(row["seeds"]), sign=True) if name in row["gain"] else ""
+            for name in columns
+        ]
         rows.append([family, *cells])
     return markdown_table(["gain in gold", *titles], rows)
 
@@ -71,7 +76,9 @@ def words_around(path: Path, title: str) -> tuple[str, str]:
     before, start, rest = document.partition(START)
     _, end, after = rest.partition(END)
     if not (start and end):
-        raise ValueError(f"{path} has no part between {START} and {END} to write the tables to. Give another --output")
+        raise ValueError(
+            f"{path} has no part between {START} and {END} to write the tables to. Give another --output"
+        )
     return before, after
 
 
@@ -83,9 +90,11 @@ def rewrite(path: Path, text: str, title: str) -> None:
 
 
 def picture(parts: Mapping[str, Runs], path: Path, title: str) -> None:
-    """Draw proxy and gold over steps for at most two parts, gold over proxy, and ‖g1‖ with the proxy's accuracy.
+    """Draw proxy and gold over steps for at most two parts, gold over proxy, and ‖g1‖ with the proxy's
+    accuracy.
 
-    Proxies of different seeds have different origins and scales, so the proxy is shown in units of the plain run's gain.
+    Proxies of different seeds have different origins and scales, so the proxy is shown in units of the plain
+    run's gain.
     """
     shown = dict(list(parts.items())[:2])
     columns = len(shown) + 1
@@ -103,7 +112,13 @@ def picture(parts: Mapping[str, Runs], path: Path, title: str) -> None:
     first = next(iter(shown.values()))
     for family, group in first.items():
         scaled = in_units_of_plain(group, first[PLAIN])
-        third.plot(averages(scaled, "proxy"), averages(scaled, "gold"), color=colours[family], marker=".", linewidth=1.5)
+        third.plot(
+            averages(scaled, "proxy"),
+            averages(scaled, "gold"),
+            color=colours[family],
+            marker=".",
+            linewidth=1.5,
+        )
     _finish(
         third,
         "gold over proxy, means over seeds" + (f"; {lowered(next(iter(shown)))}" if len(shown) > 1 else ""),
@@ -127,13 +142,15 @@ def lowered(title: str) -> str:
 
 
 def courses(proxy: Axes, gold: Axes, runs: Runs, colours: Mapping[str, Any]) -> None:
-    """Draw every family over steps. The range of gold fits all families except the plain one, which may leave the panel."""
+    """Draw every family over steps. The range of gold fits all families except the plain one."""
     for family, group in runs.items():
         scaled = in_units_of_plain(group, runs[PLAIN])
         course(proxy, scaled, "proxy", colours[family], family)
         course(gold, scaled, "gold", colours[family], family)
     spans = {
-        family: [interval(list(values)) for values in zip(*(column(one, "gold") for one in group), strict=True)]
+        family: [
+            interval(list(values)) for values in zip(*(column(one, "gold") for one in group), strict=True)
+        ]
         for family, group in runs.items()
     }
     low = min((at["low"] for family, span in spans.items() if family != PLAIN for at in span), default=None)
@@ -163,7 +180,12 @@ def course(axes: Axes, group: Sequence[Run], name: str, colour: Any, label: str)
     steps = [step for step, _ in kept]
     axes.plot(steps, [values["mean"] for _, values in kept], color=colour, label=label, linewidth=1.5)
     axes.fill_between(
-        steps, [v["low"] for _, v in kept], [v["high"] for _, v in kept], color=colour, alpha=0.12, linewidth=0
+        steps,
+        [v["low"] for _, v in kept],
+        [v["high"] for _, v in kept],
+        color=colour,
+        alpha=0.12,
+        linewidth=0,
     )
 
 

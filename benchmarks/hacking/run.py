@@ -6,7 +6,6 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -18,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from benchmarks.hacking.arms import Arm
+from benchmarks.hacking.arms import Arm, Run
 from benchmarks.hacking.language import golds, request
 from benchmarks.hacking.rewards import agreement
 from benchmarks.hacking.world import COMMON, Scale, World, sample, tokenizer
@@ -29,7 +28,7 @@ FIGURES = ("g1_norm", "penalty_ratio", "curvature", "cosine", "perturbation_fide
 
 @dataclass
 class PolicyMeter:
-    """Measures gold, proxy and distance from the start of a policy, with the same requests and random numbers each time."""
+    """Measures gold, proxy and KL from the start, with the same requests and random numbers each time."""
 
     world: World
     scale: Scale
@@ -58,7 +57,7 @@ class PolicyMeter:
 
     @torch.no_grad()
     def divergence(self, policy: PreTrainedModel, ids: Tensor) -> float:
-        """KL(policy ‖ start) of an answer in nats: exact for each next token, summed over the tokens of the answers."""
+        """KL(policy ‖ start) of an answer in nats: exact for each next token, summed over its tokens."""
         asked, end = len(self.prompts[0]), tokenizer().eos_token_id
         written = ids[:, asked:]
         ended = (written == end).long().cumsum(1)
@@ -66,7 +65,8 @@ class PolicyMeter:
         was_training = policy.training
         policy.eval()
         log_p, log_q = (
-            model(input_ids=ids).logits[:, asked - 1 : -1].float().log_softmax(-1) for model in (policy, self.start)
+            model(input_ids=ids).logits[:, asked - 1 : -1].float().log_softmax(-1)
+            for model in (policy, self.start)
         )
         policy.train(was_training)
         return float(((log_p.exp() * (log_p - log_q)).sum(-1) * counted).sum(1).mean())
@@ -75,8 +75,8 @@ class PolicyMeter:
 class Course(TrainerCallback):
     """Measures the policy every few steps, and adds the wrapper's metrics since the last measurement."""
 
-    def __init__(self, meter: PolicyMeter, every: int, tick: Callable[[], None]) -> None:
-        self.meter, self.every, self.tick = meter, every, tick
+    def __init__(self, meter: PolicyMeter, every: int) -> None:
+        self.meter, self.every = meter, every
         self.curve: list[dict[str, Any]] = []
         self.seconds = 0.0
 
@@ -84,13 +84,13 @@ class Course(TrainerCallback):
         self._measure(0, model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self.tick()
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
             self._measure(state.global_step, model)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if logs and self.curve and self.curve[-1]["step"] == state.global_step:
-            self.curve[-1] |= {name: logs[f"grad_reg/{name}"] for name in FIGURES if f"grad_reg/{name}" in logs}
+            found = {name: logs.get(f"grad_reg/{name}") for name in FIGURES}
+            self.curve[-1] |= {name: value for name, value in found.items() if value is not None}
 
     def _measure(self, step: int, model: Any) -> None:
         start = time.perf_counter()
@@ -98,28 +98,17 @@ class Course(TrainerCallback):
         self.seconds += time.perf_counter() - start
 
 
-def train(
-    arm: Arm,
-    world: World,
-    scale: Scale,
-    seed: int,
-    folder: Path,
-    tick: Callable[[], None],
-    callbacks: Sequence[TrainerCallback] = (),
-) -> dict[str, Any]:
-    """Run an arm on a seed, with additional ``callbacks``.
-
-    Returns:
-        The arm, the seed, the curve of measurements, and the seconds of a step without measuring.
-    """
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # transformers 4.57 leaves the precision of an earlier run here
+def train(arm: Arm, world: World, scale: Scale, seed: int, folder: Path) -> Run:
+    """Run an arm on a seed."""
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # transformers 4.57 leaves that of an earlier run
     torch.manual_seed(1000 * seed + 300)
     draw = random.Random(1000 * seed + 300)
     policy = arm.prepared(world.policy())
-    policy.config._name_or_path = str(world.folder / "policy")  # the trainer loads the reference of its KL penalty from here
+    # The trainer loads the reference of its KL penalty from here.
+    policy.config._name_or_path = str(world.folder / "policy")
     rate = scale.learning_rate * arm.rate
     adamw = torch.optim.AdamW(policy.parameters(), lr=rate, weight_decay=0.0)
-    # A check takes two more gradients in the first step after a measurement. Without shrink it does not change training.
+    # A check takes two gradients more, and without shrink it does not change training.
     checks = {"check_every": scale.measure_every, "shrink": False}
     meter = PolicyMeter(world, scale, 1000 * seed + 400)
     trainer = GRPOTrainer(
@@ -145,25 +134,20 @@ def train(
         processing_class=tokenizer(),
         optimizers=(arm.optimizer(adamw, model=policy, g1_clip=None, g2_clip=None, **checks), None),
     )
-    course = Course(meter, scale.measure_every, tick)
-    for callback in (course, *callbacks):
-        trainer.add_callback(callback)
+    course = Course(meter, scale.measure_every)
+    trainer.add_callback(course)
     start = time.perf_counter()
     trainer.train()
     seconds = (time.perf_counter() - start - course.seconds) / scale.steps
     return {"arm": asdict(arm), "seed": seed, "curve": course.curve, "seconds_per_step": seconds}
 
 
-def run(arm: Arm, world: World, scale: Scale, seed: int, folder: Path, tick: Callable[[], None]) -> dict[str, Any]:
+def run(arm: Arm, world: World, scale: Scale, seed: int, folder: Path) -> Run:
     """As ``train``, with the result kept in ``folder``. A run whose file exists is not repeated."""
-    return kept(folder / f"{arm.name}-{seed}.json", lambda: train(arm, world, scale, seed, folder / "trainer", tick))
-
-
-def kept(record: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The content of the file ``record``; if there is none, the result of ``compute``, which is written there."""
+    record = folder / f"{arm.name}-{seed}.json"
     if record.exists():
         return dict(json.loads(record.read_text()))
-    result = compute()
+    result = train(arm, world, scale, seed, folder / "trainer")
     part = record.with_suffix(".part")
     part.write_text(json.dumps(result, indent=1) + "\n")
     part.replace(record)  # so that an interrupted run leaves no half-written file

@@ -1,4 +1,4 @@
-"""Summary of runs: figures of each run, their means with bootstrap intervals, and differences paired by seed."""
+"""Figures of each run, their means with bootstrap intervals, and differences paired by seed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import bootstrap, spearmanr
 
-from benchmarks.hacking.arms import PLAIN
-
-Run = dict[str, Any]
-Runs = dict[str, list[Run]]
+from benchmarks.hacking.arms import PLAIN, Run, Runs
 
 PROXY_LEVELS = {"at_proxy": 0.7, "at_high_proxy": 0.9}
 """For comparison at equal proxy: the fractions of the plain run's gain in proxy, by seed."""
@@ -86,7 +83,7 @@ def figures(one: Run, plain: Run) -> dict[str, float | None]:
 
 
 def measures(one: Run) -> dict[str, float | None]:
-    """The wrapper's metrics over a run, and the correlation of ‖g1‖ with the proxy's accuracy; None without values."""
+    """The wrapper's metrics over a run, and its :func:`mechanism`; None without values."""
     kept = {name: [value for value in column(one, name) if value is not None] for name in MEASURES}
     means = {title: fmean(kept[name]) if kept[name] else None for name, title in MEASURES.items()}
     return {**means, LOWEST: min(kept["self_check"], default=None), MECHANISM: mechanism(one)}
@@ -101,23 +98,39 @@ def interval(values: Sequence[float | None]) -> dict[str, Any]:
         return {"mean": numbers[0], "low": numbers[0], "high": numbers[0], "count": len(numbers)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # for two or three seeds, BCa warns that its interval is degenerate
-        drawn = bootstrap((numbers,), np.mean, n_resamples=9999, method="percentile", rng=np.random.default_rng(0))
+        drawn = bootstrap(
+            (numbers,), np.mean, n_resamples=9999, method="percentile", rng=np.random.default_rng(0)
+        )
     low, high = drawn.confidence_interval
     return {"mean": fmean(numbers), "low": float(low), "high": float(high), "count": len(numbers)}
 
 
 def mechanism(one: Run) -> float | None:
-    """Spearman's rank correlation of ‖g1‖ with the proxy's accuracy over a run; the paper expects it below 0."""
-    points = [point for point in one["curve"] if point.get("g1_norm") is not None and point["proxy_accuracy"] is not None]
-    if len({point["g1_norm"] for point in points}) < 3 or len({point["proxy_accuracy"] for point in points}) < 2:
+    """Spearman's correlation of ‖g1‖ with the proxy's accuracy over a run; the paper expects it below 0."""
+    points = [
+        point
+        for point in one["curve"]
+        if point.get("g1_norm") is not None and point["proxy_accuracy"] is not None
+    ]
+    if (
+        len({point["g1_norm"] for point in points}) < 3
+        or len({point["proxy_accuracy"] for point in points}) < 2
+    ):
         return None
-    return float(spearmanr([point["g1_norm"] for point in points], [point["proxy_accuracy"] for point in points]).statistic)
+    return float(
+        spearmanr(
+            [point["g1_norm"] for point in points], [point["proxy_accuracy"] for point in points]
+        ).statistic
+    )
 
 
 def summarise(runs: Runs) -> dict[str, dict[str, Any]]:
     """For each family: figures with intervals, gains over each other family, and the wrapper's metrics."""
     plain = {one["seed"]: one for one in runs[PLAIN]}
-    of = {family: {one["seed"]: figures(one, plain[one["seed"]]) for one in group} for family, group in runs.items()}
+    of = {
+        family: {one["seed"]: figures(one, plain[one["seed"]]) for one in group}
+        for family, group in runs.items()
+    }
     summary: dict[str, dict[str, Any]] = {}
     for family, group in runs.items():
         own, measured = of[family], [measures(one) for one in group]

@@ -107,12 +107,14 @@ def train_policy(scale: Scale, seed: int, folder: Path) -> LlamaForCausalLM:
 
 @torch.no_grad()
 def sample(policy: PreTrainedModel, prompts: Sequence[str], answer_tokens: int) -> tuple[Tensor, list[str]]:
-    """Sample answers: the token ids of prompts and answers, (answers, tokens), and the text of the answers."""
+    """Sample answers. Returns the ids (answers, tokens) of prompts and answers, and the answers."""
     words = tokenizer()
     inputs = words(list(prompts), return_tensors="pt")  # all have the same length
     was_training = policy.training
     policy.eval()
-    ids = policy.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=answer_tokens, pad_token_id=words.pad_token_id)
+    ids = policy.generate(
+        **inputs, do_sample=True, top_k=0, max_new_tokens=answer_tokens, pad_token_id=words.pad_token_id
+    )
     policy.train(was_training)
     answers = ids[:, inputs["input_ids"].shape[1] :]
     return ids, words.batch_decode(answers, skip_special_tokens=True)
@@ -133,12 +135,16 @@ def drawn_pairs(policy: PreTrainedModel, scale: Scale, count: int, seed: int) ->
     return pairs[:count]
 
 
-def train_proxy(policy: PreTrainedModel, scale: Scale, seed: int, folder: Path) -> LlamaForSequenceClassification:
-    """A Bradley-Terry model of pairs of the policy's answers, a fraction of which is labelled the wrong way round."""
+def train_proxy(
+    policy: PreTrainedModel, scale: Scale, seed: int, folder: Path
+) -> LlamaForSequenceClassification:
+    """A Bradley-Terry model of pairs of the policy's answers, some of them labelled the wrong way round."""
     draw = random.Random(seed)
     pairs = drawn_pairs(policy, scale, scale.pairs, seed + 1)
     noisy = [
-        {**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} if draw.random() < scale.label_noise else pair
+        {**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]}
+        if draw.random() < scale.label_noise
+        else pair
         for pair in pairs
     ]
     set_seed(seed)
@@ -155,7 +161,7 @@ def train_proxy(policy: PreTrainedModel, scale: Scale, seed: int, folder: Path) 
 
 @dataclass
 class World:
-    """The start of a seed's runs: the folder of the policy, the reward, and its accuracy on the policy's answers."""
+    """The start of a seed's runs: the folder of the policy, the reward, and how often that is right."""
 
     folder: Path
     proxy: Reward

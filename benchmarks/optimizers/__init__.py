@@ -1,1 +1,1 @@
-"""Which trainers work with which version of TRL? See :mod:`benchmarks.trainers.__main__`."""
+"""Which optimizers work inside the wrapper? See :mod:`benchmarks.optimizers.__main__`."""

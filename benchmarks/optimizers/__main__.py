@@ -2,29 +2,23 @@
 
     make optimizers
 
-Runs tests/wrapping/test_optimizers.py in this environment. An optimizer whose package is not installed is listed as such.
+Runs tests/wrapping/test_optimizers.py in this environment. An optimizer whose package is not installed is
+listed as such.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import os
-import platform
 import re
-import subprocess
 import sys
-import tempfile
 from collections import defaultdict
-from datetime import date
 from importlib.metadata import packages_distributions, version
-from pathlib import Path
 from xml.etree import ElementTree
 
-import torch
-
-from benchmarks.common.results import ROOT
+from benchmarks.common.results import ROOT, stamp
 from benchmarks.common.tables import markdown_table
+from benchmarks.common.testing import cases_of, outcome_of
 
 PAGE = ROOT / "docs" / "optimizers.md"
 TEST = "tests/wrapping/test_optimizers.py"
@@ -32,29 +26,20 @@ HEAD = """# Optimizers
 
 <!-- written by `make optimizers` -->
 
-Any `torch.optim.Optimizer` that steps on gradients when it is called can be wrapped. The wrapper shares its groups,
-its state and its state dict.
+Any `torch.optim.Optimizer` that steps on gradients when it is called can be wrapped. The wrapper shares its
+groups, its state and its state dict.
 
-Refused when the wrapper is built, each with the reason: optimizers whose `step` needs a closure of its own (LBFGS,
-AliG, SAM), and those that step in the backward (LOMO, AdaLomo, layerwise GaLore and APOLLO, gradient release).
-Optimizers that differentiate the gradient again (AdaHessian, SophiaH) need a graph that the combined gradient does
-not have."""
-LEGEND = """Each takes two regularized steps (γ = ε = 0.1, float32) on a network with a matrix of 4096 elements, the
-smallest for which 8-bit and 4-bit states are kept. ✓ in the column *steps*: it stepped on the gradient of the
-formula, computed in float64, and moved bit for bit as the bare optimizer does on this gradient. *Distance* is how far
-its weights then are from those of the bare optimizer on the float64 gradient. It is large where an optimizer
-amplifies rounding: eigenvectors, orthogonalization in bfloat16. ✓ in the column *state dict*: saved and loaded into a
-new optimizer, it takes the same third step, bit for bit. – there: the bare optimizer does not."""
-
-
-def run() -> list[ElementTree.Element]:
-    """The results of the tests."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", TEST, f"--junitxml={report}", "-p", "no:cacheprovider"]
-        subprocess.run(command, cwd=ROOT, env=environment, check=False, stdout=sys.stderr)
-        return list(ElementTree.parse(report).iter("testcase"))
+Refused when the wrapper is built, each with the reason: optimizers whose `step` needs a closure of its own
+(LBFGS, AliG, SAM), and those that step in the backward (LOMO, AdaLomo, layerwise GaLore and APOLLO, gradient
+release). Optimizers that differentiate the gradient again (AdaHessian, SophiaH) need a graph that the
+combined gradient does not have."""
+LEGEND = """Each takes two regularized steps (γ = ε = 0.1, float32) on a network with a matrix of 4096
+elements, the smallest for which 8-bit and 4-bit states are kept. ✓ in the column *steps*: it stepped on the
+gradient of the formula, computed in float64, and moved bit for bit as the bare optimizer does on this
+gradient. *Distance* is how far its weights then are from those of the bare optimizer on the float64 gradient.
+It is large where an optimizer amplifies rounding: eigenvectors, orthogonalization in bfloat16. ✓ in the
+column *state dict*: saved and loaded into a new optimizer, it takes the same third step, bit for bit. –
+there: the bare optimizer does not."""
 
 
 def rows(cases: list[ElementTree.Element]) -> list[list[str]]:
@@ -65,10 +50,12 @@ def rows(cases: list[ElementTree.Element]) -> list[list[str]]:
         if matched is None:
             continue
         of_kind = found[matched[2]]
-        skipped = case.find("skipped")
-        failed = case.find("failure") is not None or case.find("error") is not None
-        missing = skipped is not None and "not installed" in (skipped.get("message") or "")
-        of_kind[matched[1]] = "**fails**" if failed else "not installed" if missing else "–" if skipped is not None else "✓"
+        skipped, mark = (
+            case.find("skipped"),
+            {"failed": "**fails**", "skipped": "–", "passed": "✓"}[outcome_of(case)],
+        )
+        is_missing = skipped is not None and "not installed" in (skipped.get("message") or "")
+        of_kind[matched[1]] = "not installed" if is_missing else mark
         for entry in case.iter("property"):
             of_kind["distance"] = f"{float(entry.get('value', '')):.0e}"
     return [
@@ -96,10 +83,12 @@ def main(argv: list[str]) -> None:
     Raises:
         SystemExit: an optimizer fails.
     """
-    argparse.ArgumentParser("python -m benchmarks.optimizers", description=__doc__.splitlines()[0]).parse_args(argv)
-    table = rows(run())
-    commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True).strip()
-    origin = f"{date.today()}, commit {commit}, Python {platform.python_version()}, torch {torch.__version__}, on CPU."
+    argparse.ArgumentParser(
+        "python -m benchmarks.optimizers", description=__doc__.splitlines()[0]
+    ).parse_args(argv)
+    table = rows(cases_of(sys.executable, TEST))
+    made = stamp()
+    origin = f"{made['date']}, commit {made['commit']}, {made['versions']}, on CPU."
     lines = markdown_table(["package", "optimizer", "steps", "distance", "state dict"], table)
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text("\n\n".join([HEAD, LEGEND, "\n".join(lines), origin]) + "\n", encoding="utf-8")

@@ -1,4 +1,5 @@
-"""Which training stacks work? Runs the example of each, and the comparison with a closure, and writes the table.
+"""Which training stacks work? Runs the example of each, and the comparison with a closure, and writes the
+table.
 
     make stacks                                     # builds the environments first
     python -m benchmarks.stacks verl                # one of them again; today's result keeps the others
@@ -17,14 +18,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.results import ROOT, stamp, todays
+from benchmarks.common.results import ROOT, stamp, todays, write_both
 from benchmarks.common.tables import markdown_table
 
 ENVIRONMENTS = ROOT / ".venv-stacks"
 VERL = ["--config-path", str(ROOT / "examples/verl"), "--config-name", "sft"]
 COMMANDS = {
     "ms_swift": ["swift", "sft", "examples/ms_swift/sft.yaml"],
-    "llama_factory": ["python", "-m", "gradreg_optim.integrations.llama_factory", "examples/llama_factory/sft.yaml"],
+    "llama_factory": [
+        "python",
+        "-m",
+        "gradreg_optim.integrations.llama_factory",
+        "examples/llama_factory/sft.yaml",
+    ],
     "axolotl": ["axolotl", "train", "examples/axolotl/sft.yaml", "--launcher", "python"],
     "verl": ["torchrun", "--nproc_per_node", "2", "-m", "verl.trainer.sft_trainer", *VERL],
 }
@@ -38,12 +44,12 @@ RAN = {
 PACKAGES = {"ms_swift": "ms-swift", "llama_factory": "llamafactory", "axolotl": "axolotl", "verl": "verl"}
 LIBRARIES = ("torch", "transformers", "trl", "accelerate")
 TOLERANCE = 1e-6
-"""Of a weight, which two steps of AdamW at a learning rate of 1e-3 move by 2e-3: some roundings of float32, which Adam's
-division by √v magnifies where a gradient is about 0."""
-LEGEND = f"""Two steps of two micro-batches of a model of 60,000 parameters, in float32 on a CPU, with γ = ε = 1e-2.
-Difference: the largest of any weight between the stack with its plugin and `GradRegOptimizer.step(closure)` driven by hand
-in one process, from the same weights on the same batches; at most {TOLERANCE:.0e}. Penalty: the largest difference between
-the stack and the same steps without penalty."""
+"""Of a weight, which two steps of AdamW at a learning rate of 1e-3 move by 2e-3: some roundings of float32,
+which Adam's division by √v magnifies where a gradient is about 0."""
+LEGEND = f"""Two steps of two micro-batches of a model of 60,000 parameters, in float32 on a CPU, with γ = ε =
+1e-2. Difference: the largest of any weight between the stack with its plugin and
+`GradRegOptimizer.step(closure)` driven by hand in one process, from the same weights on the same batches; at
+most {TOLERANCE:.0e}. Penalty: the largest difference between the stack and the same steps without penalty."""
 
 
 def surroundings(stack: str) -> dict[str, str]:
@@ -51,7 +57,11 @@ def surroundings(stack: str) -> dict[str, str]:
     path = [str(ROOT), str(ROOT / "benchmarks/stacks/stand_ins")] if stack == "llama_factory" else [str(ROOT)]
     more = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "AXOLOTL_DO_NOT_TRACK": "1"}
     if stack == "verl":
-        more |= {"VERL_USE_EXTERNAL_MODULES": "examples.verl.cpu", "VERL_PLATFORM": "cpu", "VERL_ENGINE_DEVICE": "cuda"}
+        more |= {
+            "VERL_USE_EXTERNAL_MODULES": "examples.verl.cpu",
+            "VERL_PLATFORM": "cpu",
+            "VERL_ENGINE_DEVICE": "cuda",
+        }
     programs = f"{ENVIRONMENTS / stack / 'bin'}{os.pathsep}{os.environ['PATH']}"
     return {**os.environ, **more, "PATH": programs, "PYTHONPATH": os.pathsep.join(path)}
 
@@ -60,7 +70,8 @@ def called(stack: str, command: list[str]) -> subprocess.CompletedProcess[str]:
     """Run a command of the stack's environment at the root of the repository."""
     program = str(ENVIRONMENTS / stack / "bin" / command[0])
     environment = surroundings(stack)
-    return subprocess.run([program, *command[1:]], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    settings: dict[str, Any] = {"capture_output": True, "text": True, "check": False}
+    return subprocess.run([program, *command[1:]], cwd=ROOT, env=environment, **settings)
 
 
 def versions(stack: str) -> dict[str, str]:
@@ -78,8 +89,8 @@ def run(stack: str) -> dict[str, Any]:
     for ended in (example, comparison):
         if ended.returncode:
             print(ended.stdout[-3000:], ended.stderr[-6000:], sep="\n", file=sys.stderr)
-    results = [line.removeprefix("RESULT ") for line in comparison.stdout.splitlines() if line.startswith("RESULT ")]
-    found = json.loads(results[-1]) if results and not comparison.returncode else {}
+    lines = [line for line in comparison.stdout.splitlines() if line.startswith("RESULT ")]
+    found = json.loads(lines[-1].removeprefix("RESULT ")) if lines and not comparison.returncode else {}
     return {"versions": versions(stack), "example": not example.returncode, **found}
 
 
@@ -96,7 +107,9 @@ def table(rows: dict[str, dict[str, Any]]) -> list[str]:
             lines.append([name, "–", "nothing: its source was read", "–", "–", "–"])
             continue
         row = rows[stack]
-        others = ", ".join(f"{library} {version}" for library, version in row["versions"].items() if library != name)
+        others = ", ".join(
+            f"{library} {version}" for library, version in row["versions"].items() if library != name
+        )
         figures = [f"{row[figure]:.1e}" if figure in row else "–" for figure in ("difference", "penalty")]
         mark = "✓" if row["example"] else "**no**"
         lines.append([f"{name} {row['versions'].get(name, '?')}", others, RAN[stack], mark, *figures])
@@ -108,12 +121,10 @@ def written(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     result: Path = todays("stacks")
     if result.with_suffix(".json").exists():
         rows = {**json.loads(result.with_suffix(".json").read_text(encoding="utf-8"))["stacks"], **rows}
-    result.parent.mkdir(parents=True, exist_ok=True)
     record = stamp()
     origin = f"{record['date']}, commit {record['commit']}, `make stacks`."
     text = "\n\n".join(["# Training stacks", LEGEND, "\n".join(table(rows)), origin])
-    result.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    result.with_suffix(".json").write_text(json.dumps({**record, "stacks": rows}, indent=1) + "\n", encoding="utf-8")
+    write_both(result, {**record, "stacks": rows}, text + "\n")
     return rows
 
 

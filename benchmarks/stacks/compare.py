@@ -2,9 +2,10 @@
 
     python -m benchmarks.stacks.compare ms_swift
 
-Two steps of two micro-batches by the stack, from ``examples/<stack>``; then from the same weights, on the batches that the
-stack made, by ``GradRegOptimizer.step(closure)``, with a loss that is written here. Without clipping and weight decay, since
-a closure cannot clip. Prints the largest difference of two weights, and of those to training without the penalty.
+Two steps of two micro-batches by the stack, from ``examples/<stack>``; then from the same weights, on the
+batches that the stack made, by ``GradRegOptimizer.step(closure)``, with a loss that is written here. Without
+clipping and weight decay, since a closure cannot clip. Prints the largest difference of two weights, and of
+those to training without the penalty.
 """
 
 from __future__ import annotations
@@ -17,10 +18,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from gradreg_optim import GradRegOptimizer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-
-from gradreg_optim import GradRegOptimizer
 
 STEPS, MICRO_BATCHES = 2, 2
 PLAIN = {"max_grad_norm": 0, "weight_decay": 0}
@@ -60,7 +60,9 @@ def recorded(train: Callable[[], Any]) -> tuple[nn.Module, nn.Module, list[Batch
 def by_hand(model: nn.Module, batches: list[Batch], strength: float, stack: str) -> nn.Module:
     """``model`` after the same steps with a closure, whose loss is the mean over the tokens of a step."""
     model = copy.deepcopy(model).train()
-    adamw = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=BETAS.get(stack, (0.9, 0.999)), weight_decay=0.0)
+    adamw = torch.optim.AdamW(
+        model.parameters(), lr=1e-3, betas=BETAS.get(stack, (0.9, 0.999)), weight_decay=0.0
+    )
     optimizer = GradRegOptimizer(adamw, **{**SETTINGS, "strength": strength}, model=model)
     for step in range(STEPS):
         window = batches[step * MICRO_BATCHES : (step + 1) * MICRO_BATCHES]
@@ -118,7 +120,9 @@ def verl() -> tuple[nn.Module, nn.Module, list[Batch]]:
         states[1:] = []
         states.append(_whole(self.module)) if not states else None
         for ids, mask in zip(data["input_ids"].unbind(), data["loss_mask"].unbind(), strict=True):
-            batches.append({"input_ids": ids[None].clone(), "labels": torch.where(mask.bool(), ids, -100)[None]})
+            batches.append(
+                {"input_ids": ids[None].clone(), "labels": torch.where(mask.bool(), ids, -100)[None]}
+            )
         try:
             return original(self, data, *args, **kwargs)
         finally:
@@ -141,13 +145,16 @@ def verl() -> tuple[nn.Module, nn.Module, list[Batch]]:
 def _whole(module: nn.Module) -> dict[str, Tensor]:
     """The state of a sharded module, as whole tensors of its own."""
     state = module.state_dict()
-    return {name: getattr(value, "full_tensor", lambda value=value: value)().clone() for name, value in state.items()}
+    return {
+        name: getattr(value, "full_tensor", lambda value=value: value)().clone()
+        for name, value in state.items()
+    }
 
 
 BETAS = {"ms_swift": (0.9, 0.95)}
 """Defaults that are not AdamW's."""
 MEANS_OF_MEANS = ("axolotl",)
-"""Stacks that weight micro-batches alike: Axolotl does where the model inside does not take the number of tokens."""
+"""Axolotl weights micro-batches alike if the model inside does not take the number of tokens."""
 
 
 def difference(one: nn.Module, other: nn.Module) -> float:

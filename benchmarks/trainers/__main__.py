@@ -1,55 +1,51 @@
-"""Which trainers work with which version of TRL? Runs the trainers' tests in each environment and writes the results.
+"""Which trainers work with which version of TRL? Runs the trainers' tests in each environment and writes the
+results.
 
     python -m benchmarks.trainers .venv-pinned/bin/python .venv/bin/python
 
-Each argument is the interpreter of an environment in which the tests run. A trainer *works* if the tests in ``TESTS`` pass
-at accumulation 1 and 2. It is *refused* if the test of its refusal passes. It *fails* if any of these tests fails. Trainers
-that no test runs are listed below the table, with the reason that tests/support/trainer_kinds.py gives.
+Each argument is the interpreter of an environment in which the tests run. A trainer *works* if the tests in
+``TESTS`` pass at accumulation 1 and 2. It is *refused* if the test of its refusal passes. It *fails* if any
+of these tests fails. Trainers that no test runs are listed below the table, with the reason that
+tests/support/trainer_kinds.py gives.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from datetime import date
-from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 from benchmarks import pages
 from benchmarks.common.arguments import existing
-from benchmarks.common.results import ROOT, todays
-from benchmarks.common.tables import markdown_table
+from benchmarks.common.results import ROOT, commit, todays, write_both
+from benchmarks.common.testing import cases_of, outcome_of
+from benchmarks.trainers.tables import table
 
 TESTS = ("tests/benchmarks/test_trainer_matrix.py", "tests/trainers/test_vllm_hooks.py::test_asynchronous")
 PACKAGES = ("gradreg_optim", "torch", "transformers", "trl", "accelerate")
-MARKS = {"works": "✓", "refused": "refused", "absent": "–", "fails": "**fails**"}
-LEGEND = """✓: trains with the penalty. With the second pass at θ itself, weights and logs equal those of a plain run bit for
-bit, at accumulation 1 and 2. Refused: stops with an error before the first step instead of training without the penalty. –:
-this version has no such trainer. OnlineDPO, NashMD and XPO need `attach(trainer)`, and so does AsyncGRPO, which makes its
-model itself; the others need only `optimizers=`. AsyncGRPO ran with stand-ins for its vLLM server and for FlashAttention 3.
-Several classes are called GRPOTrainer; GSPOTokenTrainer is that of `trl.experimental.gspo_token`."""
+LEGEND = """✓: trains with the penalty. With the second pass at θ itself, weights and logs equal those of a
+plain run bit for bit, at accumulation 1 and 2. Refused: stops with an error before the first step instead of
+training without the penalty. –: this version has no such trainer. OnlineDPO, NashMD and XPO need
+`attach(trainer)`, and so does AsyncGRPO, which makes its model itself; the others need only `optimizers=`.
+AsyncGRPO ran with stand-ins for its vLLM server and for FlashAttention 3. Several classes are called
+GRPOTrainer; GSPOTokenTrainer is that of `trl.experimental.gspo_token`."""
 
 
 def run(python: str) -> dict[str, Any]:
-    """The versions in the environment of ``python``, the outcome of each trainer, and the seconds of the tests."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-    code = f"import json; from importlib.metadata import version; print(json.dumps({{n: version(n) for n in {PACKAGES}}}))"
+    """The versions that ``python`` has, the outcome of each trainer, and the seconds of the tests."""
+    code = "import json; from importlib.metadata import version; "
+    code += f"print(json.dumps({{name: version(name) for name in {PACKAGES}}}))"
     versions = json.loads(subprocess.check_output([python, "-c", code], text=True))
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        command = [python, "-m", "pytest", "-q", *TESTS, f"--junitxml={report}", "-p", "no:cacheprovider"]
-        subprocess.run(command, cwd=ROOT, env=environment, check=False, stdout=sys.stderr)
-        cases = list(ElementTree.parse(report).iter("testcase"))
-    return {"versions": versions, "seconds": round(time.perf_counter() - start, 1), "trainers": outcomes(cases)}
+    trainers = outcomes(cases_of(python, *TESTS))
+    return {"versions": versions, "seconds": round(time.perf_counter() - start, 1), "trainers": trainers}
 
 
 def outcomes(cases: list[ElementTree.Element]) -> dict[str, str]:
@@ -59,36 +55,14 @@ def outcomes(cases: list[ElementTree.Element]) -> dict[str, str]:
         name = re.search(r"\[.*?(\w*Trainer)", case.get("name", ""))
         if name is None:
             continue
-        failed = case.find("failure") is not None or case.find("error") is not None
         passed = "refused" if case.get("name", "").startswith("test_refused") else "works"
-        seen[name[1]].add("fails" if failed else "absent" if case.find("skipped") is not None else passed)
+        seen[name[1]].add({"failed": "fails", "skipped": "absent", "passed": passed}[outcome_of(case)])
     return {name: found.pop() if len(found) == 1 else "fails" for name, found in seen.items()}
-
-
-def table(runs: list[dict[str, Any]]) -> str:
-    """One row for each trainer, one column for each version."""
-    columns = [f"trl {run['versions']['trl']}, transformers {run['versions']['transformers']}" for run in runs]
-    names = runs[0]["trainers"]
-    rows = [[name, *(MARKS[run["trainers"].get(name, "fails")] for run in runs)] for name in names]
-    return "\n".join(markdown_table(["trainer", *columns], rows))
-
-
-def summary(runs: list[dict[str, Any]], document: str) -> str:
-    """A link to ``document``, and one row for each version."""
-    rows = []
-    for run in runs:
-        names: dict[str, list[str]] = {outcome: [] for outcome in MARKS}
-        for name, outcome in run["trainers"].items():
-            names[outcome].append(name.removesuffix("Trainer") or name)
-        failing = [f"{', '.join(names[outcome])}: {outcome}" for outcome in ("refused", "fails") if names[outcome]]
-        rows.append([f"trl {run['versions']['trl']}", ", ".join(names["works"]), "; ".join(failing)])
-    lines = [f"What was tested, by `make trainers` ([how]({document})):", ""]
-    return "\n".join(lines + markdown_table(["", "trains regularized", "not"], rows))
 
 
 def not_run() -> str:
     """The trainers that no test runs, each with the reason."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     from trainer_kinds import NOT_RUN
 
     return "\n".join(["Not run:", "", *(f"- {name}: {reason}." for name, reason in NOT_RUN.items())])
@@ -101,18 +75,14 @@ def main(argv: list[str]) -> None:
         SystemExit: a trainer fails.
     """
     parser = argparse.ArgumentParser("python -m benchmarks.trainers", description=__doc__.splitlines()[0])
-    parser.add_argument("pythons", nargs="*", type=existing, default=[sys.executable], help="interpreters; default: this")
+    parser.add_argument("pythons", nargs="*", type=existing, default=[sys.executable], help="interpreters")
     pythons = parser.parse_args(argv).pythons
     runs = [run(python) for python in pythons]
-    commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True).strip()
     took = " and ".join(f"{run['seconds']:.0f} s" for run in runs)
-    origin = f"{date.today()}, commit {commit}, `make trainers`, {took}, on CPU."
-    result = todays("trainers")
-    result.parent.mkdir(parents=True, exist_ok=True)
+    origin = f"{date.today()}, commit {commit()}, `make trainers`, {took}, on CPU."
     parts = ("# Trainers", LEGEND, table(runs), not_run(), origin)
-    result.with_suffix(".md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    record = {"date": str(date.today()), "commit": commit, "runs": runs}
-    result.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    record = {"date": str(date.today()), "commit": commit(), "runs": runs}
+    write_both(todays("trainers"), record, "\n\n".join(parts) + "\n")
     pages.write()
     print(table(runs))
     if any("fails" in run["trainers"].values() for run in runs):

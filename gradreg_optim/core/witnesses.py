@@ -234,6 +234,7 @@ class Witnesses:
         self._unread: deque[Callable[[], Tensor]] = deque()
         self._streaks: dict[str, int] = {}
         self._ratios: list[float] = []
+        self._is_young = True  # whether the first ``MANY`` steps are not over: later, gradients and curvature vanish
         self._told: set[str] = set()
 
     def note(self, outcome: Outcome, *, is_on_cpu: bool) -> None:
@@ -279,6 +280,7 @@ class Witnesses:
             if len(self._ratios) == MANY:
                 self._tell_ratio(sum(self._ratios) / MANY)
                 self._ratios.clear()
+                self._is_young = False
 
     def _tell_ratio(self, mean: float) -> None:
         if mean > MUCH:
@@ -288,7 +290,7 @@ class Witnesses:
                 "a strength for another loss, batch or model",
                 f"multiply strength by {0.3 / mean:.1g}, so that the ratio is near 0.3, or set max_penalty_ratio",
             )
-        elif mean < LITTLE:
+        elif mean < LITTLE and self._is_young:
             self.tell(
                 "little",
                 f"over {MANY} steps the penalty was {mean:.3g} of the gradient (penalty_ratio): it changes next to nothing",

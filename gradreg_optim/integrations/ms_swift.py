@@ -29,7 +29,9 @@ def _parted(optim_args: str | None) -> tuple[GradRegConfig, str | None]:
     """``a=1,b=2,3`` in two: the settings of the penalty, and the rest. A comma belongs to a value if no name follows."""
     entries = re.split(r",(?=[^,=]*=)", optim_args.replace(" ", "")) if optim_args else []
     texts = {name: text for name, _, text in (entry.partition("=") for entry in entries)}
-    config, rest = parted({name: yaml.safe_load(f"[{text}]" if "," in text else text) for name, text in texts.items()})
+    config, rest = parted(
+        {name: yaml.safe_load(f"[{text}]" if "," in text else text) for name, text in texts.items()}
+    )
     return config, ",".join(f"{name}={texts[name]}" for name in rest) or None
 
 
@@ -57,5 +59,7 @@ def _regularized(callback: type[OptimizerCallback]) -> type[OptimizerCallback]:
     return GradRegOptimizerCallback
 
 
-optimizers_map.update({f"gradreg_{name}": _regularized(callback) for name, callback in optimizers_map.items()})
+optimizers_map.update(
+    {f"gradreg_{name}": _regularized(callback) for name, callback in optimizers_map.items()}
+)
 optimizers_map["gradreg"] = optimizers_map["gradreg_default"]

@@ -27,7 +27,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
 
 from gradreg_optim.integrations.arguments import of_penalty, parted
 from gradreg_optim.optimizer import GradRegOptimizer
-from gradreg_optim.trainers.exclusion import default_exclusion
+from gradreg_optim.trainers.exclusion import added_exclusion
 
 
 def _build_optimizer(build: Callable[..., Any], engine: Any, module: Any) -> Any:
@@ -39,7 +39,7 @@ def _build_optimizer(build: Callable[..., Any], engine: Any, module: Any) -> Any
     settings, rest = parted(override)
     inside = build_optimizer(module.parameters(), replace(config, override_optimizer_config=rest))
     optimizer = GradRegOptimizer(inside, **settings.kwargs(), model=module, scaler=engine.scaler)
-    optimizer.leave_out([] if optimizer.exclude else default_exclusion(module))
+    optimizer.leave_out(added_exclusion(optimizer.exclude, module))
     return optimizer
 
 
@@ -65,7 +65,9 @@ def _forward_backward(
         output = run(engine, data, loss_function, forward_only=False)
         first = output if first is None else first
     if first:
-        first["metrics"].update({f"grad_reg/{name}": [float(value)] for name, value in optimizer.metrics.items()})
+        first["metrics"].update(
+            {f"grad_reg/{name}": [float(value)] for name, value in optimizer.metrics.items()}
+        )
     return first
 
 

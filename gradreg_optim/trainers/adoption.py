@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 from transformers import Trainer
 
 from gradreg_optim.optimizer import GradRegOptimizer
-from gradreg_optim.trainers.exclusion import default_exclusion
+from gradreg_optim.trainers.exclusion import added_exclusion
 from gradreg_optim.wrapping.groups import KEYS, drop_keys
+from gradreg_optim.wrapping.settings import exclude_patterns
 
 
 def find_wrapper(optimizer: Any) -> GradRegOptimizer | None:
@@ -28,7 +29,9 @@ class Adoption:
     ``optimizer`` is the wrapper, ``None`` until the trainer has created an optimizer.
     """
 
-    def __init__(self, trainer: Trainer, given: GradRegOptimizer | None, settings: dict[str, Any], attachment: Any) -> None:
+    def __init__(
+        self, trainer: Trainer, given: GradRegOptimizer | None, settings: dict[str, Any], attachment: Any
+    ) -> None:
         self.optimizer: Any = None
         self.is_sharded = trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
         self._trainer = trainer
@@ -41,8 +44,10 @@ class Adoption:
         elif trainer.optimizer is not None:
             self._wrap()
         self._given = self.optimizer
-        if given is None or self.is_sharded:  # under DeepSpeed, Transformers drops the optimizer that it was given
-            attachment.hooks.answer(trainer, "create_optimizer", self._create_optimizer)
+        if (
+            given is None or self.is_sharded
+        ):  # under DeepSpeed, Transformers drops the optimizer that it was given
+            attachment.patches.answer(trainer, "create_optimizer", self._create_optimizer)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -50,11 +55,8 @@ class Adoption:
         optimizer = self.optimizer
         if optimizer is None:
             return self._settings
-        return {
-            **optimizer._settings,
-            "schedule": optimizer._schedule or optimizer._settings["schedule"],
-            "exclude": optimizer.exclude,
-        }
+        schedule = optimizer._schedule or optimizer._settings["schedule"]
+        return {**optimizer._settings, "schedule": schedule, "exclude": optimizer.exclude}
 
     def _create_optimizer(self, create: Any, *args: Any, **kwargs: Any) -> Any:
         trainer = self._trainer
@@ -87,22 +89,25 @@ class Adoption:
         _replace_optimizer(holder, optimizer)
 
     def _adopt(self, optimizer: GradRegOptimizer) -> None:
-        if not optimizer.exclude:
-            self._attachment.hooks.set(optimizer, "_default_exclusion", lambda: default_exclusion(self._trainer.model))
-        optimizer.leave_out([] if optimizer.exclude else default_exclusion(self._trainer.model))
-        self._excluded = [group["params"][i] for group in optimizer.param_groups for i in group["gradreg_excluded"]]
+        def added() -> list[Any]:
+            return added_exclusion(optimizer.exclude, self._trainer.model)
+
+        self._attachment.patches.set(optimizer.exclusion, "default", added)  # for groups that are added later
+        optimizer.leave_out(added())
+        self._excluded = [
+            group["params"][i] for group in optimizer.param_groups for i in group["gradreg_excluded"]
+        ]
         self._connect(optimizer)
 
     def _connect(self, optimizer: GradRegOptimizer) -> None:
         """Give the wrapper the attachment, and the trainer's model and scaler."""
         if optimizer._attachment is not None:  # of another trainer, which attaches again when it trains again
-            optimizer._attachment.hooks.close()
-        hooks = self._attachment.hooks
+            optimizer._attachment.patches.close()
+        given = {"_scaler": self._trainer.accelerator.scaler, "_attachment": self._attachment}
         if optimizer._model is None:
-            hooks.set(optimizer, "_model", self._trainer.model)
-        hooks.set(optimizer, "_scaler", self._trainer.accelerator.scaler)
-        hooks.set(optimizer, "_attachment", self._attachment)
-        hooks.set(optimizer, "_settled", None)
+            given["_model"] = self._trainer.model
+        for name, value in given.items():
+            self._attachment.patches.set(optimizer, name, value)
         self.optimizer = optimizer
 
     def shard(self) -> None:
@@ -113,8 +118,10 @@ class Adoption:
         wrapper = self.optimizer
         if isinstance(wrapper, ZeroGradRegOptimizer) and wrapper.engine is engine:
             return
-        if wrapper is None and not self._settings.get("exclude"):  # the optimizer comes from DeepSpeed's configuration
-            self._excluded = list(default_exclusion(self._trainer.model))
+        if wrapper is None:  # the optimizer comes from DeepSpeed's configuration
+            self._excluded = [
+                *added_exclusion(exclude_patterns(self._settings.get("exclude")), self._trainer.model)
+            ]
         self._connect(ZeroGradRegOptimizer.taking_over(engine, wrapper, self._settings, self._excluded))
         accelerated: Any = self._trainer.optimizer
         accelerated.optimizer = engine.optimizer  # another one now, in stage 0 of fp32
@@ -125,9 +132,14 @@ class Adoption:
         That is no trainable parameter of the model, and none that has got a gradient; or none of PEFT's adapters.
         """
         model: Any = self._trainer.model
-        groups = self.optimizer._groups_with_names()
-        held = {id(parameter): parameter for group in groups for parameter in group["params"]}
-        trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        held = {
+            id(parameter): parameter
+            for group in self.optimizer._groups_with_names()
+            for parameter in group["params"]
+        }
+        trainable = {
+            name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+        }
         prefix = getattr(model.base_model, "prefix", "") if hasattr(model, "peft_config") else ""
         adapters = [parameter for name, parameter in trainable.items() if prefix and prefix in name]
         is_reached = not self.is_sharded and any(parameter.grad is not None for parameter in held.values())

@@ -5,19 +5,19 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import transformers.trainer
+from torch import Tensor
 from transformers import Trainer
 from typing_extensions import Unpack  # comes with torch; in typing from Python 3.11
 
 from gradreg_optim.config import GradRegConfig
 from gradreg_optim.trainers.adoption import find_wrapper
 from gradreg_optim.trainers.attachment import Attachment, attachment_of
-from gradreg_optim.trainers.hooks import Hooks
-from gradreg_optim.versions import warn_outside_range
+from gradreg_optim.trainers.patches import Patches
 from gradreg_optim.wrapping.refusals import check_arguments
 from gradreg_optim.wrapping.settings import Settings, check_settings, exclude_patterns, shown, suggestion
 
@@ -31,7 +31,8 @@ def attach(trainer: Trainer, config: GradRegConfig | None = None, **settings: Un
     Args:
         trainer: a :class:`transformers.Trainer` or any TRL trainer based on it, before or after training.
         config: the settings, as parsed from a command line.
-        settings: keyword arguments of :class:`GradRegOptimizer`; they override ``config``.
+        settings: keyword arguments of :class:`GradRegOptimizer`; they override ``config``. Patterns in ``exclude`` are
+            added to embeddings and heads, which are left out by default; ``"none"`` leaves out nothing.
 
     Raises:
         TypeError: ``trainer`` is not a ``transformers.Trainer``, ``config`` is not a ``GradRegConfig``, or a setting is
@@ -54,15 +55,11 @@ def attach(trainer: Trainer, config: GradRegConfig | None = None, **settings: Un
             f"attach got {sorted(given)}, but the trainer's optimizer is a GradRegOptimizer with settings of its own. "
             "Pass the settings to one of the two."
         )
-    if (
-        optimizer is None
-        and trainer.optimizer is not None
-        and getattr(trainer.accelerator, "deepspeed_engine_wrapped", None)
-    ):
+    has_engine = getattr(trainer.accelerator, "deepspeed_engine_wrapped", None) is not None
+    if optimizer is None and trainer.optimizer is not None and has_engine:
         raise RuntimeError(
             "A DeepSpeed engine holds the parameters of the trainer's optimizer by now: it is too late to attach. Call "
-            "attach(trainer) before it trains; if you use GradRegCallback, give it to the constructor of the trainer, "
-            "callbacks=[GradRegCallback(…)]."
+            "attach(trainer), or add a GradRegCallback, before the trainer trains for the first time."
         )
     Attachment(trainer, optimizer, given)
 
@@ -77,7 +74,9 @@ def checked_settings(where: str, config: GradRegConfig | None, settings: Mapping
     given: dict[str, Any] = {**(config.kwargs() if config is not None else {}), **settings}
     for name in given:
         if name not in Settings.__annotations__:
-            raise TypeError(f"{where} got an unexpected setting {name!r}. {suggestion(name, Settings.__annotations__)}")
+            raise TypeError(
+                f"{where} got an unexpected setting {name!r}. {suggestion(name, Settings.__annotations__)}"
+            )
     exclude_patterns(given.get("exclude"))
     check_arguments(given.get("model"), given.get("scaler"))
     check_settings(**given)
@@ -93,55 +92,40 @@ def detach(trainer: Trainer) -> None:
     attachment = attachment_of(trainer)
     if attachment is None:
         raise RuntimeError("detach: this trainer is not attached. Call attach(trainer) first.")
-    attachment.hooks.close()
+    attachment.patches.close()
     attachment.adoption.give_back()
 
 
-def calling_trainers() -> Iterator[Trainer]:
-    """The trainers whose methods are being called, from the innermost outwards."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        trainer = frame.f_locals.get("self")
-        if isinstance(trainer, Trainer):
-            yield trainer
-        frame = frame.f_back  # type: ignore[assignment]
-
-
-def attach_to_caller(optimizer: Any) -> None:
-    """Begin a micro-batch of the trainer whose ``training_step`` is calling; attach the trainer first if necessary."""
-    for trainer in calling_trainers():
-        if find_wrapper(trainer.optimizer) is optimizer:
-            _attached(trainer, optimizer).begin_micro_batch()
-            return
-
-
-def _attached(trainer: Trainer, optimizer: Any) -> Attachment:
-    """The trainer's attachment, or a new one if it has none or was given another wrapper since."""
-    attachment = attachment_of(trainer)
-    if attachment is not None and (attachment.optimizer is optimizer or attachment.adoption.is_sharded):
-        return attachment
-    if attachment is not None:
-        attachment.hooks.close()
-    return Attachment(trainer, optimizer, {})
+# A trainer that holds a GradRegOptimizer attaches by itself: when it begins to train, before DeepSpeed takes the parameters
+# of an optimizer that it has just created, and in its first training step if it created the optimizer by then.
 
 
 def _attach_to_train(train: Callable[..., Any], trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
-    """Attach a trainer that begins to train with a :class:`GradRegOptimizer`, which it may replace on its way."""
-    given = find_wrapper(trainer.optimizer)
-    if given is not None:
-        _attached(trainer, given)
+    attachment, given = attachment_of(trainer), find_wrapper(trainer.optimizer)
+    if given is not None and (attachment is None or attachment.is_outdated(given)):
+        if attachment is not None:
+            attachment.patches.close()
+        Attachment(trainer, given, {})
     return train(trainer, *args, **kwargs)
 
 
-def _attach_to_created(deepspeed_init: Callable[..., Any], trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
-    """Attach a trainer whose ``create_optimizer`` made a wrapper, before DeepSpeed takes the wrapper's parameters."""
+def _attach_to_created(
+    deepspeed_init: Callable[..., Any], trainer: Trainer, *args: Any, **kwargs: Any
+) -> Any:
     optimizer, scheduler = deepspeed_init(trainer, *args, **kwargs)
-    if (given := find_wrapper(optimizer)) is not None and attachment_of(trainer) is None:
-        Attachment(trainer, given, {})
+    if (created := find_wrapper(optimizer)) is not None and attachment_of(trainer) is None:
+        Attachment(trainer, created, {})
     return optimizer, scheduler
 
 
-warn_outside_range("accelerate", "transformers", "trl")
-# ``Trainer.train`` and ``transformers.trainer.deepspeed_init`` (4.57 to 5.23), which calls ``create_optimizer``.
-Hooks().answer(Trainer, "train", _attach_to_train)
-Hooks().answer(transformers.trainer, "deepspeed_init", _attach_to_created)
+def _attach_to_step(step: Callable[..., Tensor], trainer: Trainer, *args: Any, **kwargs: Any) -> Tensor:
+    created = find_wrapper(trainer.optimizer) if attachment_of(trainer) is None else None
+    if created is None:
+        return step(trainer, *args, **kwargs)
+    return Attachment(trainer, created, {}).training_step(functools.partial(step, trainer), *args, **kwargs)
+
+
+# ``deepspeed_init`` (transformers 4.57 to 5.23) calls ``create_optimizer``.
+Patches().answer(Trainer, "train", _attach_to_train)
+Patches().answer(Trainer, "training_step", _attach_to_step)
+Patches().answer(transformers.trainer, "deepspeed_init", _attach_to_created)

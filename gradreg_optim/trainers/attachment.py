@@ -1,76 +1,85 @@
 """Connects a wrapper to a Transformers or TRL trainer.
 
-A trainer calls ``optimizer.step()`` without a closure, after several micro-batches and its own gradient clipping. Hooks
-record each micro-batch: ``optimizer.train()`` begins it, ``compute_loss`` gets its *prepared* inputs, and
-``accelerator.backward`` completes its gradient. After the last backward of the window of gradient accumulation, before
-the trainer clips, the recorded micro-batches run once more at θ'.
+A trainer calls ``optimizer.step()`` without a closure, after several micro-batches and its own gradient clipping. So an
+attachment replaces methods of the trainer. ``training_step`` begins a micro-batch, ``compute_loss`` gets its *prepared*
+inputs, and ``accelerator.backward`` completes its gradient. After the last backward of the window of gradient accumulation,
+before the trainer clips, the recorded micro-batches run once more at θ'.
 
-Relied upon (transformers 4.57 to 5.23): ``Trainer.training_step`` calls ``optimizer.train()``, ``_prepare_inputs``,
-``compute_loss`` and ``accelerator.backward`` in this order; ``accelerator.sync_gradients`` marks the last micro-batch of a
-window, ``accelerator.gradient_state._set_sync_gradients`` sets it, as the Trainer itself does, and
-``current_gradient_accumulation_steps`` is the number of micro-batches in a window. The tests of trainers fail when one of
-these changes.
+Relied upon (transformers 4.57 to 5.23): ``Trainer.training_step`` calls ``_prepare_inputs``, ``compute_loss`` and
+``accelerator.backward`` in this order; ``accelerator.sync_gradients`` marks the last micro-batch of a window, and
+``accelerator.gradient_state._set_sync_gradients`` sets it, as the Trainer itself does. The tests of trainers fail when one
+of these changes.
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import closing, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from gradreg_optim.core.regularize import regularized
-from gradreg_optim.core.step import Outcome, computed
-from gradreg_optim.drivers.micro_batches import further_passes
+from gradreg_optim.core.step import computed
 from gradreg_optim.optimizer import GradRegOptimizer
 from gradreg_optim.trainers.adoption import Adoption, find_wrapper
 from gradreg_optim.trainers.generations import Generations
-from gradreg_optim.trainers.hooks import Hooks
-from gradreg_optim.trainers.old_policy import LOG_P_METHOD, OldPolicy, clipped_by_loss, has_old_policy
+from gradreg_optim.trainers.micro_batches import MicroBatch, Window, not_repeatable
+from gradreg_optim.trainers.old_policy import (
+    LOG_P_METHOD,
+    FirstPass,
+    OldPolicy,
+    clipped_by_loss,
+    has_old_policy,
+)
 from gradreg_optim.trainers.other_backwards import OtherBackwards
-from gradreg_optim.trainers.record import tag_card, tell_trackers
-from gradreg_optim.trainers.recorder import MicroBatch, Recorder, not_repeatable
-from gradreg_optim.trainers.replay import Replay
+from gradreg_optim.trainers.patches import Patches
+from gradreg_optim.trainers.trackers import tag_card, tell_trackers
+
+REPEATED_IN = (1, 2, 10, 100)
+"""The regularized steps of a training in which a loss is repeated at θ, besides those of checks."""
 
 
 class Attachment(TrainerCallback):
-    """Hooks into one trainer: records its micro-batches, repeats them at θ', and logs ``grad_reg/*``.
+    """Regularizes one trainer: records its micro-batches, repeats them at θ', and logs ``grad_reg/*``.
 
-    Memory: the inputs of the window. Time, besides the further passes: one forward in each training, which checks that the
-    loss can be repeated.
+    Memory: the inputs of the window. Time, besides the further passes: one forward of one micro-batch in the steps of
+    :data:`REPEATED_IN` and of checks, to see whether the loss is still the same one when it is repeated.
     """
 
-    def __init__(self, trainer: Trainer, optimizer: GradRegOptimizer | None, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, trainer: Trainer, optimizer: GradRegOptimizer | None, settings: dict[str, Any]
+    ) -> None:
         self.trainer = trainer
-        self.hooks = Hooks()
+        self.patches = Patches()
+        self.window: Window | None = None
         self._reset()
         self.adoption = Adoption(trainer, optimizer, settings, self)
-        self._generations = Generations(trainer, lambda: self.recorder.storage.devices)
+        self._generations = Generations(trainer, lambda: self.window.passes.storage.devices)  # type: ignore[union-attr]
         self._old_policy = OldPolicy(trainer)
-        self._other_backwards = OtherBackwards(trainer, lambda: self.optimizer if self._plan().regularizes else None)
-        self.replay = Replay(trainer, self._generations, self._old_policy)
-        answer = self.hooks.answer
+        self._other_backwards = OtherBackwards(trainer, self._optimizer_if_regularizing)
+        answer = self.patches.answer
+        answer(trainer, "training_step", self.training_step)
         answer(trainer, "compute_loss", self._compute_loss)
         answer(trainer, "log", self._log)
         answer(trainer, "create_model_card", tag_card)
         for owner, name in self._generations.methods:
             answer(owner, name, self._generations)
-        answer(trainer, "training_step", self._training_step)
         if hasattr(trainer, LOG_P_METHOD):
             answer(trainer, LOG_P_METHOD, self._old_policy)
-        answer(trainer.accelerator, "backward", self._backward)
         trainer.add_callback(self)
-        self.hooks.callback(trainer.remove_callback, self)
-        self.hooks.set(trainer, "_gradreg_attachment", self)
+        self.patches.callback(trainer.remove_callback, self)
+        self.patches.set(trainer, "_gradreg_attachment", self)
 
     def _reset(self) -> None:
-        self.recorder = Recorder(self.trainer)
-        self._was_regularized = self._is_checked = self._is_known_to_train = False
+        if self.window is not None:
+            self.window.passes.close()
+        self.window = None
+        self._regularized = 0  # steps of this training
+        self._are_trackers_told = self._is_known_to_train = False
         self._steps_before: int | None = None
         self._logged: dict[str, list[Any]] = defaultdict(list)
 
@@ -79,16 +88,22 @@ class Attachment(TrainerCallback):
         """The wrapper, ``None`` until the trainer has created an optimizer."""
         return self.adoption.optimizer
 
-    @property
-    def low_dtype(self) -> torch.dtype | None:
-        """The dtype of the trainer's forward if that is half precision, in whatever dtype the weights are kept."""
-        return {"no": None, "fp16": torch.float16}.get(str(self.trainer.accelerator.mixed_precision), torch.bfloat16)
+    def is_outdated(self, wrapper: GradRegOptimizer) -> bool:
+        """Whether the trainer was given ``wrapper`` in place of the one that is attached."""
+        return wrapper is not self.optimizer and not self.adoption.is_sharded
 
     @property
     def _resample(self) -> str:
         return getattr(self.optimizer, "resample", "reuse")
 
-    # The first pass.
+    @property
+    def _is_repeating(self) -> bool:
+        return self.window is not None and self.window.is_repeating
+
+    def _optimizer_if_regularizing(self) -> Any:
+        return self.optimizer if self.window is not None and self.window.regularizes else None
+
+    # The training.
 
     def on_train_begin(self, *_args: Any, **_kwargs: Any) -> None:
         """Forget an interrupted training, and check that this one can be regularized."""
@@ -96,7 +111,9 @@ class Attachment(TrainerCallback):
         if self.adoption.is_sharded:
             self.adoption.shard()
         if self._generations.methods and self._resample != "reuse":
-            raise self._old_policy.refusal(self._resample, "its loss compares completions of one policy with each other")
+            raise self._old_policy.refusal(
+                self._resample, "its loss compares completions of one policy with each other"
+            )
         if find_wrapper(self.trainer.optimizer) is None:
             raise RuntimeError(
                 "The trainer's optimizer is not the GradRegOptimizer that was attached any more: it would train without "
@@ -116,112 +133,127 @@ class Attachment(TrainerCallback):
                 "penalty. Let it call step() of the optimizer that it was given, or call detach(trainer)."
             )
 
-    def begin_micro_batch(self) -> None:
-        """Expect one ``compute_loss`` and one ``backward``. Called through ``optimizer.train()``."""
-        if self.replay.is_running:
-            return
-        if not self.recorder.micro_batches:  # the window begins
-            if self.recorder.plan is None:  # the first of this training: its trackers are set up
-                tell_trackers(self.trainer, self.optimizer)
-            self.recorder = Recorder(self.trainer, self._plan(), self.optimizer.storage(), self.optimizer._buffers)
-        self.recorder.begin_micro_batch()
+    # The first pass.
 
-    def _plan(self) -> Any:
-        """Return the plan of the next step. A schedule without a length rises over all of training."""
+    def training_step(self, step: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Run ``step``, the trainer's own, as one micro-batch."""
+        trainer = self.trainer
+        if self._is_repeating:
+            return step(*args, **kwargs)
+        wrapper = find_wrapper(trainer.optimizer)
+        if wrapper is not None and self.is_outdated(wrapper):
+            self.patches.close()
+            return Attachment(trainer, wrapper, {}).training_step(step, *args, **kwargs)
+        if not self._are_trackers_told:  # which are set up by now
+            self._are_trackers_told = True
+            tell_trackers(trainer, self.optimizer)
+        if (
+            self.window is None or self.window.is_complete
+        ):  # a scaler may have skipped the step of the last one
+            self.window = self._new_window()
+        self.window.begin_micro_batch()
+        if self._generations.methods:  # this trainer does not call compute_loss
+            micro_batch = self.window.record(*args, **kwargs)
+            self._generations.recorded = None if micro_batch is None else micro_batch.generations
+        # Only as long as the step runs: a search for hyperparameters makes a new accelerator for each trial.
+        with (
+            self._other_backwards.refused(),
+            Patches().answer(trainer.accelerator, "backward", self._backward),
+        ):
+            return step(*args, **kwargs)
+
+    def _new_window(self) -> Window:
+        """Begin a step of the optimizer. A schedule without a length rises over all of training."""
         groups, max_steps = self.optimizer.param_groups, self.trainer.state.max_steps
         if groups[0]["gradreg_schedule_steps"] is None and max_steps > 0:
             for group in groups:
                 group["gradreg_schedule_steps"] = max(1, max_steps - groups[0]["gradreg_warmup_steps"])
-        return self.optimizer.plan()
+        # The window restores random numbers and states of modules by itself, for each micro-batch.
+        passes = self.optimizer.begin(lambda _point: nullcontext())
+        return Window(self.trainer, self.optimizer, passes, self._generations, self._old_policy)
 
-    def _compute_loss(self, compute_loss: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.replay.is_running or not torch.is_grad_enabled():  # evaluation runs without gradients
+    def _compute_loss(
+        self, compute_loss: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        window = self.window
+        if window is None or window.is_repeating or not torch.is_grad_enabled():  # as in evaluation
             return compute_loss(model, inputs, *args, **kwargs)
         num_items_in_batch = kwargs.get("num_items_in_batch", args[1] if len(args) > 1 else None)
-        micro_batch = self.recorder.record(model, inputs, num_items_in_batch)
-        kept = [] if micro_batch is None else micro_batch.log_p
+        micro_batch = window.record(model, inputs, num_items_in_batch)
+        first = FirstPass() if micro_batch is None else micro_batch.first
         # In the warm-up too, since ``keeping`` refuses losses without a ratio.
-        with self._old_policy.keeping(self._resample, inputs, kept), self._other_backwards.allowed():
+        with self._old_policy.keeping(self._resample, inputs, first), self._other_backwards.allowed():
             return compute_loss(model, inputs, *args, **kwargs)
 
-    def _training_step(self, training_step: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """Record a micro-batch here if the trainer calls neither ``optimizer.train()`` nor ``compute_loss``."""
-        if self.replay.is_running:
-            return training_step(*args, **kwargs)
-        if self._generations.methods:
-            self.begin_micro_batch()
-            micro_batch = self.recorder.record(*args, **kwargs)
-            self._generations.recorded = None if micro_batch is None else micro_batch.generations
-        with self._other_backwards.refused():
-            return training_step(*args, **kwargs)
-
     def _backward(self, backward: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        if self.replay.is_running:
-            backward(loss, *args, **kwargs)
+        window: Any = self.window
+        noted = window.passes.losses.noted() if window.regularizes else nullcontext()
+        if window.is_repeating:
+            with noted:
+                backward(loss, *args, **kwargs)
             return
+        window.record_loss(loss)
+        # Accelerate takes a DeepSpeed engine's step inside backward; it has to wait for the further passes.
+        holding = self.optimizer.held_step.held_back() if self.adoption.is_sharded else nullcontext()
         with self._other_backwards.allowed():
-            self._backward_and_regularize(backward, loss, *args, **kwargs)
-
-    def _backward_and_regularize(self, backward: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        is_recorded = self.recorder.record_loss(loss)
-        with self._engine_step_held() if self.adoption.is_sharded else nullcontext() as held:
-            backward(loss, *args, **kwargs)
-        if is_recorded:
+            with holding as held, noted:
+                backward(loss, *args, **kwargs)
+            window.end_micro_batch()
             self._generations.recorded = None
-            self.recorder.close_micro_batch()
-            if self.recorder.micro_batches[-1].is_last:
-                try:
-                    self._regularize()
-                finally:
-                    self.recorder.micro_batches.clear()
-        if held and self.trainer.accelerator.sync_gradients:
-            self.optimizer.finish_window()
-
-    @contextmanager
-    def _engine_step_held(self) -> Iterator[list[Callable[[], Any]]]:
-        """Hold the step of a DeepSpeed engine back, which Accelerate takes inside backward, until the further passes ran."""
-        gradient_state = self.trainer.accelerator.gradient_state
-        is_last = gradient_state.sync_gradients
-        with self.optimizer.held_step.held_back() as held:
-            gradient_state._set_sync_gradients(is_last or self.recorder.is_summed)
-            try:
-                yield held
-            finally:
-                gradient_state._set_sync_gradients(is_last)
+            if window.is_complete and window.regularizes:
+                self._regularize(window)
+            if window.is_complete and held:
+                self.optimizer.finish_window()
 
     # The further passes.
 
-    def _regularize(self) -> None:
+    def _regularize(self, window: Window) -> None:
         """Replace the gradient of the window by the combined one."""
-        start, recorder = time.perf_counter(), self.recorder
-        recorder.buffers.end()
-        recorder.storage.check_first_pass()  # before a loss is repeated, which would differ without saying why
-        if not self._is_checked:
-            self._is_checked = True
-            self.replay.check(self.optimizer, recorder.micro_batches[0])
-        part, repeated = None, recorder.micro_batches
-        if recorder.split is not None:
-            part = recorder.split.joined()
-            repeated = [repeated[position] for position in sorted(recorder.split.part)]
-
-        def run() -> None:
-            for micro_batch in self.replay.run(self.optimizer, repeated):
-                self._note_ratios(micro_batch)
-
-        with closing(regularized(recorder.storage, recorder.plan)) as points:
-            next(points)
-            self.optimizer.note(further_passes(points, part, run))
+        start = time.perf_counter()
+        try:
+            with closing(window.passes) as passes:  # after an exception the weights are at θ
+                self.optimizer._module_state.end()
+                passes.storage.check_first_pass()  # before a loss is repeated, which would differ without saying why
+                self._compare_losses(window)
+                for micro_batch in window.further_passes():
+                    self._note_ratios(micro_batch)
+        finally:
+            window.micro_batches.clear()
         self._note("second_pass_time", time.perf_counter() - start)
-        self._was_regularized = True
+
+    def _compare_losses(self, window: Window) -> None:
+        """Compare the first loss of the window with itself. The first time a difference raises, later it is told once."""
+        self._regularized += 1
+        plan = window.passes.plan
+        if self._regularized not in REPEATED_IN and len(plan.points) == len(plan.scheme.points):
+            return
+        found = window.compare_losses()
+        name = type(self.trainer).__name__
+        if found is not None and self._regularized == 1:
+            raise RuntimeError(
+                f"{name}: the first loss was {found}. The second pass needs a loss that depends on weights, inputs "
+                "and random numbers alone. Keep state of the loss in plain attributes of the trainer, which are "
+                "restored for the second pass, or train without GradRegOptimizer."
+            )
+        if found is not None:
+            self.optimizer.witnesses.tell(
+                "repeated",
+                f"in regularized step {self._regularized} of {name} the first loss was {found}",
+                "a loss that changes state outside of the trainer's attributes (an object without update(), a class, a "
+                "closure, a list in a module); batches or masks from an iterator or a generator of its own",
+                "keep such state in plain attributes or containers of the trainer, or change it in a callback",
+            )
 
     def check_consulted(self) -> None:
-        """Collect the metrics of a step. Called by the optimizer's step; raises if a second pass was due and did not run."""
-        plan = self._plan()
-        if plan.regularizes and not self._was_regularized:
-            raise not_repeatable(self.trainer, "the optimizer's step was reached without compute_loss and backward")
-        if not plan.regularizes:
-            self.optimizer.note(Outcome({"strength": 0.0}))
-        self._was_regularized = False
+        """Collect the metrics of a step. The optimizer's step calls it; raises if a second pass was due and did not run."""
+        window, self.window = self.window or self._new_window(), None
+        if window.regularizes and not window.is_regularized:
+            window.passes.close()
+            raise not_repeatable(
+                self.trainer, "the optimizer's step was reached without compute_loss and backward"
+            )
+        for _ in window.passes:  # to its end, which notes a step without penalty
+            pass
         if not self._is_known_to_train:
             self._is_known_to_train = True
             self.adoption.check_trains()
@@ -234,7 +266,7 @@ class Attachment(TrainerCallback):
         """Collect whether the loss that just ran at θ' reweighted its completions, and which fraction it clipped."""
         is_given = has_old_policy(micro_batch.inputs)
         if is_given or hasattr(self.trainer, LOG_P_METHOD):
-            self._note("reweighted", float(is_given or bool(micro_batch.log_p)))
+            self._note("reweighted", float(is_given or micro_batch.first.log_p is not None))
         clipped = clipped_by_loss(self.trainer, micro_batch.clipped_before)
         if clipped is not None:
             self._note("clipped_by_loss", clipped)
@@ -249,7 +281,7 @@ class Attachment(TrainerCallback):
                 figures = [float(computed(value)) for value in (values[-1:] if counts_up else values)]
                 logs[name] = sum(figures) / len(figures)
             self._logged.clear()
-            self.optimizer.advice.look_at_ratios()  # which have been read just now
+            self.optimizer.witnesses.look()  # at figures that have been read just now
         log(logs, *args, **kwargs)
 
 

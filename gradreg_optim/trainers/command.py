@@ -27,7 +27,7 @@ from trl.scripts.utils import TrlParser
 
 from gradreg_optim.config import GradRegConfig
 from gradreg_optim.trainers.attach import attach
-from gradreg_optim.trainers.hooks import Hooks
+from gradreg_optim.trainers.patches import Patches
 
 _OTHERS = ("env", "utils", "vllm_serve")
 """What in ``trl.scripts`` does not train."""
@@ -55,15 +55,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         attach(trainer, config)
         return train(trainer, *args, **kwargs)
 
-    with Hooks() as hooks:
-        hooks.answer(Trainer, "train", train)
+    with Patches() as patches:
+        patches.answer(Trainer, "train", train)
         script.main(*given)
 
 
 def _about(unknown: Sequence[str]) -> str:
     """What to say about arguments, from the command line or the configuration file, that the script does not have."""
     flags = [word for word in unknown if word.startswith("--")] or list(unknown)
-    close = [get_close_matches(flag.lstrip("-"), [f.name for f in fields(GradRegConfig)], n=1) for flag in flags]
+    close = [
+        get_close_matches(flag.lstrip("-"), [f.name for f in fields(GradRegConfig)], n=1) for flag in flags
+    ]
     meant = ", ".join(f"--{match[0]}" for match in close if match)
     return f"unknown arguments: {', '.join(flags)}. " + (
         f"Did you mean {meant}?"

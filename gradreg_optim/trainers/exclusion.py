@@ -1,4 +1,4 @@
-"""The default of ``exclude`` in trainers: embeddings and heads, found as modules rather than by name."""
+"""What trainers leave out of the penalty by default: embeddings and heads, found as modules rather than by name."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from gradreg_optim.wrapping.exclusion import NOTHING
+
 HEADS = ("score", "classifier", "v_head", "value_head", "reward_head")
 """Attributes under which Transformers and TRL keep value, reward and classification heads."""
 
@@ -14,17 +16,28 @@ _INSIDE = ("module", "_orig_mod", "base_model", "model", "pretrained_model")
 """Attributes under which DDP, compilation, PEFT, Transformers and value-head models keep the model that they wrap."""
 
 
+def added_exclusion(exclude: tuple[str, ...], model: Any) -> list[nn.Parameter]:
+    """What is left out besides the patterns ``exclude``: :func:`default_exclusion`, or nothing if they say "none"."""
+    return [] if exclude == NOTHING else default_exclusion(model)
+
+
 def default_exclusion(model: Any) -> list[nn.Parameter]:
-    """Return the parameters of the input and output embeddings and of value, reward and classification heads."""
+    """Return the parameters of input and output embeddings, and of value, reward and classification heads."""
     layers: list[nn.Module] = [model]
     found: list[Any] = []
-    for layer in layers:  # the loop appends to it: PEFT, value heads, DDP and compilation all wrap the real model
+    for (
+        layer
+    ) in layers:  # the loop appends to it: PEFT, value heads, DDP and compilation all wrap the real model
         for name in _INSIDE:
             inner = getattr(layer, name, None)
             if isinstance(inner, nn.Module) and all(inner is not known for known in layers):
                 layers.append(inner)
         found += [getattr(layer, name, None) for name in HEADS]
         for name in ("get_input_embeddings", "get_output_embeddings"):
-            with suppress(AttributeError, NotImplementedError):  # a Transformers model without such embeddings
+            with suppress(
+                AttributeError, NotImplementedError
+            ):  # a Transformers model without such embeddings
                 found.append(getattr(layer, name)())
-    return [parameter for module in found if isinstance(module, nn.Module) for parameter in module.parameters()]
+    return [
+        parameter for module in found if isinstance(module, nn.Module) for parameter in module.parameters()
+    ]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from gradreg_optim.core.repeatable import RandomState
+from gradreg_optim.core.same_start import RandomState
 from gradreg_optim.trainers.snapshot import copied
 
 _TRAINER = "OnlineDPOTrainer"
@@ -54,7 +54,10 @@ class Generations:
             result, random = next(self.repeated)
             random.restore()
             return copied(result, with_tensors=True)
-        recorded, self.recorded = self.recorded, None  # the methods call one another: record the outermost call only
+        recorded, self.recorded = (
+            self.recorded,
+            None,
+        )  # the methods call one another: record the outermost call only
         try:
             result = method(*args, **kwargs)
         finally:

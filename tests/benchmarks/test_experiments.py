@@ -1,4 +1,4 @@
-"""The published experiments, ``examples/published``, with tiny models and without a network: two steps of each."""
+"""The published experiments, ``examples/published``, with tiny models, offline: two steps of each."""
 
 from __future__ import annotations
 
@@ -11,12 +11,21 @@ pytest.importorskip("trl", reason="trainers come with the extra [trl]")
 pytest.importorskip("matplotlib", reason="matplotlib belongs to the demo extra")
 
 import trl
+from examples.published import evaluate, judge, llm_judge, rlhf
 from trainers import llama, sentence, tokenizer
 from transformers import LlamaForSequenceClassification
 
-from examples.published import evaluate, judge, llm_judge, rlhf
-
-SMALL = ["--max_steps", "2", "--use_cpu", "--bf16", "False", "--num_generations", "2", "--per_device_train_batch_size", "2"]
+SMALL = [
+    "--max_steps",
+    "2",
+    "--use_cpu",
+    "--bf16",
+    "False",
+    "--num_generations",
+    "2",
+    "--per_device_train_batch_size",
+    "2",
+]
 SHORT = [
     "--gradient_accumulation_steps",
     "2",
@@ -53,7 +62,14 @@ def history(folder: Path) -> list[dict[str, float]]:
 
 def test_rlhf_and_its_evaluation(files: dict[str, str], tmp_path: Path) -> None:
     """The reward model's scores are the rewards, the penalty is taken, and the checkpoint can be measured."""
-    flags = ["--model_name_or_path", files["policy"], "--reward_model", files["scorer"], "--dataset_name", files["prompts"]]
+    flags = [
+        "--model_name_or_path",
+        files["policy"],
+        "--reward_model",
+        files["scorer"],
+        "--dataset_name",
+        files["prompts"],
+    ]
     rlhf.main([*flags, *SMALL, *SHORT, "--output_dir", str(tmp_path)])
     steps = history(tmp_path)
     assert len(steps) == 2
@@ -70,7 +86,9 @@ def test_rlhf_and_its_evaluation(files: dict[str, str], tmp_path: Path) -> None:
         "--dataset_split",
         "train",
     ]
-    evaluate.main([*flags, "--reward_models", files["scorer"], "--max_completion_length", "4", "--limit", "6"])
+    evaluate.main(
+        [*flags, "--reward_models", files["scorer"], "--max_completion_length", "4", "--limit", "6"]
+    )
     means = json.loads((tmp_path / "evaluation.json").read_text())["means"]
     assert means["scorer"]["count"] == 6
     assert means["scorer"]["standard_error"] > 0
@@ -78,7 +96,14 @@ def test_rlhf_and_its_evaluation(files: dict[str, str], tmp_path: Path) -> None:
 
 def test_llm_judge_and_its_evaluation(files: dict[str, str], tmp_path: Path) -> None:
     """Format and the judge's grade are rewarded; whether the answer is right is logged, and nothing else."""
-    flags = ["--model_name_or_path", files["policy"], "--judge", files["policy"], "--dataset_name", files["problems"]]
+    flags = [
+        "--model_name_or_path",
+        files["policy"],
+        "--judge",
+        files["policy"],
+        "--dataset_name",
+        files["problems"],
+    ]
     llm_judge.main([*flags, *SMALL, *SHORT, "--output_dir", str(tmp_path), "--unparsable_reward", "-0.5"])
     steps = history(tmp_path)
     assert len(steps) == 2
@@ -89,7 +114,16 @@ def test_llm_judge_and_its_evaluation(files: dict[str, str], tmp_path: Path) -> 
         assert row["reward"] == pytest.approx(logged)
         assert row["grad_reg/strength"] == 1e-3
 
-    flags = ["--model", str(tmp_path), "--judge", files["policy"], "--dataset_name", files["problems"], "--limit", "4"]
+    flags = [
+        "--model",
+        str(tmp_path),
+        "--judge",
+        files["policy"],
+        "--dataset_name",
+        files["problems"],
+        "--limit",
+        "4",
+    ]
     evaluate.main([*flags, "--dataset_split", "train", "--max_completion_length", "4", "--temperature", "0"])
     means = json.loads((tmp_path / "evaluation.json").read_text())["means"]
     assert set(means) == {"length", "format", "correct", "judge"}
@@ -123,9 +157,18 @@ def test_grades(reply: str, reward: float) -> None:
         (["--no_such_flag", "1"], "must be flags of this script"),
     ],
 )
-def test_one_line_says_what_is_wrong(files: dict[str, str], flags: list[str], words: str, tmp_path: Path) -> None:
+def test_one_line_says_what_is_wrong(
+    files: dict[str, str], flags: list[str], words: str, tmp_path: Path
+) -> None:
     """The value, the rule and the remedy, and no traceback."""
-    given = ["--model_name_or_path", files["policy"], "--reward_model", files["scorer"], "--dataset_name", files["prompts"]]
+    given = [
+        "--model_name_or_path",
+        files["policy"],
+        "--reward_model",
+        files["scorer"],
+        "--dataset_name",
+        files["prompts"],
+    ]
     with pytest.raises(SystemExit) as stopped:
         rlhf.main([*given, *SMALL, "--output_dir", str(tmp_path), *flags])
     assert words in str(stopped.value)

@@ -13,7 +13,7 @@ from test_reward_hacking import module
 
 
 def test_every_family_has_the_same_budget_and_names_its_runs_apart() -> None:
-    """A name is the file of a run: two settings of one name would be taken for one, and the name leads back to it."""
+    """A name is the file of a run: each setting has its own, and it leads back to the setting."""
     arms = module("hacking.arms")
     assert {len(grid) for family, grid in arms.FAMILIES.items() if family != "none"} == {4}
     settings = [arm for grid in arms.FAMILIES.values() for arm in grid]
@@ -42,32 +42,6 @@ def bowl(arm: Any, steps: int = 1, **settings: Any) -> tuple[list[list[torch.Ten
         visited.append([])
         optimizer.step(closure)
     return visited, optimizer
-
-
-@pytest.mark.parametrize("direction", ["gradient", "random", "previous"])
-def test_the_step_aside_is_as_long_as_that_along_the_gradient(direction: str) -> None:
-    """ε‖g1‖ at every step; along the gradient, along nothing in particular, or along the gradient of the step before."""
-    arm = module("hacking.arms").Arm("x", {"strength": 0.25, "eps": 0.5}, direction=direction)
-    visited, _ = bowl(arm, steps=3)
-    before = None
-    for start, moved in visited:
-        g1, step = torch.linspace(1, 3, 400) * start, moved - start
-        assert float(step.norm()) == pytest.approx(0.5 * float(g1.norm()), rel=1e-5)  # float32
-        along = {"gradient": g1, "random": None, "previous": g1 if before is None else before}[direction]
-        if along is None:
-            assert abs(float(torch.cosine_similarity(step, g1, dim=0))) < 0.2
-        else:
-            assert float(torch.cosine_similarity(step, along, dim=0)) == pytest.approx(1, abs=1e-5)  # float32
-        before = g1
-    assert len({float(moved[0] - start[0]) for start, moved in visited}) == 3  # another step each time
-
-
-@pytest.mark.parametrize("direction", ["random", "previous"])
-def test_a_check_mirrors_the_step_aside(direction: str) -> None:
-    """On a quadratic the self-check is 1 if, and only if, both of its points lie on one line through θ."""
-    arm = module("hacking.arms").Arm("x", {"strength": 0.25, "eps": 0.5}, direction=direction)
-    _, optimizer = bowl(arm, steps=3, check_every=1, shrink=False)
-    assert float(optimizer.metrics["self_check"]) == pytest.approx(1, abs=1e-4)  # float32
 
 
 def test_rounded_weights_are_on_the_grid_of_bfloat16_after_every_step() -> None:

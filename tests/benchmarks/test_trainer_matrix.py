@@ -1,4 +1,4 @@
-"""Every trainer of the installed TRL: trained with the penalty as without it, where the penalty is nought, or refused."""
+"""Every trainer of the installed TRL: with a penalty of nought trained as without, or refused."""
 
 import random
 import re
@@ -8,10 +8,9 @@ import numpy
 import pytest
 import torch
 import trl
+from gradreg_optim import attach
 from trainer_kinds import ELSEWHERE, KINDS, NOT_RUN, build_kind, find
 from trainers import AT_THETA, REAL, assert_same, own_figures, penalties, weights
-
-from gradreg_optim import attach
 
 REFUSED = ["PPOTrainer"]
 """Trainers with a loop of their own."""
@@ -23,7 +22,8 @@ def installed(names):
     """The names as parameters, skipped where the installed TRL has no such trainer."""
     reason = f"trl {trl.__version__} has none"
     return pytest.mark.parametrize(
-        "name", [pytest.param(name, marks=pytest.mark.skipif(find(name) is None, reason=reason)) for name in names]
+        "name",
+        [pytest.param(name, marks=pytest.mark.skipif(find(name) is None, reason=reason)) for name in names],
     )
 
 
@@ -40,7 +40,7 @@ def trained(name, folder, **arguments):
 @pytest.mark.parametrize("accumulation", [1, 2])
 @installed([name for name in KINDS if name not in REFUSED])
 def test_trains(name, accumulation, tmp_path):
-    """With the second pass at θ itself a run is the plain one bit for bit, logs included; with a penalty it is another."""
+    """With the second pass at θ a run is the plain one bit for bit, logs included; with a penalty another."""
     plain, at_theta, real = (
         trained(name, tmp_path, wrapped=wrapped, gradient_accumulation_steps=accumulation)
         for wrapped in (None, AT_THETA, REAL)
@@ -50,7 +50,9 @@ def test_trains(name, accumulation, tmp_path):
     assert len(penalties(at_theta, "second_pass_time")) == 2  # steps
     assert len(penalties(real, "penalty_ratio")) == 2
     assert min(penalties(real, "penalty_ratio")) > 0
-    assert any(not torch.equal(*pair) for pair in zip(real.model.parameters(), plain.model.parameters(), strict=True))
+    assert any(
+        not torch.equal(*pair) for pair in zip(real.model.parameters(), plain.model.parameters(), strict=True)
+    )
 
 
 @installed(REFUSED)
@@ -70,7 +72,7 @@ def test_refused(name, by, tmp_path):
 
 @installed(WHOLE)
 def test_whole_steps_need_no_attach(name, tmp_path):
-    """Given as ``optimizers=`` alone, where no call announces a micro-batch, the wrapper regularizes from the first step."""
+    """Given as ``optimizers=`` alone, the wrapper regularizes from the first step."""
     trainer = build_kind(name, tmp_path, wrapped=REAL)
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -80,14 +82,16 @@ def test_whole_steps_need_no_attach(name, tmp_path):
 
 @installed(WHOLE)
 def test_whole_steps_generate_and_score_once(name, tmp_path):
-    """The second pass asks neither the model for completions nor the judge or the reward function for an opinion."""
+    """The second pass asks neither for completions nor for the opinion of judge or reward function."""
     counts = []
     for wrapped in (None, REAL):
         trainer = build_kind(name, tmp_path, wrapped=wrapped, gradient_accumulation_steps=2)
         if wrapped:
             attach(trainer)
         generations, generate = [], trainer.model.generate
-        trainer.model.generate = lambda *args, f=generate, n=generations, **kwargs: n.append(1) or f(*args, **kwargs)
+        trainer.model.generate = lambda *args, f=generate, n=generations, **kwargs: (
+            n.append(1) or f(*args, **kwargs)
+        )
         trainer.train()
         opinions = trainer.judge.judged if getattr(trainer, "judge", None) else trainer.reward_funcs[0].scored
         counts.append((len(generations), opinions))

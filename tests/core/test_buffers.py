@@ -6,15 +6,14 @@ from contextlib import suppress
 
 import pytest
 import torch
-from problems import assert_same, closure_of
+from problems import assert_same, closure_of, unchecked
+from reference import combined
 from torch import nn
 from torch.func import functional_call
 from torch.nn.modules import module as nn_module
 from torch.utils.checkpoint import checkpoint
 
-from gradreg_optim import GradRegOptimizer, MicroBatches
-from gradreg_optim.core import repeatable
-from gradreg_optim.core.repeatable import Buffers
+from gradreg_optim.core.same_start import ModuleState
 
 SIZE = 6
 SETTINGS = {"strength": 0.01, "eps": 1e-3, "g1_clip": None, "g2_clip": None}
@@ -27,7 +26,7 @@ class Moving(nn.Module):
         super().__init__()
         self.update = update
         for name, value in state.items():
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
                 self.register_buffer(name, value.double() if value.is_floating_point() else value)
             else:
                 setattr(self, name, value)
@@ -79,6 +78,11 @@ def codebook(self, now):
     return self.book[nearest]
 
 
+def counted(self, now):
+    self.calls += 1
+    return now * self.calls / 10
+
+
 zeros = torch.zeros(SIZE)
 LAYERS = {
     "spectral_norm, hooks": lambda: nn.utils.spectral_norm(nn.Linear(SIZE, SIZE)),
@@ -93,6 +97,8 @@ LAYERS = {
     "resized": lambda: Moving(resized, scale=torch.zeros(0), count=torch.tensor(0)),
     "registered in a forward": lambda: Moving(registered),
     "initialized by the first batch": lambda: Moving(first_batch, scale=zeros.clone(), begun=torch.tensor(False)),
+    "a counter in an attribute": lambda: Moving(counted, calls=0),
+    "a frozen parameter": lambda: Moving(in_place, scale=nn.Parameter(zeros.double(), requires_grad=False)),
     "a codebook": lambda: Moving(codebook, book=torch.randn(4, SIZE), count=torch.zeros(4)),
 }
 
@@ -104,33 +110,26 @@ def network(layer):
     return model, lambda model, part=slice(None): (model(inputs[part]) - targets[part]).square().sum() / 32
 
 
-def gradient_at(model, shift, loss):
-    """The gradient of ``loss`` of a copy of ``model``, moved along ``shift``, and the copy as the pass left it."""
+def trained(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def gradient_at(model, loss, direction=None, distance=0.0):
+    """The gradient of ``loss`` of a copy of ``model``, moved along ``direction``, and the copy as the pass left it."""
     weight = vars(model[2]).get("weight")  # of a spectral norm: the result of an operation, which cannot be copied
     if weight is not None:
         vars(model[2])["weight"] = weight.detach()
     other = copy.deepcopy(model)
     with torch.no_grad():
-        for parameter, along in zip(other.parameters(), shift or [], strict=False):
-            parameter += along
-    value = loss(other)
-    gradients = torch.autograd.grad(value, list(other.parameters()), create_graph=True)
-    return gradients, other
+        for parameter, along in zip(trained(other), direction or [], strict=False):
+            parameter += distance * along
+    return list(torch.autograd.grad(loss(other), trained(other))), other
 
 
 def formula(model, loss, method):
     """g1 + γ·Δ from passes that all start from the buffers of ``model``, and the model after the pass at θ."""
-    g1, after = gradient_at(model, None, loss)
-    strength, eps = SETTINGS["strength"], SETTINGS["eps"]
-    if method == "exact":
-        inner = sum((g * g.detach()).sum() for g in g1)
-        delta = torch.autograd.grad(inner, list(after.parameters()), allow_unused=True)
-    elif method == "central":
-        sides = [gradient_at(model, [sign * eps * g for g in g1], loss)[0] for sign in (1, -1)]
-        delta = [(a - b) / (2 * eps) for a, b in zip(*sides, strict=True)]
-    else:
-        delta = [(b - a) / eps for a, b in zip(g1, gradient_at(model, [eps * g for g in g1], loss)[0], strict=True)]
-    return [(g + strength * d).detach() for g, d in zip(g1, delta, strict=True)], after
+    expected = combined(lambda *step: gradient_at(model, loss, *step)[0], strength=0.01, eps=1e-3, method=method)
+    return expected, gradient_at(model, loss)[1]
 
 
 def by_closure(optimizer, model, loss):
@@ -144,56 +143,25 @@ def by_loop(optimizer, model, loss):
     optimizer.step()
 
 
-def by_micro_batches(optimizer, model, loss):
-    def backward(part):
-        value = loss(model, part)
-        value.backward()
-        return value
-
-    optimizer.step(MicroBatches(backward, [slice(0, 8), slice(8, 16)]))
-
-
-def in_two_parts(loss):
-    return lambda model: loss(model, slice(0, 8)) + loss(model, slice(8, 16))
-
-
 def state_of(model):
-    plain = {name: value for name, value in vars(model[2]).items() if name == "scale"}
-    return [dict(model.named_buffers()), plain]
+    plain = {name: value for name, value in vars(model[2]).items() if name in ("scale", "calls")}
+    return [dict(model.named_buffers()), plain, [p.detach() for p in model.parameters() if not p.requires_grad]]
 
 
-@pytest.mark.parametrize("driver", [by_closure, by_loop, by_micro_batches])
-@pytest.mark.parametrize("method", ["forward", "central", "exact"])
-@pytest.mark.parametrize("layer", LAYERS)
+MANY = [(layer, "forward", by_closure) for layer in LAYERS]
+MANY += [(layer, method, by_loop) for layer in ("BatchNorm", "replaced", "a codebook") for method in ("forward", "central")]
+
+
+@pytest.mark.parametrize(("layer", "method", "driver"), MANY, ids=lambda value: getattr(value, "__name__", value))
 def test_all_passes_start_from_the_same_buffers(layer, method, driver):
     """The update is the formula's, by passes from the same buffers; after the step they are as after one pass at θ."""
     model, loss = network(layer)
-    whole = in_two_parts(loss) if driver is by_micro_batches else loss
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), method=method, **SETTINGS)
+    optimizer = unchecked(torch.optim.SGD(trained(model), lr=1.0), method=method, **SETTINGS)
     for _ in range(3):
-        before = [parameter.detach().clone() for parameter in model.parameters()]
-        expected, after = formula(model, whole, method)
+        before = [parameter.detach().clone() for parameter in trained(model)]
+        expected, after = formula(model, loss, method)
         driver(optimizer, model, loss)
-        got = [start - parameter.detach() for start, parameter in zip(before, model.parameters(), strict=True)]
-        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)  # g2 − g1 rounds before it is divided by eps
-        assert_same(state_of(model), state_of(after))
-
-
-@pytest.mark.parametrize("layer", ["spectral_norm, hooks", "BatchNorm", "replaced", "a codebook"])
-def test_a_part_of_the_micro_batches_starts_where_it_did(layer, monkeypatch):
-    """With ``fraction``, the repeated micro-batch starts from the buffers that it found in the first pass."""
-    monkeypatch.setattr("gradreg_optim.drivers.micro_batches.chosen_part", lambda *_args, **_kwargs: frozenset({1}))
-    model, loss = network(layer)
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), fraction=0.5, **SETTINGS)
-    for _ in range(2):
-        before = [parameter.detach().clone() for parameter in model.parameters()]
-        first, middle = gradient_at(model, None, lambda model: loss(model, slice(0, 8)))
-        second, after = gradient_at(middle, None, lambda model: loss(model, slice(8, 16)))
-        g1 = [(a + b).detach() for a, b in zip(first, second, strict=True)]
-        moved, _ = gradient_at(middle, [1e-3 * g for g in g1], lambda model: loss(model, slice(8, 16)))
-        expected = [(g + 10 * 2 * (b - a)).detach() for g, a, b in zip(g1, second, moved, strict=True)]
-        by_micro_batches(optimizer, model, loss)
-        got = [start - parameter.detach() for start, parameter in zip(before, model.parameters(), strict=True)]
+        got = [start - parameter.detach() for start, parameter in zip(before, trained(model), strict=True)]
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)  # g2 − g1 rounds before it is divided by eps
         assert_same(state_of(model), state_of(after))
 
@@ -204,7 +172,7 @@ def test_another_network_than_the_model(known):
     generator = nn.Linear(4, 8)
     critic = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
     inputs = torch.randn(16, 4)
-    optimizer = GradRegOptimizer(torch.optim.SGD(generator.parameters(), lr=0.1), model=generator if known else None)
+    optimizer = unchecked(torch.optim.SGD(generator.parameters(), lr=0.1), model=generator if known else None)
     for step in range(3):
         expected = copy.deepcopy(critic)
         expected(generator(inputs))
@@ -218,7 +186,7 @@ def test_checkpointed_forwards_move_buffers_as_they_do_without(use_reentrant):
     """A forward that runs again in backward moves its buffers again, once in each pass; the step keeps the first pass's."""
     model, _ = network("in place")
     inputs = torch.randn(16, 4, requires_grad=True).double()
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **SETTINGS)
+    optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.1), **SETTINGS)
     found = []
 
     def closure():
@@ -245,7 +213,7 @@ def test_modules_called_by_torch_func(layer):
     model, loss = network(layer)
     own = {name: buffer.clone() for name, buffer in model.named_buffers()}
     buffers, expected = copy.deepcopy(own), copy.deepcopy(own)
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **SETTINGS)
+    optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.1), **SETTINGS)
     for _ in range(2):
         loss(functional(model, expected))
         optimizer.step(closure_of(optimizer, lambda: loss(functional(model, buffers))))
@@ -257,7 +225,7 @@ def test_a_dictionary_in_which_buffers_are_replaced():
     """It is the caller's, out of reach: the change of the loss gives it away."""
     model, loss = network("replaced")
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **SETTINGS)
+    optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.1), **SETTINGS)
     with pytest.raises(RuntimeError, match="not a function of the weights"):
         optimizer.step(closure_of(optimizer, lambda: loss(functional(model, buffers))))
 
@@ -274,7 +242,7 @@ def test_a_module_within_a_transform():
         return torch.vmap(lambda p, b: functional_call(layer, (p, b), (inputs,)))(parameters, buffers)
 
     outputs(expected)
-    optimizer = GradRegOptimizer(torch.optim.SGD(parameters.values(), lr=0.1))
+    optimizer = unchecked(torch.optim.SGD(parameters.values(), lr=0.1))
     optimizer.step(closure_of(optimizer, lambda: outputs(buffers).square().mean() + parameters["weight"].square().sum()))
     assert_same(buffers, expected)
 
@@ -282,67 +250,36 @@ def test_a_module_within_a_transform():
 # What is copied.
 
 
-def passes(buffers, model, inputs, count=2):
-    with buffers.first(None):
+def passes(state, model, inputs, count=2):
+    with state.first(None):
         model(inputs)
     for _ in range(count - 1):
-        with buffers.repeated():
+        with state.repeated():
             model(inputs)
 
 
-@pytest.fixture
-def copies(monkeypatch):
-    """The sizes of all copies that are made of buffers."""
-    made = []
-
-    def copied(tensor, *, is_sure):
-        made.append(tensor.numel())
-        return tensor.clone()
-
-    monkeypatch.setattr(repeatable, "copied", copied)
-    return made
+def copied(state):
+    """The sizes of what was copied before the first pass."""
+    return sorted(value.tensor.numel() for value in state._values.values() if value.before is not None)
 
 
-def test_what_never_moves_is_copied_once(copies, monkeypatch):
-    """A large mask in the first step alone, a small one too, unless it is changed from outside; what moves in each step."""
-    monkeypatch.setattr(repeatable, "SMALL", 800)
+def test_what_never_moves_is_copied_once():
+    """A mask in the first step alone; what moves in each step."""
     model = Moving(in_place, scale=torch.zeros(3))
     model.add_module("masks", nn.Module())
-    model.masks.register_buffer("large", torch.ones(1000))
-    model.masks.register_buffer("small", torch.ones(50))
-    buffers, inputs = Buffers(), torch.randn(5, 3).double()
-    passes(buffers, model, inputs)
-    assert sorted(copies) == [3, 3, 50, 1000]
+    model.masks.register_buffer("mask", torch.ones(1000))
+    state, inputs = ModuleState(), torch.randn(5, 3).double()
+    passes(state, model, inputs)
+    assert copied(state) == [3, 1000]
     for _ in range(3):
-        copies.clear()
-        passes(buffers, model, inputs)
-        assert copies == [3, 3]
-    model.masks.small.mul_(2)
-    model.masks.large.mul_(2)
-    copies.clear()
-    passes(buffers, model, inputs)
-    assert sorted(copies) == [3, 3, 50]
-
-
-@pytest.mark.parametrize("update", [in_place, replaced])
-def test_a_buffer_that_begins_to_move_later(update):
-    """It is right in that step too: a copy was at hand."""
-    switch = torch.tensor(False)
-    model = Moving(lambda self, now: update(self, now) if switch else self.scale, scale=torch.zeros(3))
-    buffers, inputs = Buffers(), torch.randn(5, 3).double()
-    passes(buffers, model, inputs)
-    switch.fill_(True)
-    for _ in range(2):
-        expected = copy.deepcopy(model)
-        expected(inputs)
-        passes(buffers, model, inputs, count=3)
-        assert_same(model.scale, expected.scale)
+        passes(state, model, inputs)
+        assert copied(state) == [3]
 
 
 def test_a_module_that_is_trained_again():
     """BatchNorm writes its statistics without a mark: a change of mode is what lets all be looked at anew."""
     model = nn.Sequential(nn.BatchNorm1d(3).eval())
-    buffers, inputs = Buffers(), torch.randn(5, 3) + 1
+    buffers, inputs = ModuleState(), torch.randn(5, 3) + 1
     passes(buffers, model, inputs)
     assert model[0].num_batches_tracked == 0
     model.train()
@@ -352,28 +289,10 @@ def test_a_module_that_is_trained_again():
     assert_same(list(model.buffers()), list(expected.buffers()))
 
 
-def test_a_large_buffer_that_begins_to_move_later_is_named(monkeypatch):
-    """There is no copy in that one step, which a warning says; it moves once nevertheless, and later steps are right."""
-    monkeypatch.setattr(repeatable, "SMALL", 8)
-    switch = torch.tensor(False)
-    model = Moving(lambda self, now: in_place(self, now) if switch else self.scale, scale=torch.zeros(3))
-    buffers, inputs = Buffers(), torch.randn(5, 3).double()
-    passes(buffers, model, inputs)
-    switch.fill_(True)
-    expected = copy.deepcopy(model)
-    expected(inputs)
-    with pytest.warns(UserWarning, match=r"the buffer 'scale' of shape \(3,\) has begun to move"):
-        passes(buffers, model, inputs)
-    assert_same(model.scale, expected.scale)
-    expected(inputs)
-    passes(buffers, model, inputs)
-    assert_same(model.scale, expected.scale)
-
-
 def test_a_version_that_changes_without_the_value():
     """As under DistributedDataParallel, which broadcasts all buffers in each forward: nothing moves, nothing is said."""
     model = Moving(lambda self, now: self.mask.copy_(self.mask.clone()), mask=torch.ones(3))
-    buffers, inputs = Buffers(), torch.randn(5, 3).double()
+    buffers, inputs = ModuleState(), torch.randn(5, 3).double()
     for _ in range(3):
         passes(buffers, model, inputs)
     assert_same(model.mask, torch.ones(3).double())
@@ -398,7 +317,7 @@ def test_buffers_of_every_kind(buffer):
     model = Moving(in_place, scale=torch.zeros(3))
     model.register_buffer("other", buffer)
     expected = copy.deepcopy(model)
-    buffers, inputs = Buffers(), torch.randn(5, 3).double()
+    buffers, inputs = ModuleState(), torch.randn(5, 3).double()
     for _ in range(2):
         expected(inputs)
         passes(buffers, model, inputs)
@@ -409,7 +328,7 @@ def test_buffers_of_every_kind(buffer):
 def test_the_hook_does_not_outlive_the_pass():
     """Finding modules leaves no hook behind, also after an exception; nor does it keep modules alive."""
     hooks = len(nn_module._global_forward_pre_hooks)
-    buffers, model = Buffers(), nn.BatchNorm1d(3)
+    buffers, model = ModuleState(), nn.BatchNorm1d(3)
     with suppress(KeyboardInterrupt), buffers.first(None):
         assert len(nn_module._global_forward_pre_hooks) == hooks + 1
         model(torch.randn(5, 3))
@@ -418,13 +337,13 @@ def test_the_hook_does_not_outlive_the_pass():
     passes(buffers, model, torch.randn(5, 3))
     gone = weakref.ref(model)
     del model
-    buffers.begin()
+    buffers.begin(None)
     assert gone() is None
 
 
 def test_buffers_come_back_after_an_exception():
     """A second pass that fails in the middle has not moved them."""
-    model, buffers, inputs = nn.BatchNorm1d(3), Buffers(), torch.randn(5, 3)
+    model, buffers, inputs = nn.BatchNorm1d(3), ModuleState(), torch.randn(5, 3)
     with buffers.first(None):
         model(inputs)
     before = [buffer.clone() for buffer in model.buffers()]

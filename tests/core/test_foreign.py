@@ -7,7 +7,7 @@ import torch
 from problems import assert_same, closure_of, regression, weights
 from torch import nn
 
-from gradreg_optim import GradRegOptimizer, MicroBatches
+from gradreg_optim import GradRegOptimizer
 
 SETTINGS = {"strength": 0.1, "eps": 0.1}
 
@@ -67,15 +67,13 @@ def by_torch(parameters, _clear):
 def drive(optimizer, closure, how):
     if how == "closure":
         optimizer.step(closure)
-    elif how == "micro-batches":
-        optimizer.step(MicroBatches(lambda _: closure.loss().backward(), [0, 1]))
     else:
         for _ in optimizer.passes():
             closure()
         optimizer.step()
 
 
-@pytest.mark.parametrize("how", ["closure", "micro-batches", "loop"])
+@pytest.mark.parametrize("how", ["closure", "loop"])
 @pytest.mark.parametrize("taken", ["all", "one"])
 @pytest.mark.parametrize("clear", [True, False, None], ids=["cleared", "zeroed", "left"])
 def test_an_optimizer_that_steps_in_the_backward_is_refused(clear, taken, how):

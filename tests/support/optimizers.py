@@ -135,4 +135,24 @@ def of_torch(cls: type[Optimizer]) -> Kind:
     return Kind(f"torch.optim.{cls.__name__}", on_matrices() if cls.__name__ == "Muon" else on_all())
 
 
+REPRESENTATIVE = (
+    "AdaMuon",  # groups told apart by a key
+    "AdamMini",  # built on the module
+    "Lion",
+    "Ranger21",
+    "SOAP",  # eigenvectors in its state
+    "ScheduleFreeAdamW",  # moves the weights between steps
+    "Shampoo",
+    "SpectralSphere",
+)
+"""Those of pytorch_optimizer's hundred that every run of the tests tries."""
+
+
+def is_common(kind: Kind) -> bool:
+    """Whether the tests try it in each run: all that is installed but most of pytorch_optimizer."""
+    if importlib.util.find_spec(kind.module) is None:
+        return False
+    return kind.module != "pytorch_optimizer" or kind.path.split(".")[1] in REPRESENTATIVE
+
+
 KINDS = [*map(of_torch, DENSE_OPTIMIZERS), *(Kind(path, build) for path, build in OTHERS.items()), *of_pytorch_optimizer()]

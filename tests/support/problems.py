@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from gradreg_optim import MicroBatches
+from gradreg_optim import GradRegOptimizer
 
 # LBFGS brings a closure of its own and SparseAdam wants sparse gradients: test_errors.py sees both refused.
 DENSE_OPTIMIZERS = [
@@ -17,6 +17,11 @@ DENSE_OPTIMIZERS = [
 ]
 
 every_optimizer = {"argvalues": DENSE_OPTIMIZERS, "ids": [entry.__name__ for entry in DENSE_OPTIMIZERS]}
+
+
+def unchecked(optimizer, **settings):
+    """The wrapper without the check of its first step: each step is the formula's passes and nothing else."""
+    return GradRegOptimizer(optimizer, **{"check_every": 0, **settings})
 
 
 def closure_of(optimizer, loss, scale=lambda value: value):
@@ -77,13 +82,9 @@ def by_loop(optimizer, loss):
     optimizer.step()
 
 
-def by_micro_batches(optimizer, loss):
-    optimizer.step(MicroBatches(lambda _: loss().backward(), [0, 1]))
-
-
 def leave_unread(monkeypatch):
     """Let no scalar of a step be read, as on a device."""
-    for module in ("exact", "finite_difference", "regularize"):
+    for module in ("schemes", "regularize"):
         monkeypatch.setattr(f"gradreg_optim.core.{module}.item_on_cpu", lambda value: value)
 
 

@@ -3,6 +3,9 @@
 One parameter at a time, Python numbers for every scalar, a copy of everything:
 
     g1 = ∇L(θ)        d = clip(g1)        θ' = θ + ε·d        g2 = clip(∇L(θ'))        g = d + (γ/ε)·(g2 − d)
+
+``combined`` is this formula for one gradient, ``curvature_along`` what it estimates, by double backward, and ``Reference``
+takes whole steps, with groups and settings.
 """
 
 import math
@@ -27,6 +30,49 @@ def inner(first, second):
 def clip_factor(length, bound):
     """min(1, bound/(length + 1e-6)), as torch.nn.utils.clip_grad_norm_ has it."""
     return 1.0 if bound is None else min(1.0, bound / (length + 1e-6))
+
+
+def clipped(gradient, bound):
+    """The gradient, shortened to ``bound``."""
+    factor = clip_factor(norm(gradient), bound)
+    return [factor * g.detach() for g in gradient]
+
+
+def gradient_of(parameters, loss):
+    """The gradient of ``loss`` at θ + distance·direction, as a function of both; the parameters are back at θ after it."""
+
+    def gradient_at(direction=None, distance=0.0):
+        start = [p.detach().clone() for p in parameters]
+        with torch.no_grad():
+            for p, along in zip(parameters, direction or [], strict=direction is not None):
+                p += distance * along
+        found = torch.autograd.grad(loss(), parameters)
+        with torch.no_grad():
+            for p, value in zip(parameters, start, strict=True):
+                p.copy_(value)
+        return list(found)
+
+    return gradient_at
+
+
+def combined(gradient_at, *, strength, eps, method="forward", g1_clip=None, g2_clip=None):
+    """d + (γ/ε)·Δ: Δ = clip(g2) − d or, for "central", (clip(g₊) − clip(g₋))/2."""
+    d = clipped(gradient_at(), g1_clip)
+    ahead = clipped(gradient_at(d, eps), g2_clip)
+    if method == "central":
+        behind = clipped(gradient_at(d, -eps), g2_clip)
+        delta = [(a - b) / 2 for a, b in zip(ahead, behind, strict=True)]
+    else:
+        delta = [a - b for a, b in zip(ahead, d, strict=True)]
+    return [a + strength / eps * x for a, x in zip(d, delta, strict=True)]
+
+
+def curvature_along(parameters, loss, bound=None):
+    """d = clip(∇L) and H·d, the second derivative along it: by double backward, and no difference of anything."""
+    gradient = torch.autograd.grad(loss(), parameters, create_graph=True)
+    d = clipped(gradient, bound)
+    product = torch.autograd.grad(sum((g * x).sum() for g, x in zip(gradient, d, strict=True)), parameters)
+    return d, list(product)
 
 
 class Reference:

@@ -27,7 +27,7 @@ from transformers.integrations import deepspeed as integration
 from trl import SFTTrainer
 
 from gradreg_optim import GradRegCallback, GradRegOptimizer, attach
-from gradreg_optim.trainers.replay import Replay
+from gradreg_optim.trainers.micro_batches import Window
 
 logging.disable(logging.WARNING)
 warnings.simplefilter("ignore")
@@ -193,13 +193,12 @@ def engine_counters(trainer):
     } | timer
 
 
-def train(folder, name, kind="sft", how="optimizers", accumulation=1, dropout=0.0, checked=True, fraction=1.0, **arguments):
+def train(folder, name, kind="sft", how="optimizers", accumulation=1, dropout=0.0, checked=True, **arguments):
     """Two steps of plain descent at rate 1: inputs of both passes, weights over time, reductions, log, forwards."""
     with engine(name, folder) as settings, ExitStack() as patches:
         settings |= {"max_steps": 2, "learning_rate": 1.0, "optim": "sgd", "max_grad_norm": 1e9, **arguments}
         settings |= {"gradient_accumulation_steps": accumulation, "model": llama(attention_dropout=dropout)}
-        wrapped = {**REAL, "fraction": fraction}
-        trainer = make(kind, folder, how, wrapped, optimizer=lambda model: SGD(model.parameters(), lr=1.0), **settings)
+        trainer = make(kind, folder, how, REAL, optimizer=lambda model: SGD(model.parameters(), lr=1.0), **settings)
         weights, spy, forwards = Weights(trainer), Spy(trainer), []
         reductions, compute_loss = Reductions(trainer, spy), trainer.compute_loss
 
@@ -209,20 +208,22 @@ def train(folder, name, kind="sft", how="optimizers", accumulation=1, dropout=0.
 
         trainer.compute_loss = outer
         patches.enter_context(reductions.patched)
-        check, timers = Replay.check, []
+        compare, timers = Window.compare_losses, []
 
-        def timed_check(*arguments):
+        def timed_comparison(window):
             timer = getattr(trainer.model_wrapped, "tput_timer", None)
             if timer is not None:
                 timer.start_step = 0  # let its stopwatch run from the first step
             timers.append(timer and dict(vars(timer)))
+            found = None
             if checked:
                 spy.is_paused = True
-                check(*arguments)
+                found = compare(window)
                 spy.is_paused = False
             timers.append(timer and dict(vars(timer)))
+            return found
 
-        patches.enter_context(mock.patch.object(Replay, "check", timed_check))
+        patches.enter_context(mock.patch.object(Window, "compare_losses", timed_comparison))
         trainer.train()
         return {
             "engine": type(trainer.model_wrapped).__name__,
@@ -280,16 +281,19 @@ class Creating(SFTTrainer):
 
 
 class Counting(SFTTrainer):
-    """Counts its losses in an object, an array, a tensor and the trainer's state."""
+    """Counts its losses in a metric, an array, a tensor and the trainer's state."""
 
     class Meter:
         count = 0
+
+        def update(self):
+            self.count += 1
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if not hasattr(self.state, "tokens"):
             self.state.tokens = {"n": 0}
         self.state.tokens["n"] += 1
-        self.meter.count += 1
+        self.meter.update()
         self.array += 1
         self.tensor += 1
         return super().compute_loss(model, inputs, *args, **kwargs)

@@ -118,7 +118,7 @@ REFUSED = {
     "no trainer": (
         lambda _: GradRegCallback().on_train_begin(None, None, None),
         RuntimeError,
-        "no transformers.Trainer.*callbacks=",
+        "no transformers.Trainer had this callback.*callbacks=",
     ),
     "two settings": (
         lambda build: build(wrapped=REAL, callbacks=[GradRegCallback(strength=1.0)]),
@@ -128,7 +128,7 @@ REFUSED = {
     "two settings, late": (
         lambda build: [trainer := build(wrapped=REAL), trainer.add_callback(GradRegCallback(strength=1.0)), trainer.train()],
         ValueError,
-        "attached already, with other settings",
+        "settings of its own",
     ),
     "two callbacks": (
         lambda build: build(base=None, callbacks=[GradRegCallback(strength=1.0), GradRegCallback(strength=2.0)]),
@@ -145,28 +145,34 @@ def test_mistakes_are_refused(action, error, message, tmp_path):
         action(lambda **arguments: build("sft", tmp_path, **arguments))
 
 
-class Engine(TrainerCallback):
-    """Stands in for DeepSpeed, which takes the optimizer's parameters before training begins."""
+def test_too_late_for_deepspeed_says_what_to_do(tmp_path):
+    """Once an engine holds the optimizer's parameters, nothing is attached."""
+    trainer = build("sft", tmp_path)
+    trainer.accelerator.deepspeed_engine_wrapped = SimpleNamespace()
+    with pytest.raises(RuntimeError, match=r"DeepSpeed.*attach\(trainer\).*GradRegCallback.*for the first time"):
+        attach(trainer, **REAL)
+    trainer.add_callback(GradRegCallback(**REAL))
+    with pytest.raises(RuntimeError, match=r"DeepSpeed.*too late to attach"):
+        trainer.train()
+    assert attachment_of(trainer) is None
 
-    def __init__(self, accelerator):
-        self.accelerator = accelerator
+
+class Adding(TrainerCallback):
+    """Adds the penalty when training has begun."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
 
     def on_train_begin(self, *_, **__):
-        self.accelerator.deepspeed_engine_wrapped = SimpleNamespace()
+        self.trainer.add_callback(GradRegCallback(**REAL))
 
 
-def test_too_late_for_deepspeed_says_what_to_do(tmp_path):
-    """Once an engine holds the optimizer's parameters, the error names the constructor, and nothing is attached."""
+def test_too_late_in_a_training_is_refused_or_waits(tmp_path):
+    """A callback that another one adds in training is called by that training, in which it cannot regularize."""
     trainer = build("sft", tmp_path)
-    before = weights(trainer.model)
-    trainer.add_callback(Engine(trainer.accelerator))
-    trainer.add_callback(GradRegCallback(**REAL))
-    with pytest.raises(RuntimeError, match=r"DeepSpeed.*give it to the constructor.*callbacks="):
+    trainer.add_callback(Adding(trainer))
+    with pytest.raises(RuntimeError, match="had this callback when its training began"):
         trainer.train()
-    with pytest.raises(RuntimeError, match=r"DeepSpeed.*attach\(trainer\) before it trains"):
-        attach(trainer, **REAL)
-    assert attachment_of(trainer) is None
-    assert_same(weights(trainer.model), before)
 
 
 class Run:

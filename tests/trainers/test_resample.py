@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from transformers.utils import ModelOutput
 from trl import GRPOTrainer, RLOOTrainer, SFTTrainer
 
 from gradreg_optim import GradRegConfig, attach
-from gradreg_optim.trainers.old_policy import OldPolicy, clipped_by_loss, clipped_so_far
+from gradreg_optim.trainers.old_policy import FirstPass, OldPolicy, clipped_by_loss, clipped_so_far
 
 ACTIONS, PROMPT = 5, 3
 EXACT = 1e-12
@@ -95,7 +96,6 @@ def expected_gradient(start, at, length, ratio):
         "none": torch.ones_like(log_w),
         "token": log_w.exp(),
         "completion": log_w.sum(1, keepdim=True).exp(),
-        "geometric mean": (log_w.sum(1, keepdim=True) / completions(length)[1].sum(1, keepdim=True)).exp(),
     }[ratio]
     factor = here.sum(1, keepdim=True).exp() * rewards(length)[:, None] * w
     return gradient(at, lambda policy: -(factor * log_policy(length)(policy)).sum())
@@ -168,7 +168,7 @@ def claims(length):
 
     def at(start, eps):
         there = moved(start, gradient(start, loss_of(length)), eps)
-        kinds = ("none", "token", "completion", "geometric mean")
+        kinds = ("none", "token", "completion")
         means = {ratio: expected_gradient(start, there, length, ratio) for ratio in kinds}
         return gradient(there, loss_of(length)), means
 
@@ -200,11 +200,10 @@ def test_only_the_ratio_of_whole_completions_is_unbiased():
         assert [errors[length, "token", eps] for length in (2, 3)] == pytest.approx([0.84, 1.00], abs=0.01)
 
 
-@pytest.mark.parametrize("resample", ["importance", "sequence"])
 @pytest.mark.parametrize(("kind", "arguments"), [*LOSSES, ("rloo", {})], ids=named)
-def test_second_gradient_on_single_tokens_is_that_of_new_completions(kind, arguments, resample, tmp_path):
+def test_second_gradient_on_single_tokens_is_that_of_new_completions(kind, arguments, tmp_path):
     """Through each loss, E[g2] = ∇L(θ') at a finite ε when a completion is one token."""
-    start, g2, trainer = second_gradient(kind, tmp_path, length=1, eps=0.05, resample=resample, **arguments)
+    start, g2, trainer = second_gradient(kind, tmp_path, length=1, eps=0.05, resample="sequence", **arguments)
     exact, means = claims(1)(start, 0.05)
     assert relative(g2, exact) < EXACT
     assert relative(means["none"], exact) > 0.01  # or nothing would be shown
@@ -216,12 +215,7 @@ def test_second_gradient_on_single_tokens_is_that_of_new_completions(kind, argum
     ("kind", "arguments", "resample", "ratio"),
     [
         ("grpo", {}, "reuse", "none"),
-        ("grpo", {}, "importance", "token"),
-        ("grpo", {"loss_type": "cispo", "epsilon_high": 5.0}, "importance", "token"),
-        ("grpo", {"importance_sampling_level": "sequence"}, "importance", "geometric mean"),
-        *([("gmpo", {}, "importance", "geometric mean")] if GMPO else []),
         ("rloo", {}, "reuse", "completion"),
-        ("rloo", {}, "importance", "completion"),
         ("rloo", {}, "sequence", "completion"),
         *[(kind, arguments, "sequence", "completion") for kind, arguments in LOSSES],
     ],
@@ -238,16 +232,16 @@ def test_second_gradient_on_two_tokens_is_the_one_documented(kind, arguments, re
     assert penalties(trainer, "reweighted") == [float(ratio != "none")]
 
 
-def old_policy_loss(kind, model, old, window, level, epsilon=0.2):
+def old_policy_loss(kind, model, old, window, epsilon):
     """GRPO's and RLOO's loss in float64 against old log-probabilities, and the fraction that it clips, per micro-batch."""
     total, tokens, fractions = 0.0, sum(inputs["completion_mask"].sum() for inputs in window), []
     for inputs, old_log_p in zip(window, old, strict=True):
         log_p, mask = completion_log_probabilities(model, inputs)
-        advantages, log_ratio = inputs["advantages"].double()[:, None], (log_p - old_log_p) * mask
+        advantages = inputs["advantages"].double()[:, None]
         if kind == "rloo":
             log_ratio = log_p.new_zeros(len(log_p), 1) + ((log_p * mask).sum(1) - inputs["old_logps"])[:, None]
-        elif level == "sequence":
-            log_w = log_ratio.sum(1, keepdim=True).detach()
+        else:
+            log_w = ((log_p - old_log_p) * mask).sum(1, keepdim=True).detach()
             log_ratio = log_p - log_p.detach() + log_w
         ratio = log_ratio.exp()
         clipped = torch.min(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
@@ -261,60 +255,70 @@ def old_policy_loss(kind, model, old, window, level, epsilon=0.2):
     return total, sum(fractions) / len(fractions)
 
 
-def formula(kind, model, values, window, resample, *, strength, eps, epsilon=0.2, **_):
-    """g1 + (γ/ε)·(g2 − g1) with "old" held at ``values`` (GRPO) or as given (RLOO), and the fraction clipped at θ'."""
+def formula(kind, model, values, window, *, strength, eps, epsilon=(0.2, math.inf), **_):
+    """g1 + (γ/ε)·(g2 − g1) with "old" held at ``values`` (GRPO) or as given (RLOO), and the fraction clipped at θ'.
+
+    The clip ranges ``epsilon`` are those of the first pass and of the second.
+    """
     values = {name: value.double() for name, value in values.items()}
     with torch.no_grad():
         old = [completion_log_probabilities(double(model, values), inputs)[0] for inputs in window]
 
-    def gradients(at):
+    def gradients(at, epsilon):
         twin = double(model, at)
-        loss, clipped = old_policy_loss(kind, twin, old, window, resample, epsilon)
+        loss, clipped = old_policy_loss(kind, twin, old, window, epsilon)
         loss.backward()
         return {name: parameter.grad for name, parameter in twin.named_parameters()}, clipped.item()
 
     moving = {name: float(not any(part in name for part in EXCLUDED)) for name in values}
-    g1, _ = gradients(values)
-    g2, clipped = gradients({name: value + eps * moving[name] * g1[name] for name, value in values.items()})
+    g1, _ = gradients(values, epsilon[0])
+    there = {name: value + eps * moving[name] * g1[name] for name, value in values.items()}
+    g2, clipped = gradients(there, epsilon[1])
     return {name: g1[name] + strength / eps * moving[name] * (g2[name] - g1[name]) for name in values}, clipped
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize(
-    ("kind", "resample"), [("grpo", "importance"), ("grpo", "sequence"), ("rloo", "importance"), ("rloo", "sequence")]
-)
-def test_first_update_is_the_formula(kind, resample, accumulation, tmp_path):
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_first_update_is_the_formula(kind, accumulation, tmp_path):
     """On sampled completions of several tokens, θ moves by −g1 − (γ/ε)·(g2 − g1) with the old policy that is kept."""
-    wrapped = {**REAL, "resample": resample}
+    wrapped = {**REAL, "resample": "sequence"}
     trainer, spy, steps = trained(kind, tmp_path, wrapped, gradient_accumulation_steps=accumulation)
     start, window = steps.weights[0], spy.inputs[:accumulation]
-    kept = "old_per_token_logps" in spy.inputs[accumulation]  # whole ratios are put in when the second pass has its own
-    assert kept == (kind == "grpo" and resample == "importance")
-    assert not any("old_per_token_logps" in inputs for inputs in window)  # nor does the first one's
-    expected, clipped = formula(kind, trainer.model, start, window, resample, **REAL)
+    assert not any("old_per_token_logps" in inputs for inputs in spy.inputs)  # whole ratios are put in afterwards
+    expected, _ = formula(kind, trainer.model, start, window, **REAL)
     assert distance(steps.update(0), expected) < 2e-5 * norm(expected)  # float32, times γ/ε, as for other updates
-    assert penalties(trainer, "clipped_by_loss") == pytest.approx([clipped], abs=1e-6)
-    others = [other for other in ("importance", "sequence") if other != resample]
+    assert penalties(trainer, "clipped_by_loss") == [0.0]
     if kind == "grpo":  # the settings are different operators
         published, _, published_steps = trained(kind, tmp_path, REAL, gradient_accumulation_steps=accumulation)
         assert penalties(published, "reweighted") == [0.0]
         assert distance(published_steps.update(0), expected) > 1e-3 * norm(expected)
-        for other in others:
-            assert distance(formula(kind, trainer.model, start, window, other, **REAL)[0], expected) > 1e-3 * norm(expected)
 
 
-def test_tight_clip_is_reported(tmp_path):
-    """Of a range of 3e-4 the loss clips at θ' what it did not at θ; the figure is the float64 one, and the update too."""
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_a_clip_range_is_open_in_the_second_pass(kind, tmp_path):
+    """A range of 3e-4 would clip at θ' and not at θ − ε·d; it clips at neither, and both differences agree."""
+    settings, tight = {"gradient_accumulation_steps": 2, "epsilon": 3e-4}, (3e-4, 3e-4)
+    trainer, spy, steps = trained(kind, tmp_path, {**REAL, "resample": "sequence", "check_every": 1}, **settings)
+    start, window = steps.weights[0], spy.inputs[:2]
+    expected, _ = formula(kind, trainer.model, start, window, **REAL)
+    closed, clipped = formula(kind, trainer.model, start, window, epsilon=tight, **REAL)
+    assert clipped > 0.1
+    assert distance(closed, expected) > 1e-2 * norm(expected)
+    assert distance(steps.update(0), expected) < 2e-5 * norm(expected)  # as above
+    assert penalties(trainer, "self_check")[0] > 0.9
+    assert [entry["clip_ratio/region_mean"] for entry in trainer.state.log_history if "loss" in entry] == [0.0]  # at θ
+    assert (trainer.epsilon_low, trainer.epsilon_high) == tight
+
+
+def test_reused_completions_are_clipped(tmp_path):
+    """RLOO's ratio refers to the policy that sampled: a range of 3e-4 clips at θ', and the figure is the float64 one."""
     settings = {"gradient_accumulation_steps": 2, "epsilon": 3e-4}
-    trainer, spy, steps = trained("grpo", tmp_path, {**REAL, "resample": "importance"}, **settings)
-    start = steps.weights[0]
-    expected, clipped = formula("grpo", trainer.model, start, spy.inputs[:2], "importance", epsilon=3e-4, **REAL)
+    trainer, spy, steps = trained("rloo", tmp_path, REAL, **settings)
+    tight = (3e-4, 3e-4)
+    expected, clipped = formula("rloo", trainer.model, steps.weights[0], spy.inputs[:2], epsilon=tight, **REAL)
     assert clipped > 0.1
     assert penalties(trainer, "clipped_by_loss") == pytest.approx([clipped], abs=1e-6)  # no ratio is that near the edge
-    assert [entry["clip_ratio/region_mean"] for entry in trainer.state.log_history if "loss" in entry] == [0.0]  # at θ
     assert distance(steps.update(0), expected) < 2e-5 * norm(expected)  # as above
-    trainer, _, _ = trained("grpo", tmp_path, REAL, **settings)
-    assert penalties(trainer, "clipped_by_loss") == [0.0]  # reused completions: the ratio is 1 again
 
 
 @pytest.mark.parametrize("tool_mask", [None, [1, 0]], ids=["", "tools"])
@@ -325,35 +329,10 @@ def test_whole_ratio_is_of_the_tokens_that_count(tool_mask):
     if tool_mask is not None:
         inputs["tool_mask"] = torch.tensor([tool_mask, tool_mask])
     kept, there = torch.tensor([[-1.0, -2.0], [-3.0, -4.0]]), torch.tensor([[-1.5, -1.0], [-3.25, -7.0]])
-    with old_policy.repeating("sequence", inputs, [kept]):
+    with old_policy.repeating("sequence", inputs, FirstPass(kept)):
         assert old_policy(lambda: (there,))[0] is there
     log_w = [[0.5], [-0.25]] if tool_mask is None else [[-0.5], [-0.25]]
     assert torch.equal(there - inputs["old_per_token_logps"], torch.tensor(log_w).expand(2, 2))
-
-
-def test_smooth_weights_are_ratios_to_first_order(tmp_path):
-    """SAPO's sigmoid of the ratio: E[g2] approaches ∇L(θ') with ε², so that its difference approaches H·g1."""
-    errors = []
-    for eps in (0.02, 0.01):
-        start, g2, _ = second_gradient("grpo", tmp_path, length=1, eps=eps, resample="importance", loss_type="sapo")
-        errors.append(relative(g2, claims(1)(start, eps)[0]))
-    assert errors[0] == pytest.approx(4 * errors[1], rel=0.05)
-    assert errors[0] < 1e-3
-
-
-@pytest.mark.parametrize(
-    ("kind", "arguments"), [("rloo", {}), ("grpo", {"num_iterations": 2}), ("rloo", {"num_iterations": 2})]
-)
-def test_given_old_policy_stays(kind, arguments, tmp_path):
-    """Where inputs hold log-probabilities of the policy that sampled, "importance" is "reuse", bit for bit."""
-    results, reweighted = [], []
-    for resample in ("reuse", "importance"):
-        trainer = build(kind, tmp_path, wrapped={**REAL, "resample": resample}, **arguments)
-        trainer.train()
-        results.append(weights(trainer.model))
-        reweighted += penalties(trainer, "reweighted")
-    assert_same(*results)
-    assert set(reweighted) == {1.0}
 
 
 def test_sequence_starts_from_the_ratio_of_the_first_pass(tmp_path):
@@ -368,16 +347,13 @@ def test_sequence_starts_from_the_ratio_of_the_first_pass(tmp_path):
         torch.testing.assert_close(regularized[name], plain[name], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("resample", ["importance", "sequence"])
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
-def test_at_theta_itself_training_is_plain(kind, resample, accumulation, tmp_path):
+def test_at_theta_itself_training_is_plain(kind, tmp_path):
     """With a step too short to move a weight the ratio is 1 and training is plain, bit for bit, under dropout."""
     results = []
-    for wrapped in (None, {**AT_THETA, "resample": resample}):
-        trainer = build(
-            kind, tmp_path, model=llama(attention_dropout=0.2), wrapped=wrapped, gradient_accumulation_steps=accumulation
-        )
+    for wrapped in (None, {**AT_THETA, "resample": "sequence"}):
+        model = llama(attention_dropout=0.2)
+        trainer = build(kind, tmp_path, model=model, wrapped=wrapped, gradient_accumulation_steps=2)
         trainer.train()
         results.append(weights(trainer.model))
     assert_same(*results)
@@ -386,7 +362,7 @@ def test_at_theta_itself_training_is_plain(kind, resample, accumulation, tmp_pat
 def test_nothing_is_computed_twice(tmp_path):
     """The setting costs no forward pass, and what is kept is one number per token of a completion."""
     calls = {}
-    for resample in ("reuse", "importance", "sequence"):
+    for resample in ("reuse", "sequence"):
         trainer = build("grpo", tmp_path, wrapped={**REAL, "resample": resample}, max_steps=2)
         calls[resample] = 0
 
@@ -401,11 +377,11 @@ def test_nothing_is_computed_twice(tmp_path):
 def test_settings_reach_the_loss_by_every_way(tmp_path):
     """As an argument of the optimizer, of attach, and from the command line's dataclass."""
     clips = {"grad_reg_g1_clip": 0, "grad_reg_g2_clip": 0}
-    config = GradRegConfig(grad_reg_strength=0.05, grad_reg_eps=0.01, grad_reg_resample="importance", **clips)
+    config = GradRegConfig(grad_reg_strength=0.05, grad_reg_eps=0.01, grad_reg_resample="sequence", **clips)
     results = []
     for wrapped, given in (
-        ({**REAL, "resample": "importance"}, None),
-        (None, {**REAL, "resample": "importance"}),
+        ({**REAL, "resample": "sequence"}, None),
+        (None, {**REAL, "resample": "sequence"}),
         (None, config),
     ):
         trainer = build("grpo", tmp_path, wrapped=wrapped)
@@ -440,9 +416,9 @@ class OwnLoss(GRPOTrainer):
 def test_losses_without_a_ratio_are_refused(make, name, warmup_steps, tmp_path):
     """At the first step, warm-up or not: the trainer is named, and the way out; the weights have not moved."""
     trainer = make(folder=tmp_path)
-    attach(trainer, resample="importance", warmup_steps=warmup_steps)
+    attach(trainer, resample="sequence", warmup_steps=warmup_steps)
     before = weights(trainer.model)
-    with pytest.raises(RuntimeError, match=f"{name}: resample='importance' takes ratios .* Use resample='reuse'"):
+    with pytest.raises(RuntimeError, match=f"{name}: resample='sequence' takes ratios .* Use resample='reuse'"):
         trainer.train()
     assert_same(weights(trainer.model), before)
 

@@ -41,36 +41,32 @@ class InOrder(Trainer):
         return SequentialSampler(self.train_dataset)
 
 
-def passes_of(model, shift, data, parts):
-    """The gradient of the mean loss of the window over the micro-batches in ``parts``, and the copy it was taken on."""
+def passes_of(model, shift, data):
+    """The gradient of the mean loss of the window, and the copy of the model it was taken on."""
     other = copy.deepcopy(model)
     with torch.no_grad():
         for parameter, along in zip(other.parameters(), shift, strict=False):
             parameter += along
-    loss = sum(other(data[0][WINDOW[part]], data[1][WINDOW[part]])["loss"] for part in parts) / len(WINDOW)
+    loss = sum(other(data[0][part], data[1][part])["loss"] for part in WINDOW) / len(WINDOW)
     return torch.autograd.grad(loss, list(other.parameters())), other
 
 
-@pytest.mark.parametrize("fraction", [1.0, 0.5])
 @pytest.mark.parametrize(
     "layer", [Running, lambda: nn.BatchNorm1d(6), lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))],
     ids=["running", "BatchNorm", "spectral_norm"],
 )  # fmt: skip
-def test_both_passes_of_a_window_start_from_the_same_buffers(layer, fraction, tmp_path, monkeypatch):
-    """Over two micro-batches a step; with ``fraction`` the second starts from what the first left of the buffers."""
-    monkeypatch.setattr("gradreg_optim.drivers.micro_batches.chosen_part", lambda *_args, **_kwargs: frozenset({1}))
+def test_both_passes_of_a_window_start_from_the_same_buffers(layer, tmp_path):
+    """Over two micro-batches a step."""
     model = Model(layer)
     data = torch.randn(16, 4).double(), torch.randn(16, 2).double()
     twin = copy.deepcopy(model)
     for step in range(2):
         window = [tensor[8 * step : 8 * step + 8] for tensor in data]
-        g1, after = passes_of(twin, [], window, [0, 1])
-        start, parts = (twin, [0, 1]) if fraction == 1 else (passes_of(twin, [], window, [0])[1], [1])
-        at_theta, _ = passes_of(start, [], window, parts)
-        moved, _ = passes_of(start, [1e-3 * g for g in g1], window, parts)
+        g1, after = passes_of(twin, [], window)
+        g2, _ = passes_of(twin, [1e-3 * g for g in g1], window)
         with torch.no_grad():
-            for parameter, g, a, b in zip(after.parameters(), g1, at_theta, moved, strict=True):
-                parameter -= 0.1 * (g + 10 / fraction * (b - a))
+            for parameter, a, b in zip(after.parameters(), g1, g2, strict=True):
+                parameter -= 0.1 * (a + 10 * (b - a))
         twin = after
 
     arguments = TrainingArguments(
@@ -78,7 +74,7 @@ def test_both_passes_of_a_window_start_from_the_same_buffers(layer, fraction, tm
         max_grad_norm=0, lr_scheduler_type="constant", report_to="none", save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     rows = [{"x": x, "labels": y} for x, y in zip(*data, strict=True)]
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), fraction=fraction, **SETTINGS)
+    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **SETTINGS)
     InOrder(model=model, args=arguments, train_dataset=rows, optimizers=(optimizer, None)).train()
     # g2 − g1 rounds before it is divided by eps
     torch.testing.assert_close(list(model.parameters()), list(twin.parameters()), rtol=1e-9, atol=1e-10)

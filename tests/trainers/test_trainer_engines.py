@@ -9,8 +9,6 @@ from distributed import World
 from test_trainer_update import EXCLUDED, distance, formula, norm
 from trainers import REAL, assert_same, llama
 
-from gradreg_optim.drivers.micro_batches import chosen_part
-
 DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is an extra")
 ENGINES = {
     "ddp": "DistributedDataParallel",
@@ -97,25 +95,6 @@ def test_other_trainers_update_alike(world, kind, engine, accumulation, tmp_path
     """GRPO, with completions and advantages of its own on each rank, and Transformers' own Trainer."""
     ranks = world.run(worker.train, tmp_path, engine, kind=kind, how="attach", accumulation=accumulation)
     assert_updates_are_the_formula(ranks, accumulation, kind, engine)
-
-
-@pytest.mark.parametrize("fraction", [0.25, 0.5])
-@on(*ENGINES)
-def test_a_part_of_the_window_makes_the_difference(world, engine, fraction, tmp_path):
-    """Every rank repeats the same positions, and the gradients of the part are reduced like all others."""
-    ranks = world.run(worker.train, tmp_path, engine, how="attach", accumulation=4, fraction=fraction)
-    size = round(4 * fraction)
-    weights = ranks[0]["weights"]
-    for step in (0, 1):
-        begin = (4 + size) * step
-        part = chosen_part(4, fraction, step)
-        window = [batch for rank in ranks for batch in rank["inputs"][begin : begin + 4]]
-        both = {position + 4 * rank for position in part for rank in (0, 1)}
-        expected, g1 = formula("sft", llama(), weights[step], window, **REAL, part=both)
-        assert distance(expected, g1) > 0.02 * norm(g1)
-        update = {name: weights[step][name] - value for name, value in weights[step + 1].items()}
-        # As above; the error of a part is multiplied by up to 4.
-        assert distance(update, expected) < 5e-5 * norm(expected)
 
 
 @on("ddp", "fsdp2")

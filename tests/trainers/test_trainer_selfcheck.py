@@ -1,8 +1,12 @@
-"""The check that a loss can be repeated: once in each training, before the first second pass."""
+"""A loss is repeated at the same weights: in the first regularized steps, and now and then."""
+
+import re
+import warnings
 
 import pytest
 import torch
-from trainers import AT_THETA, REAL, assert_same, build, every_kind, llama, weights
+from torch.optim import SGD
+from trainers import AT_THETA, REAL, assert_same, build, every_kind, llama, penalties, weights
 from trl import SFTTrainer
 
 
@@ -49,21 +53,62 @@ def test_strength_zero_is_not_checked(tmp_path):
     assert trainer.hidden.value == 3
 
 
-@every_kind
-def test_runs_once_in_a_training(kind, tmp_path):
-    """One forward more without gradients, in the first step that is regularized, and again in a second training."""
-    trainer = build(kind, tmp_path, wrapped={**REAL, "warmup_steps": 1}, gradient_accumulation_steps=2)
+def repeated_in(trainer, trainings=1):
+    """The steps of each training in which a loss is computed without gradients."""
     calls, compute_loss = [], trainer.compute_loss
 
     def spy(*args, **kwargs):
         calls.append((trainer.state.global_step, torch.is_grad_enabled()))
         return compute_loss(*args, **kwargs)
 
-    trainer.compute_loss = spy
-    for checked in (1, 0):  # the step; a second training begins after the warm-up
+    trainer.compute_loss, steps = spy, []
+    for _ in range(trainings):
         trainer.train()
-        assert [step for step, with_gradient in calls if not with_gradient] == [checked]
+        steps.append([step for step, with_gradient in calls if not with_gradient])
         calls.clear()
+    return steps
+
+
+@every_kind
+def test_runs_in_the_first_regularized_steps(kind, tmp_path):
+    """One forward more without gradients in the first two steps that are regularized, and again in a second training."""
+    trainer = build(kind, tmp_path, wrapped={**REAL, "warmup_steps": 1}, gradient_accumulation_steps=2)
+    assert repeated_in(trainer, trainings=2) == [[1, 2], [0, 1]]  # the second training begins after the warm-up
+
+
+def resting(model):
+    """Keeps the weights, so that each step is as well-behaved as the first."""
+    return SGD(model.parameters(), lr=0.0)
+
+
+@pytest.mark.filterwarnings("ignore:Gradient regularization: the self-check")  # steps of .07 in so small a model
+def test_runs_again_later_and_with_each_check(tmp_path):
+    """In regularized steps 1, 2, 10 and 100, and where the difference is checked as well."""
+    unchecked = {"base": resting, "max_steps": 101, "logging_steps": 200}
+    assert repeated_in(build("sft", tmp_path, wrapped=REAL | {"check_every": 0}, **unchecked)) == [[0, 1, 9, 99]]
+    checked = {"wrapped": REAL | {"check_every": 4, "shrink": False}, "base": resting, "max_steps": 11}
+    assert repeated_in(build("sft", tmp_path, **checked)) == [[0, 1, 4, 8, 9]]
+
+
+class Later(Elsewhere):
+    """The same, from the second step on."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.weight = 0.1 if self.state.global_step else 0.0
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def test_a_loss_that_changes_later_is_told_once(tmp_path):
+    """It was repeatable in the first step: a warning with what was seen, causes and a remedy, and training goes on."""
+    trainer = build("sft", tmp_path, wrapped=REAL, trainer_class=Later, max_steps=10)
+    trainer.hidden = Elsewhere.Count()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    told = [str(warning.message) for warning in caught if "repeated" in str(warning.message)]
+    assert len(told) == 1
+    assert re.match(r"Later: in regularized step 2 the first loss was \d.*, and \d.*Usual causes: .*Keep such", told[0])
+    assert len(penalties(trainer, "penalty_ratio")) == 10
 
 
 def test_dropout_and_inputs_are_the_recorded_ones(tmp_path):

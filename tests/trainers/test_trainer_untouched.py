@@ -151,7 +151,7 @@ def test_recorded_inputs_are_references(kind, tmp_path):
 
     class Look(TrainerCallback):
         def on_pre_optimizer_step(self, *_, **__):
-            recorded.append((len(trainer._gradreg_attachment.recorder.micro_batches), trainer.accelerator.sync_gradients))
+            recorded.append((len(trainer._gradreg_attachment.window.micro_batches), trainer.accelerator.sync_gradients))
 
     trainer = build(kind, tmp_path, wrapped=REAL, gradient_accumulation_steps=2, max_steps=1, callbacks=[Look()])
     spy = Spy(trainer)
@@ -176,4 +176,4 @@ def test_evaluation_and_prediction_are_the_plain_ones(kind, tmp_path):
         after = trainer.predict(trainer.eval_dataset).metrics
         figures.append([{k: v for k, v in metrics.items() if not k.endswith(clocks)} for metrics in (before, after)])
     assert figures[0] == figures[1]
-    assert trainer._gradreg_attachment.recorder.micro_batches == []
+    assert trainer._gradreg_attachment.window is None

@@ -11,7 +11,6 @@ from trainers import REAL, Spy, assert_same, build, every_kind, llama, penalties
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from gradreg_optim import GradRegConfig, attach
-from gradreg_optim.drivers.micro_batches import chosen_part
 
 EXCLUDED = ("embed_tokens", "lm_head")
 sgd = functools.partial(lambda model: SGD(model.parameters(), lr=1.0))
@@ -34,13 +33,13 @@ FIRST_LABEL = 0 if transformers.__version__ < "5" else 1
 """The first label that counts in the mean of a causal loss: version 4 includes one that nothing predicts."""
 
 
-def sft_loss(model, window, part=None):
-    """Mean over the tokens of the whole window, or what a part of the window adds to it."""
+def sft_loss(model, window):
+    """Mean over the tokens of the whole window."""
     masks = [inputs["labels"][:, 1:] != -100 for inputs in window]
     tokens = sum((inputs["labels"][:, FIRST_LABEL:] != -100).sum() for inputs in window)
     log_p = [log_probabilities(model, inputs["input_ids"], inputs["attention_mask"]) for inputs in window]
     sums = [(p * mask).sum() for p, mask in zip(log_p, masks, strict=True)]
-    return -sum(sums[position] for position in part or range(len(window))) / tokens
+    return -sum(sums) / tokens
 
 
 def pairs(inputs):
@@ -78,14 +77,13 @@ def completion_log_probabilities(model, inputs):
     return log_probabilities(model, ids, attention_mask)[:, -length:], inputs["completion_mask"]
 
 
-def grpo_loss(model, window, part=None):
+def grpo_loss(model, window):
     """Score function over the tokens of the window: "old" is the policy that is differentiated, the ratio is 1."""
     total, tokens = 0.0, 0
-    for position, inputs in enumerate(window):
+    for inputs in window:
         log_p, mask = completion_log_probabilities(model, inputs)
         tokens = tokens + mask.sum()
-        if part is None or position in part:
-            total = total - (log_p * mask * inputs["advantages"][:, None]).sum()
+        total = total - (log_p * mask * inputs["advantages"][:, None]).sum()
     return total / tokens
 
 
@@ -102,26 +100,19 @@ def rloo_loss(model, window):
 LOSSES = {"sft": sft_loss, "dpo": dpo_loss, "grpo": grpo_loss, "rloo": rloo_loss}
 
 
-def formula(kind, model, values, window, *, strength, eps, excluded=EXCLUDED, part=None, **_):
-    """g1 + (γ/ε)·(g2 − g1) at ``values``, and g1, in float64; g1 where a name contains an excluded part.
+def formula(kind, model, values, window, *, strength, eps, excluded=EXCLUDED, **_):
+    """g1 + (γ/ε)·(g2 − g1) at ``values``, and g1, in float64; g1 where a name contains an excluded part."""
 
-    With positions in ``part``, the difference is that of these micro-batches, times the inverse of their share.
-    """
-    chosen = {} if part is None else {"part": part}
-    factor = 1 if part is None else len(window) / len(part)
-
-    def gradients(at, **chosen):
+    def gradients(at):
         twin = double(model, at)
-        LOSSES[kind](twin, window, **chosen).backward()
+        LOSSES[kind](twin, window).backward()
         return {name: parameter.grad for name, parameter in twin.named_parameters()}
 
     values = {name: value.double() for name, value in values.items()}
     regularized = {name for name in values if not any(part in name for part in excluded)}
     g1 = gradients(values)
-    start = g1 if part is None else gradients(values, **chosen)
-    end = gradients({name: value + eps * g1[name] * (name in regularized) for name, value in values.items()}, **chosen)
-    weight = factor * strength / eps
-    return {name: g1[name] + weight * (end[name] - start[name]) * (name in regularized) for name in values}, g1
+    g2 = gradients({name: value + eps * g1[name] * (name in regularized) for name, value in values.items()})
+    return {name: g1[name] + strength / eps * (g2[name] - g1[name]) * (name in regularized) for name in values}, g1
 
 
 def norm(tensors):
@@ -175,24 +166,6 @@ def test_first_update_is_the_formula(kind, accumulation, tmp_path):
         torch.testing.assert_close(steps.update(0)[name].double(), g1[name], rtol=0, atol=1e-5)  # float32 against float64
 
 
-@pytest.mark.parametrize("kind", ["sft", "grpo"])
-@pytest.mark.parametrize("fraction", [0.25, 0.5, 0.75])
-def test_a_part_of_the_window_makes_the_difference(kind, fraction, tmp_path):
-    """Two updates with ``fraction``: that many of the four micro-batches ran again, and the scale is right for each loss."""
-    settings = {**REAL, "fraction": fraction}
-    trainer, spy, steps = trained(kind, tmp_path, settings, gradient_accumulation_steps=4, max_steps=2)
-    again = round(4 * fraction)
-    assert len(spy.inputs) == 2 * (4 + again)
-    for step in (0, 1):
-        part, seen = chosen_part(4, fraction, step), spy.inputs[step * (4 + again) :]
-        for position, repeated in zip(sorted(part), seen[4:], strict=False):
-            assert_same(seen[position], repeated)
-        expected, g1 = formula(kind, trainer.model, steps.weights[step], seen[:4], **REAL, part=part)
-        assert distance(expected, g1) > 0.02 * norm(g1)
-        # As for the first update; the error of a part is multiplied by up to 4.
-        assert distance(steps.update(step), expected) < 5e-5 * norm(expected)
-
-
 def test_each_second_step_is_regularized(tmp_path):
     """Four micro-batches run again in every other step; the update between is plain descent."""
     trainer, spy, steps = trained("sft", tmp_path, {**REAL, "every": 2}, gradient_accumulation_steps=4, max_steps=4)
@@ -202,13 +175,6 @@ def test_each_second_step_is_regularized(tmp_path):
     _, g1 = formula("sft", trainer.model, steps.weights[1], spy.inputs[8:12], **REAL)
     assert distance(steps.update(1), g1) < 2e-6 * norm(g1)
     assert penalties(trainer, "strength") == pytest.approx([0.05, 0.0, 0.05, 0.0])
-
-
-def test_a_fraction_of_one_micro_batch_is_refused(tmp_path):
-    """With the remedy, and before anything moves."""
-    trainer = build("sft", tmp_path, wrapped={**REAL, "fraction": 0.5})
-    with pytest.raises(ValueError, match=r"fraction=0.5.*Accumulate more"):
-        trainer.train()
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
@@ -232,11 +198,11 @@ def test_trainer_clips_the_combined_gradient(tmp_path):
 
 @pytest.mark.parametrize(
     ("exclude", "excluded"),
-    [("none", ()), (("mlp", "norm"), ("mlp", "norm")), ((), EXCLUDED)],
+    [("none", ()), (("mlp", "norm"), ("mlp", "norm", *EXCLUDED)), ((), EXCLUDED)],
     ids=["nothing", "patterns", "default"],
 )
 def test_exclusion_can_be_chosen(exclude, excluded, tmp_path):
-    """Patterns replace the default exclusion of embeddings and output layer, and "none" lifts it."""
+    """Patterns are added to embeddings and output layer, which are the default, and "none" lifts it."""
     model = llama()
     steps = Steps(model)
     common = {"model": model, "max_steps": 1, "max_grad_norm": 0.0, "learning_rate": 1.0, "callbacks": [steps]}

