@@ -17,7 +17,9 @@ from gradreg_optim import GradRegOptimizer
 
 def said_about(model, steps=1, **settings):
     """The error or warning of some steps, and how often the closure ran."""
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.01), **{"strength": 0.1, "check_every": 0, **settings})
+    optimizer = GradRegOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.01), **{"strength": 0.1, "check_every": 0, **settings}
+    )
     inputs, _ = map(rank_slice, data())
     calls = []
 
@@ -113,13 +115,13 @@ def test_power_sgd_is_refused(pair, name):
 def error_feedback():
     model = DistributedDataParallel(network())
     model.register_comm_hook(None, ErrorFeedback().send)
-    return said_about(model, eps=1e-2, check_every=None)
+    return said_about(model, eps=1e-3, check_every=None)
 
 
 def test_error_feedback_shows_in_the_check(pair):
     """A hook that adds what it lost to later gradients: the check of the first step measures that loss."""
     for message, _ in pair.run(error_feedback):
-        assert "self-check" in message
+        assert "the self-check is" in message
 
 
 @pytest.mark.parametrize("name", ["allreduce", "fp16", "fp16 around another", "local SGD"])
