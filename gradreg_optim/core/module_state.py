@@ -76,6 +76,7 @@ class ModuleState:
         self._known: weakref.WeakKeyDictionary[nn.Module, dict[bool, _Known]] = weakref.WeakKeyDictionary()
         self._compiled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._owned: set[int] = set()
+        self.modules: dict[nn.Module, dict[str, _Value]] = {}  # one object for good: the losses hold it
         self.forget()
 
     def __reduce__(self) -> Any:
@@ -84,7 +85,7 @@ class ModuleState:
 
     def forget(self) -> None:
         """Forget the step."""
-        self.modules: dict[nn.Module, dict[str, _Value]] = {}
+        self.modules.clear()
         self._stores: list[tuple[dict[str, Any], dict[str, Any]]] = []  # dicts of modules, and what they held
         self._values: dict[int, _Value] = {}  # by the ``id`` of the tensor
         self._changed: list[tuple[dict[str, Any], str, Any, Any]] = []

@@ -18,11 +18,6 @@ from torch.optim import Optimizer
 
 from gradreg_optim.core.step import Point
 
-SUPPORTED = (
-    *(Optimizer, FP16_Optimizer, FP16_UnfusedOptimizer),  # stage 0
-    *(DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3, BF16_Optimizer),
-)
-
 # fmt: off
 PROBLEMS = (
     (lambda engine: isinstance(engine, PipelineEngine),
@@ -32,7 +27,9 @@ PROBLEMS = (
     (lambda engine: not engine.zero_optimization() and getattr(engine.optimizer, "loss_scale", 1.0) != 1.0,
      "a loss scale of {scale:g} in stage 0: DeepSpeed (0.18 and 0.19) does not multiply the loss by it, but "
      "its step divides gradients by it. Use stage 1, 2 or 3, or bf16 with deepspeed 0.19."),
-    (lambda engine: not isinstance(engine.optimizer, SUPPORTED),
+    (lambda engine: not isinstance(engine.optimizer, (
+        Optimizer, FP16_Optimizer, FP16_UnfusedOptimizer,  # stage 0
+        DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3, BF16_Optimizer)),
      "{optimizer}: it is not known where its gradients are. Give deepspeed.initialize an optimizer."),
     (lambda engine: engine.has_moe_layers,
      "mixture of experts: norms are not summed over the experts' own process groups. Use a dense model."),
@@ -69,12 +66,10 @@ def check_engine(engine: Any) -> None:
             f"engine={type(engine).__name__}: ZeroGradRegOptimizer works on a DeepSpeed engine, the first "
             "value that deepspeed.initialize returns. Without DeepSpeed, use GradRegOptimizer."
         )
-    problem = next((problem for is_met, problem in PROBLEMS if is_met(engine)), None)
-    if problem is not None:
-        name, scale = type(engine.optimizer).__name__, getattr(engine.optimizer, "loss_scale", 1.0)
-        raise ValueError(
-            f"engine: ZeroGradRegOptimizer does not support {problem.format(optimizer=name, scale=scale)}"
-        )
+    for problem in (text for is_met, text in PROBLEMS if is_met(engine)):
+        scale = getattr(engine.optimizer, "loss_scale", 1.0)
+        reason = problem.format(optimizer=type(engine.optimizer).__name__, scale=scale)
+        raise ValueError(f"engine: ZeroGradRegOptimizer does not support {reason}")
 
 
 class HeldStep:

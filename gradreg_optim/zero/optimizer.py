@@ -8,7 +8,7 @@ the optimizer step, which is the engine's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from deepspeed import DeepSpeedEngine
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack  # comes with torch; in typing from Python 3.11
 
 from gradreg_optim.core.plan import Plan
+from gradreg_optim.core.same_start import same_start
 from gradreg_optim.core.step import Point
 from gradreg_optim.core.storage import Storage
 from gradreg_optim.optimizer import GradRegOptimizer
@@ -26,7 +27,7 @@ from gradreg_optim.wrapping.wrapper import OptimizerWrapper
 from gradreg_optim.zero.engines import HeldStep, accumulation_windows, check_engine
 from gradreg_optim.zero.gathered import BF16Partitions, Stage12Partitions
 from gradreg_optim.zero.stage3 import Stage3Partitions
-from gradreg_optim.zero.storage import Partitions, WholeGradients
+from gradreg_optim.zero.storage import WholeGradients
 
 OF_ENGINE = {"model", "scaler", "rounding"}
 """Settings that the engine makes pointless: it has the model, the loss scale and fp32 masters."""
@@ -35,13 +36,6 @@ OF_ENGINE = {"model", "scaler", "rounding"}
 def _holder(engine: Any) -> Any:
     """What holds the client optimizer as ``optimizer``: DeepSpeed's own, or the engine if there is none."""
     return engine if isinstance(engine.optimizer, Optimizer) else engine.optimizer
-
-
-def _storage_of(engine: Any) -> Partitions | WholeGradients:
-    if engine.zero_optimization_stage() == 0:
-        return WholeGradients(engine)
-    kinds = (BF16Partitions, Stage3Partitions, Stage12Partitions)
-    return next(kind for kind in kinds if hasattr(engine.optimizer, kind.MASTERS))(engine)
 
 
 class ZeroGradRegOptimizer(GradRegOptimizer):
@@ -91,28 +85,26 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
     loop takes the engine's step.
     """
 
-    _is_stepping = False  # whether the engine's step is running
-    _has_stepped = False  # whether the end of a loop has run it, so that a step() may follow which does nothing
-
     def __init__(self, engine: DeepSpeedEngine, **settings: Unpack[Settings]) -> None:
         check_names(type(self).__name__, settings)
         for name in OF_ENGINE.intersection(settings):
             raise TypeError(
-                f"{type(self).__name__} got {name!r}, which is the engine's: it has the model, the loss scale and fp32 "
-                "masters to round from. Leave it out."
+                f"{type(self).__name__} got {name!r}, which the engine decides: it has the model, the loss "
+                "scale and fp32 masters. Leave it out."
             )
         check_engine(engine)
         holder = _holder(engine)
-        if isinstance(
-            holder.optimizer, OptimizerWrapper
-        ):  # this object takes its place and shares its groups
+        if isinstance(holder.optimizer, OptimizerWrapper):  # this one takes its place and shares its groups
             holder.optimizer = engine.basic_optimizer = holder.optimizer.optimizer
         self.engine, self.held_step = engine, HeldStep(engine)
-        self._storage = _storage_of(engine)
-        more = {"exclude": settings.get("exclude", ()), "model": engine.module}
-        self._set_up(
-            holder.optimizer, settings_among(settings), **more, named_groups=self._storage.named_groups
-        )
+        self._is_stepping = False  # whether the engine's step is running
+        self._has_stepped = False  # whether the end of a loop has run it: a step() that follows does nothing
+        kinds = (BF16Partitions, Stage3Partitions, Stage12Partitions)
+        self._storage: Any = next(
+            (kind for kind in kinds if hasattr(engine.optimizer, kind.MASTERS)), WholeGradients
+        )(engine)
+        named = {"model": engine.module, "named_groups": self._storage.named_groups}
+        self._set_up(holder.optimizer, settings_among(settings), exclude=settings.get("exclude", ()), **named)
 
     @classmethod
     def taking_over(
@@ -125,13 +117,11 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
         """Create the optimizer of an engine that a trainer drives, and make it the engine's client optimizer.
 
         It gets the settings and groups of ``wrapper``; without one, ``settings``. ``excluded`` are the
-        model's parameters to leave out. The groups of ``wrapper`` do not hold them any more, but flat
-        partitions.
+        model's parameters to leave out: the groups of ``wrapper`` hold flat partitions by now.
         """
-        groups: list[dict[str, Any]] = []
+        groups = [{key: group[key] for key in KEYS} for group in (wrapper.param_groups if wrapper else ())]
         if wrapper is not None:
             settings = {**wrapper._settings, "schedule": wrapper._schedule or wrapper._settings["schedule"]}
-            groups = [{key: group[key] for key in KEYS} for group in wrapper.param_groups]
         optimizer = cls(engine, **{name: value for name, value in settings.items() if name not in OF_ENGINE})
         if wrapper is not None:
             optimizer.exclusion.patterns = wrapper.exclude
@@ -143,7 +133,7 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
 
     # Overridden phases of the step.
 
-    def storage(self) -> Partitions | WholeGradients:
+    def storage(self) -> Any:
         """The engine's partitions; in stage 0 its whole gradients, as they are seen in one step."""
         if isinstance(self._storage, WholeGradients):
             self._storage = WholeGradients(self.engine, is_first=not self.progress.is_proven)
@@ -151,8 +141,9 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
 
     def surroundings(self, storage: Storage, plan: Plan) -> Callable[[Point], AbstractContextManager[Any]]:
         """An accumulation window around each pass. The engine clears gradients itself."""
-        self._has_stepped, self._clearing.is_seen = False, True
-        return accumulation_windows(self.engine, self.held_step, super().surroundings(storage, plan))
+        self._has_stepped = False
+        start = same_start(storage.devices, self._model, self._module_state, self._losses, nullcontext)
+        return accumulation_windows(self.engine, self.held_step, start)
 
     def _base_step(self) -> None:
         """Take the engine's step that was held back, on the combined gradient."""

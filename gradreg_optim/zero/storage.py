@@ -163,11 +163,9 @@ class Partitions(ABC):
     @property
     def has_low_precision(self) -> bool:
         """Whether the engine computes in half precision."""
-        parameters = (parameter for group in self.named_groups() for parameter in group["params"])
+        dtypes = (parameter.dtype for group in self.named_groups() for parameter in group["params"])
         is_low = self.engine.fp16_enabled() or self.engine.bfloat16_enabled()
-        return bool(is_low) or any(
-            parameter.dtype.itemsize < torch.float32.itemsize for parameter in parameters
-        )
+        return bool(is_low) or any(dtype.itemsize < torch.float32.itemsize for dtype in dtypes)
 
     first_pass_moved = False  # masters are out of its reach
 
@@ -199,7 +197,7 @@ class Partitions(ABC):
         first: FirstGradient,
         steps: list[Scalar],
         *,
-        seed: int | None,
+        seed: Any,
         measured: bool,
         signs: int | None = None,
     ) -> Iterator[None]:
@@ -228,8 +226,10 @@ class Partitions(ABC):
 
     def laid_out(self, first: FirstGradient, gradients: list[Tensor]) -> Gradients:
         """Sort the gradients of regularized fragments by group."""
-        pairs = list(zip(self._groups, gradients, strict=True))
-        return [[gradient for owner, gradient in pairs if owner is group] for group in first.groups]
+        return [
+            [gradient for owner, gradient in zip(self._groups, gradients, strict=True) if owner is group]
+            for group in first.groups
+        ]
 
     @property
     def loss_ranks(self) -> int:

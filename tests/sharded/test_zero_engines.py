@@ -166,7 +166,7 @@ def test_refuses_at_construction(pair, reason):
             {"strenght": 0.1},
             "TypeError: ZeroGradRegOptimizer got an unexpected setting 'strenght'. Did you mean 'strength'?",
         ),
-        ({"scaler": None}, "TypeError: ZeroGradRegOptimizer got 'scaler', which is the engine's"),
+        ({"scaler": None}, "TypeError: ZeroGradRegOptimizer got 'scaler', which the engine decides"),
     ],
 )
 def test_refuses_settings(pair, settings, words):
