@@ -175,7 +175,6 @@ def test_empty_lists_are_left_alone(scalar):
     moments_([], [], likely_weight=scalar)
     combine_([], [], weight=scalar, clip=scalar)
     add_penalty_([], [], weight=scalar)
-    add_([], [])
     subtract_([], [])
     choose_(torch.tensor(True), [], [])
 

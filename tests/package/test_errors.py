@@ -83,6 +83,29 @@ def drawn_at_each_call():
     optimizer.step(closure_of(optimizer, lambda: model(inputs()).square().mean()))
 
 
+def replaced_in_a_further_pass():
+    w, v = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))
+    optimizer = GradRegOptimizer(torch.optim.SGD([w, v], lr=0.1), check_every=0)
+    closure = closure_of(optimizer, lambda: (w - 2 * v).square().sum())
+
+    def tying():
+        value = closure()
+        if closure.calls == 2:
+            w.data = v.data
+        return value
+
+    optimizer.step(tying)
+
+
+def a_closure_that_computes_after_passes():
+    model, loss = regression()
+    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), check_every=0)
+    for _ in optimizer.passes():
+        optimizer.zero_grad()
+        loss().backward()
+    optimizer.step(closure_of(optimizer, loss))
+
+
 def in_shared_memory():
     model, loss = regression()
     model.share_memory()
@@ -212,6 +235,20 @@ CASES = {
         "every=k with k times the strength",
     ),
     "a deleted method": setting("method", "exact", "must be one of ('forward', 'central')", "central two"),
+    "a parameter that a further pass replaces": Case(
+        replaced_in_a_further_pass,
+        RuntimeError,
+        "A parameter of shape (1,)",
+        "is not what it was before the further passes",
+        "write them after step()",
+    ),
+    "a closure after passes": Case(
+        a_closure_that_computes_after_passes,
+        RuntimeError,
+        "step(closure) after a loop over passes()",
+        "the closure changed the combined gradient",
+        "in one of the two",
+    ),
     "memory that processes share": Case(
         in_shared_memory,
         RuntimeError,
@@ -381,9 +418,7 @@ CASES = {
         "the first one did",
         "Let the closure clear the gradients and run forward and backward each time",
     ),
-    "resample": setting(
-        "resample", "draw", "must be one of ('reuse', 'sequence')", "reuse is the published choice"
-    ),
+    "resample": setting("resample", "draw", "must be one of ('reuse', 'sequence')", "reuse is the published choice"),
     "resample without a trainer": Case(
         lambda: stepped(resample="sequence"),
         RuntimeError,
@@ -398,7 +433,9 @@ CASES = {
         "completions are reweighted in the losses of trainers",
         "leave resample out",
     ),
-    "method": setting("method", "backward", "must be one of ('forward', 'central')", "which is as good as double backward was"),
+    "method": setting(
+        "method", "backward", "must be one of ('forward', 'central')", "which is as good as double backward was"
+    ),
     "rounding": setting("rounding", "up", "must be one of ('nearest', 'stochastic')", "smaller than their spacing"),
     "check_every": setting("check_every", -1, "must be None or an integer >= 0", "0 makes none"),
     "shrink": setting("shrink", 0.5, "must be True or False", "scales the penalty by its share of signal"),
