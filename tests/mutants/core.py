@@ -23,7 +23,7 @@ AUTO, BUFFERS, FAILURES, LOSSES, METHODS, MODELS, PASSES, PERTURBATION, PRECISE,
     )
 )
 MUTANTS = [
-    ("γ/ε is inverted", SCHEMES,
+    ("γ/ε is inverted", REGULARIZE,
      "return group.strength / group.eps if group.eps else 0.0",
      "return group.eps / group.strength if group.eps else 0.0", QUADRATIC),
     ("the clip of g2 is left out of the moments", SCHEMES,
@@ -37,9 +37,9 @@ MUTANTS = [
      "multi_tensor.scale_(written, 0.5)", "multi_tensor.scale_(written, 1.0)", METHODS),
     ("a central difference is not clipped", SCHEMES,
      "multi_tensor.scale_(gradients, item_on_cpu(clip))", "pass", METHODS),
-    ("the step keeps the loss scale", SCHEMES,
+    ("the step keeps the loss scale", REGULARIZE,
      "(distance / storage.loss_scale)", "distance", SCALER),
-    ("bf16 weights are rounded to nearest", SCHEMES,
+    ("bf16 weights are rounded to nearest", REGULARIZE,
      "seed = None if plan.rounds_to_nearest else plan.step", "seed = None", PRECISE),
     ("excluded parameters are regularized", LOCAL,
      " and position not in excluded[number] and", " and", TWIN),
