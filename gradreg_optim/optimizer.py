@@ -18,13 +18,12 @@ from torch.optim import Optimizer
 
 from gradreg_optim.core.local import LocalStorage
 from gradreg_optim.core.plan import Plan
-from gradreg_optim.core.regularize import call_in_each
 from gradreg_optim.core.module_state import ModuleState
 from gradreg_optim.core.same_start import HeldClips, same_start
 from gradreg_optim.core.step import Figure, Outcome, Point, Scalar, computed
 from gradreg_optim.core.storage import Storage
 from gradreg_optim.core.witnesses import Losses, Witnesses, cleared
-from gradreg_optim.passes import Passes
+from gradreg_optim.passes import Passes, call_in_each
 from gradreg_optim.wrapping import upwards
 from gradreg_optim.wrapping.refusals import check_engines, check_resample, no_gradient
 from gradreg_optim.wrapping.schedule import Schedule, ScheduleName
@@ -189,9 +188,10 @@ class GradRegOptimizer(OptimizerWrapper):
         was_under_way = self._abandon_passes()
         if closure is None or self.progress.is_complete:
             return self._step_on_gradients(was_under_way, closure)
-        check_resample(self.resample)
+        if self.resample != "reuse":
+            check_resample(self.resample)
         with closing(self.begin()) as passes:
-            loss, is_whole = call_in_each(closure, passes, self._losses.returned, upwards.calling_scaler)
+            loss, is_whole = call_in_each(closure, passes, upwards.calling_scaler)
         if not is_whole:
             self.note(Outcome({"strength": 0.0}, 1))
             return self._advance()
@@ -276,10 +276,10 @@ class GradRegOptimizer(OptimizerWrapper):
         if not plan.points:
             return lambda _point: nullcontext()
 
-        def first() -> AbstractContextManager[None]:
-            parameters = (parameter for group in self.param_groups for parameter in group["params"])
-            return nullcontext() if self.progress.is_proven else cleared(parameters)
+        def clearing() -> AbstractContextManager[None]:
+            return cleared(parameter for group in self.param_groups for parameter in group["params"])
 
+        first = nullcontext if self.progress.is_proven else clearing
         return same_start(storage.devices, self._model, self._module_state, self._losses.note, self._clips, first)
 
     def _base_step(self) -> None:

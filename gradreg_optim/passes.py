@@ -6,6 +6,9 @@ from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, closing
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from gradreg_optim.core.plan import Plan
 from gradreg_optim.core.regularize import regularized
 from gradreg_optim.core.step import Outcome, Point
@@ -67,8 +70,25 @@ def _points(
             except StopIteration as stop:
                 outcome = stop.value
                 break
-            if plan.points:
-                losses.begin_pass(is_first=point is Point.THETA)
+            if point is Point.THETA:
+                losses.passes.clear()
+            losses.passes.append([])
             with surroundings(point):
                 yield point
     end(outcome)
+
+
+def call_in_each(closure: Callable[[], Any], passes: Passes, calling_scaler: Callable[[], Any]) -> tuple[Any, bool]:
+    """Call ``closure`` in each pass; returns the loss at θ, and whether all passes ran.
+
+    Composer's scaler hands over a closure that unscales, and returns ``None`` after an overflow on any rank: then no further
+    pass is run. Elsewhere a closure that returns no loss means nothing.
+    """
+    call, losses, noted = torch.enable_grad()(closure), list[Any](), passes.losses
+    for _ in passes:
+        losses.append(call())
+        if passes.plan.points and not noted.passes[-1] and isinstance(losses[-1], (float, Tensor)):
+            noted.note(torch.as_tensor(losses[-1]), None)  # a closure that calls no ``backward``
+        if losses[-1] is None and calling_scaler() is not None:
+            return None, False
+    return losses[0], True

@@ -54,6 +54,7 @@ class LocalStorage:
         self.overflow_skips_step = self._scaler is not None
         self._groups = groups
         self._mesh = device_mesh(parameter for group in groups for parameter in group["params"])
+        self.loss_ranks = 1 if self._mesh is None else self._mesh.size()
         self._reached: list[list[Tensor]] = [[] for _ in groups]  # regularized parameters that had a gradient, and that
         self._gradients: list[list[Tensor]] = [[] for _ in groups]
         self._unreached: list[list[Tensor]] = [[] for _ in groups]  # regularized parameters that had none
@@ -230,11 +231,6 @@ class LocalStorage:
             written.append(real(parameter.grad))
         return written
 
-    # Micro-batches.
-
-    def announce(self, *, is_summed: bool) -> None:
-        """Nothing to do: gradients are complete, unless the caller accumulates without reducing them."""
-
     def take_sum(self) -> _Sum:
         """Take the gradients out of ``.grad``."""
         taken: _Sum = {}
@@ -247,13 +243,6 @@ class LocalStorage:
     def see_sum(self) -> _Sum:
         """The gradients in ``.grad``, which stay there."""
         return {id(p): gradient for p in self._parameters() if (gradient := self._gradient_of(p)) is not None}
-
-    def add_sum(self, gradients: _Sum) -> None:
-        """Add to the gradients in ``.grad``."""
-        for parameter in self._parameters():
-            if id(parameter) in gradients:
-                addend = gradients[id(parameter)]
-                parameter.grad = addend.clone() if parameter.grad is None else parameter.grad.add_(addend)
 
     def laid_out(self, first: FirstGradient, gradients: _Sum) -> Gradients:
         """Lay them out like g1, 0 where there is none."""
@@ -270,11 +259,6 @@ class LocalStorage:
 
     def _parameters(self) -> Iterator[Tensor]:
         return (parameter for group in self._groups for parameter in group["params"])
-
-    @property
-    def loss_ranks(self) -> int:
-        """The ranks of the mesh."""
-        return 1 if self._mesh is None else self._mesh.size()
 
     def sum_over_ranks(self, sums: Tensor) -> Tensor:
         """Complete sums over all ranks that hold shards."""

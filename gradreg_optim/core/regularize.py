@@ -17,7 +17,8 @@ Symbols in the code: ``strength`` is γ, ``eps`` is ε, ``radius`` is ρ = ‖θ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -43,12 +44,14 @@ from gradreg_optim.core.schemes import (
     item_on_cpu,
     ratio,
     stack_scalars,
-    stand_at,
-    weight_of,
 )
-from gradreg_optim.core.step import Check, Difference, Figure, FirstGradient, Outcome, Point, Scalar
+from gradreg_optim.core.step import Check, Difference, Figure, FirstGradient, GroupGradients, Outcome, Point, Scalar
 from gradreg_optim.core.storage import Storage
 from gradreg_optim.core.witnesses import BEYOND, Evidence, Losses
+
+
+NEARBY = 0.01
+"""The step ahead, in units of the real one, that takes the place of one sideways where all have the bits of float32."""
 
 
 @torch.no_grad()
@@ -79,13 +82,13 @@ def regularized(storage: Storage, plan: Plan, losses: Losses) -> Generator[Point
         for point in points:  # usually one
             with stand_at(storage, first, point, plan):  # θ' = θ + ε·d inside, θ again after it
                 yield point
-                if point is points[-1] and losses.are_far(storage, first):
+                if losses.is_integral is None and point is points[-1] and losses.are_far(storage, first):
                     storage.take_sum()  # and drop it: it is taken once more
                     yield point
                     losses.require_same(storage)
             collect(storage, first, point, plan)
         first.losses = losses.change(storage)
-        check = run_check(storage, first, plan)
+        check = None if first.noise is None else run_check(storage, first, plan)
         delta = plan.scheme.difference(storage, first, plan)
         weights, figures = penalty(first, delta, plan, check)
         evidence, is_disproved = prove(first, delta, losses, weights, figures)
@@ -143,6 +146,16 @@ def choose_step(storage: Storage, first: FirstGradient, plan: Plan) -> bool:
     return True
 
 
+def stand_at(storage: Storage, first: FirstGradient, point: Point, plan: Plan) -> AbstractContextManager[None]:
+    """Stand at ``point`` inside the block; at θ' itself, note how much of the step the weights' dtype let through."""
+    distance, signs = point.value, None
+    if point is Point.SIDEWAYS:  # a short step meets no curvature, but few bits round it away
+        distance, signs = (1.0, plan.step) if first.is_low else (NEARBY, None)
+    steps = [group.eps * (distance / storage.loss_scale) * first.clip for group in first.groups]
+    seed = None if plan.rounds_to_nearest else plan.step
+    return storage.moved(first, steps, seed=seed, measured=point is Point.AHEAD, signs=signs)
+
+
 def collect(storage: Storage, first: FirstGradient, point: Point, plan: Plan) -> None:
     """Take in the gradients of ``point``; of those sideways their distance from g1 is all that is wanted."""
     if point is plan.scheme.points[-1]:  # last of all, since it may reach parameters that no other point has reached
@@ -187,6 +200,13 @@ def penalty(
     if check is not None:
         figures["self_check"] = check.self_check
     return weights, figures
+
+
+def weight_of(group: GroupGradients) -> Scalar:
+    """γ/ε, and 0 if there was no step (ε derived from the radius of a vanishing gradient)."""
+    if isinstance(group.eps, Tensor):
+        return ratio(group.strength, group.eps)
+    return group.strength / group.eps if group.eps else 0.0
 
 
 def _square(weights: list[Scalar], squares: Tensor) -> Tensor:
@@ -248,19 +268,3 @@ def combine_(storage: Storage, first: FirstGradient, delta: Difference, weights:
         if isinstance(condition, Tensor):
             multi_tensor.choose_(condition, written, group.g1)
     storage.keep(first)
-
-
-def call_in_each(
-    closure: Callable[[], Any], passes: Iterable[Any], noted: Callable[[Any], Any], calling_scaler: Callable[[], Any]
-) -> tuple[Any, bool]:
-    """Call ``closure`` in each pass; returns the loss at θ as ``noted`` returns it, and whether all passes ran.
-
-    Composer's scaler hands over a closure that unscales, and returns ``None`` after an overflow on any rank: then no further
-    pass is run. Elsewhere a closure that returns no loss means nothing.
-    """
-    call, losses = torch.enable_grad()(closure), list[Any]()
-    for _ in passes:
-        losses.append(noted(call()))
-        if losses[-1] is None and calling_scaler() is not None:
-            return None, False
-    return losses[0], True

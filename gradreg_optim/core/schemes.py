@@ -10,7 +10,6 @@ data, so that nothing here waits for it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -18,29 +17,8 @@ from torch import Tensor
 
 from gradreg_optim.core import multi_tensor
 from gradreg_optim.core.plan import Plan, Scheme
-from gradreg_optim.core.step import Difference, Figure, FirstGradient, Gradients, GroupGradients, Point, Scalar
+from gradreg_optim.core.step import Difference, Figure, FirstGradient, Gradients, Point, Scalar
 from gradreg_optim.core.storage import Storage
-
-NEARBY = 0.01
-"""The step ahead, in units of the real one, that takes the place of one sideways where all have the bits of float32."""
-
-
-def stand_at(storage: Storage, first: FirstGradient, point: Point, plan: Plan) -> AbstractContextManager[None]:
-    """Stand at ``point`` inside the block; at θ' itself, note how much of the step the weights' dtype let through."""
-    distance, signs = point.value, None
-    if point is Point.SIDEWAYS:  # a short step meets no curvature, but few bits round it away
-        distance, signs = (1.0, plan.step) if first.is_low else (NEARBY, None)
-    steps = [group.eps * (distance / storage.loss_scale) * first.clip for group in first.groups]
-    seed = None if plan.rounds_to_nearest else plan.step
-    return storage.moved(first, steps, seed=seed, measured=point is Point.AHEAD, signs=signs)
-
-
-def weight_of(group: GroupGradients) -> Scalar:
-    """γ/ε, and 0 if there was no step (ε derived from the radius of a vanishing gradient)."""
-    if isinstance(group.eps, Tensor):
-        return ratio(group.strength, group.eps)
-    return group.strength / group.eps if group.eps else 0.0
-
 
 def forward_difference(storage: Storage, first: FirstGradient, plan: Plan) -> Difference:
     """Measure Δ = c·g2 − g1, which is not written anywhere."""

@@ -79,14 +79,8 @@ class Storage(Protocol):
     def keep(self, first: FirstGradient) -> None:
         """The combined gradient is in its place: forget g1."""
 
-    def announce(self, *, is_summed: bool) -> None:
-        """Say of the next micro-batch whether the gradient has to be complete over ranks after it."""
-
     def take_sum(self) -> Any:
         """The gradients that have been accumulated, out of reach of the next backward."""
 
     def see_sum(self) -> Any:
         """The gradients that have been accumulated, in their places."""
-
-    def add_sum(self, gradients: Any) -> None:
-        """Add what :meth:`take_sum` returned to the gradients that have been accumulated."""

@@ -50,7 +50,8 @@ UNREAD = 10
 class Losses:
     """Notes what the passes of a step differentiate: the arguments of ``backward``, or what a closure returns.
 
-    ``is_integral``: whether the loss is the integral of its gradient; ``None`` until an informative step has told.
+    ``passes`` holds the losses of each pass of the step so far. ``is_integral``: whether the loss is the integral of its
+    gradient; ``None`` until an informative step has told.
     Communication: under DistributedDataParallel one all_reduce of two numbers a step; elsewhere the losses join the sums
     of :meth:`~gradreg_optim.core.storage.Storage.sum_over_ranks`.
     """
@@ -58,7 +59,7 @@ class Losses:
     def __init__(self) -> None:
         self.is_integral: bool | None = None
         self._modules: Iterable[nn.Module] = ()
-        self._passes: list[list[Tensor]] = []
+        self.passes: list[list[Tensor]] = []
 
     def __reduce__(self) -> Any:
         """A copy of the optimizer has losses of its own."""
@@ -66,18 +67,12 @@ class Losses:
 
     def begun(self, modules: Iterable[nn.Module]) -> Losses:
         """Forget the last step; ``modules`` is the collection of those that will have run in this one."""
-        self._passes, self._modules = [], modules
+        self.passes, self._modules = [], modules
         return self
-
-    def begin_pass(self, *, is_first: bool = False) -> None:
-        """What is noted from now on belongs to another pass."""
-        if is_first:
-            self._passes.clear()
-        self._passes.append([])
 
     def note(self, tensors: Any, grad_tensors: Any) -> None:
         """Note what a backward of the pass that began last differentiates."""
-        self._passes[-1].append(_differentiated(tensors, grad_tensors))
+        self.passes[-1].append(_differentiated(tensors, grad_tensors))
 
     @contextmanager
     def noted(self) -> Iterator[None]:
@@ -91,19 +86,13 @@ class Losses:
         with backward_replaced(noted):
             yield
 
-    def returned(self, loss: Any) -> Any:
-        """Note what a closure returned, if it called no ``backward``; return it."""
-        if self._passes and not self._passes[-1] and isinstance(loss, (float, Tensor)):
-            self._passes[-1].append(_differentiated((torch.as_tensor(loss),), None))
-        return loss
-
     def last_was_skipped(self) -> bool:
         """Whether the last pass, which left no gradient, had a loss that is not finite, or stopped short of a backward."""
-        return not math.isfinite(_sum(self._passes[-1])) and (bool(self._passes[-1]) or self.is_integral is not None)
+        return not math.isfinite(_sum(self.passes[-1])) and (bool(self.passes[-1]) or self.is_integral is not None)
 
     def change(self, storage: Storage) -> list[Scalar]:
         """This rank's share of L(θ') − L(θ) and of |L(θ)|, in units of the loss; nothing if they are not known."""
-        start, end = self._passes[0], self._passes[-1]
+        start, end = self.passes[0], self.passes[-1]
         groups = self._replicas(storage)
         if not start or not end or self.is_integral is False or groups is None:
             return []
@@ -127,7 +116,7 @@ class Losses:
     @property
     def spacing(self) -> float:
         """The relative spacing of the losses' dtype."""
-        return max((torch.finfo(loss.dtype).eps / 2 for loss in self._passes[0] if loss.is_floating_point()), default=0.0)
+        return max((torch.finfo(loss.dtype).eps / 2 for loss in self.passes[0] if loss.is_floating_point()), default=0.0)
 
     def are_far(self, storage: Storage, first: FirstGradient) -> bool:
         """In the first step, at θ': whether the change of the loss is far from what the gradients tell. Waits."""
@@ -148,7 +137,7 @@ class Losses:
 
     def require_same(self, storage: Storage) -> None:
         """Raise on every rank if on one the loss of the last pass is not that of the one before, at the same point."""
-        loss, again = _sum(self._passes[-2]), _sum(self._passes[-1])
+        loss, again = _sum(self.passes[-2]), _sum(self.passes[-1])
         tolerance = 1e-6 if self.spacing < 1e-10 else max(1e-3, 8 * self.spacing)
         is_same = math.isclose(loss, again, rel_tol=tolerance, abs_tol=tolerance * storage.loss_scale / 100)
         is_same = is_same or (math.isnan(loss) and math.isnan(again))
@@ -339,8 +328,10 @@ def _differentiated(tensors: Any, grad_tensors: Any) -> Tensor:
         for root, factor in zip(roots, factors, strict=False):
             if not isinstance(root, Tensor):
                 return torch.tensor(math.nan)
-            value = local_shard(root.detach())
-            product = value if factor is None else value * local_shard(factor)
+            value = root.detach()
+            if hasattr(value, "to_local"):
+                value, factor = value.to_local(), None if factor is None else local_shard(factor)
+            product = value if factor is None else value * factor
             products.append(product.sum() if product.ndim else product.clone())  # users add to losses in place
     total = sum(products[1:], products[0])
     return total.real if total.is_complex() else total

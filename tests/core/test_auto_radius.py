@@ -9,12 +9,12 @@ import warnings
 
 import pytest
 import torch
-from gradreg_optim.core.radius import MOST, START, balanced, following, longer
-from gradreg_optim.core.self_check import advice, too_short
 from problems import closure_of
 from torch import nn
 
 from gradreg_optim import GradRegConfig, GradRegOptimizer
+from gradreg_optim.core.plan import START
+from gradreg_optim.core.precision import MOST, advice, balanced, following, longer, too_short
 
 
 def problem(dtype=torch.float32, autocast=None, seed=0):

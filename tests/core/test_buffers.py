@@ -2,7 +2,7 @@
 
 import copy
 import weakref
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.nn.modules import module as nn_module
 from torch.utils.checkpoint import checkpoint
 
-from gradreg_optim.core.same_start import ModuleState
+from gradreg_optim.core.module_state import ModuleState
 
 SIZE = 6
 SETTINGS = {"strength": 0.01, "eps": 1e-3, "g1_clip": None, "g2_clip": None}
@@ -251,8 +251,10 @@ def test_a_module_within_a_transform():
 
 
 def passes(state, model, inputs, count=2):
-    with state.first(None):
+    with ExitStack() as around:
+        state.begin_first(None, around)
         model(inputs)
+    state.end()
     for _ in range(count - 1):
         with state.repeated():
             model(inputs)
@@ -329,7 +331,8 @@ def test_the_hook_does_not_outlive_the_pass():
     """Finding modules leaves no hook behind, also after an exception; nor does it keep modules alive."""
     hooks = len(nn_module._global_forward_pre_hooks)
     buffers, model = ModuleState(), nn.BatchNorm1d(3)
-    with suppress(KeyboardInterrupt), buffers.first(None):
+    with suppress(KeyboardInterrupt), ExitStack() as around:
+        buffers.begin_first(None, around)
         assert len(nn_module._global_forward_pre_hooks) == hooks + 1
         model(torch.randn(5, 3))
         raise KeyboardInterrupt
@@ -344,8 +347,10 @@ def test_the_hook_does_not_outlive_the_pass():
 def test_buffers_come_back_after_an_exception():
     """A second pass that fails in the middle has not moved them."""
     model, buffers, inputs = nn.BatchNorm1d(3), ModuleState(), torch.randn(5, 3)
-    with buffers.first(None):
+    with ExitStack() as around:
+        buffers.begin_first(None, around)
         model(inputs)
+    buffers.end()
     before = [buffer.clone() for buffer in model.buffers()]
     with suppress(KeyboardInterrupt), buffers.repeated():
         model(inputs)

@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from problems import closure_of, leave_unread
+from problems import closure_of, leave_unread, past_the_first_step
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -70,9 +70,7 @@ def step_on(parameters, dtype=None, **settings):
     """The launches of a step, those of its passes aside; the wrapped optimizer does nothing."""
     optimizer = GradRegOptimizer(torch.optim.SGD(parameters, lr=0.1), **settings)
     optimizer.optimizer.step = lambda: None
-    optimizer._losses.is_due = False
-    for group in optimizer.param_groups:
-        group["gradreg_floor"] = 0.01  # as after a check
+    past_the_first_step(optimizer)
     inside = []
 
     def closure():
@@ -143,9 +141,7 @@ def test_nothing_waits(settings, dtype, driver):
     ]
     groups.append({"params": [unused], "gradreg_strength": 0.3})
     optimizer = GradRegOptimizer(torch.optim.SGD(groups, lr=0.1, momentum=0.9), strength=0.1, check_every=0, **settings)
-    optimizer._losses.is_due = False  # as after a first step, in which the losses of both passes are read
-    for group in optimizer.param_groups:
-        group["gradreg_floor"] = 0.01  # as after a check: what ``shrink`` goes by
+    past_the_first_step(optimizer)  # in which losses are read, and the precision
 
     def loss():
         return sum((p.float() ** 3).sum() for p in (first, second, third))

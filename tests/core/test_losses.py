@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from problems import Quadratic, assert_same, closure_of, regression, weights
+from problems import Quadratic, assert_same, closure_of, regression, unchecked, weights
 from torch import nn
 
 from gradreg_optim import GradRegOptimizer
@@ -85,25 +85,44 @@ def test_a_loss_that_is_another_one_at_each_call_is_refused(kind, method, driver
     """In the first step, whatever drives it; the weights are whole, nothing is counted."""
     loss = kind()
     before = weights(loss.model)
-    optimizer = GradRegOptimizer(torch.optim.SGD(loss.model.parameters(), lr=0.1), strength=1e-2, method=method)
+    optimizer = unchecked(torch.optim.SGD(loss.model.parameters(), lr=0.1), strength=1e-2, method=method)
     with pytest.raises(RuntimeError, match=r"not a function of the weights: it was .* and .* when that was repeated"):
         driver(optimizer, loss)
     assert_same(weights(loss.model), before)
     assert optimizer.step_count == 0
 
 
-def test_it_is_noticed_in_the_step_of_a_check_too():
-    """A closure that begins to draw later."""
+@pytest.mark.parametrize("method", PASSES)
+def test_a_loss_that_begins_to_draw_later_is_told(method):
+    """Its loss_check is far from 1: that step goes without penalty and is counted, and the user is told once."""
     loss = OwnGenerator()
-    optimizer = GradRegOptimizer(torch.optim.SGD(loss.model.parameters(), lr=0.1), strength=1e-2, check_every=3)
-    for _ in range(3):
-        optimizer.step(closure_of(optimizer, lambda: loss.of(loss.inputs)))
-    with pytest.raises(RuntimeError, match="not a function of the weights"):
-        optimizer.step(closure_of(optimizer, loss))
+    optimizer = unchecked(torch.optim.SGD(loss.model.parameters(), lr=0.1), strength=1e-2, method=method)
+    optimizer.step(closure_of(optimizer, lambda: loss.of(loss.inputs)))
+    assert float(optimizer.metrics["loss_check"]) == pytest.approx(1.0, abs=0.01)  # the spacing of a float32 loss
+    closure = closure_of(optimizer, loss)
+    with pytest.warns(UserWarning, match="loss_check is off by"):
+        optimizer.step(closure)
+    assert optimizer.metrics["skipped"] == 1
+    assert_same([p.grad for p in loss.model.parameters()], closure.gradients[0])
+    optimizer.step(closure_of(optimizer, loss))
+    assert optimizer.metrics["skipped"] == 2
+
+
+@pytest.mark.parametrize("settings", [{}, {"g1_clip": 1e-2}, {"method": "central"}, {"radius": 0.5}], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_the_trapezoid_rule_is_exact_on_a_quadratic(settings, scale):
+    """``loss_check`` is 1 at any length of the step, whatever is clipped or scaled."""
+    quadratic = Quadratic()
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1)
+    eps = {} if "radius" in settings else {"eps": 0.5}
+    optimizer = unchecked(torch.optim.SGD([quadratic.weight], lr=0.0), scaler=scaler, **eps, **settings)
+    for _ in range(2):
+        optimizer.step(closure_of(optimizer, quadratic, scaler.scale))
+        assert float(optimizer.metrics["loss_check"]) == pytest.approx(1.0, rel=1e-9)
 
 
 def calls_of(loss, parameters, steps=2, **settings):
-    optimizer = GradRegOptimizer(torch.optim.SGD(parameters, lr=1e-3), **settings)
+    optimizer = unchecked(torch.optim.SGD(parameters, lr=1e-3), **settings)
     closure = closure_of(optimizer, loss)
     for _ in range(steps):
         optimizer.step(closure)
@@ -132,7 +151,7 @@ def test_a_suspicion_that_is_not_confirmed_changes_nothing():
     def loss():
         return w.square().sum() + 1e3 * (w.detach().sum() > 3).double()
 
-    optimizer = GradRegOptimizer(torch.optim.SGD([w], lr=1.0), strength=0.1, eps=0.5)
+    optimizer = unchecked(torch.optim.SGD([w], lr=1.0), strength=0.1, eps=0.5)
     closure = closure_of(optimizer, loss)
     optimizer.step(closure)
     assert closure.calls == 3
@@ -157,7 +176,7 @@ VALUES = {
 def test_what_a_closure_returns_is_its_own_affair(value):
     """What is compared is what it differentiates."""
     model, loss = regression()
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.1))
     closure = closure_of(optimizer, loss)
     optimizer.step(lambda: value(closure()))
     assert closure.calls == 2
@@ -167,7 +186,7 @@ def test_losses_under_a_scaler():
     """The loss is scaled as its gradient is: a function is called twice, another one is refused."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     model, loss = regression()
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), scaler=scaler)
+    optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.1), scaler=scaler)
     closure = closure_of(optimizer, loss, scaler.scale)
     optimizer.step(closure)
     assert closure.calls == 2
@@ -181,7 +200,7 @@ def test_backward_with_gradients_of_one_s_own():
     """A backward through several roots, each with a factor: their weighted sum is the loss."""
     model, _ = regression()
     inputs, factor = torch.randn(5, 4).double(), torch.randn(5, 2).double()
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.1))
     calls = []
 
     def closure():

@@ -8,7 +8,6 @@ from problems import assert_same
 from torch import nn
 
 from gradreg_optim.core.multi_tensor import (
-    add_,
     add_penalty_,
     choose_,
     combine_,
@@ -23,7 +22,7 @@ from gradreg_optim.core.multi_tensor import (
     step_moments,
     subtract_,
 )
-from gradreg_optim.core.scalars import clip_coefficient, item_on_cpu, ratio
+from gradreg_optim.core.schemes import clip_coefficient, item_on_cpu, ratio
 
 SHAPES = st.lists(st.lists(st.integers(0, 4), max_size=3).map(tuple), min_size=1, max_size=4)
 SEEDS = st.integers(0, 1000)

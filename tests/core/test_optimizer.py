@@ -8,10 +8,11 @@ from contextlib import nullcontext
 import numpy
 import pytest
 import torch
-from gradreg_optim.core.losses import Losses
 from problems import assert_same, closure_of, leave_unread, regression, twin_of, unchecked, weights
 from reference import Reference, norm
 from torch import nn
+
+from gradreg_optim.core.witnesses import Losses
 
 
 def sgd(module, **settings):

@@ -79,6 +79,7 @@ def test_a_gradient_in_the_first_pass_only():
         return w.square().sum() + (v.square().sum() if next(calls) else 0.0)
 
     optimizer = unchecked(torch.optim.SGD([w, v], lr=0.0), **SETTINGS)
+    optimizer._losses.is_integral = False  # the two losses differ on purpose
     optimizer.step(closure_of(optimizer, loss))
     assert_same(standing, [torch.tensor([2.0]), torch.tensor([2.5])])
     assert_same(v.detach(), torch.tensor([2.0]))
@@ -90,6 +91,7 @@ def test_a_gradient_in_the_second_pass_only():
     w, v = nn.Parameter(torch.tensor([1.0, 3.0])), nn.Parameter(torch.tensor([2.0]))
     calls = iter([False, True])
     optimizer = unchecked(torch.optim.SGD([w, v], lr=0.0), **SETTINGS)
+    optimizer._losses.is_integral = False  # the two losses differ on purpose
     optimizer.step(closure_of(optimizer, lambda: w.square().sum() + (v.square().sum() if next(calls) else 0.0)))
     assert_same(v.grad, torch.tensor([8.0]))
     # ‖g2‖: w moves to (1.25, 3.75), whose gradient is (2.5, 7.5); v's is 4.

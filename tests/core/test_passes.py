@@ -316,7 +316,8 @@ def test_a_loop_without_a_step_can_be_begun_again():
     model, loss = regression()
     other, other_loss = twin_of(model, loss)
     optimizer, once = sgd(model), sgd(other)
-    for _ in range(2):
+    run(optimizer, loss)
+    with pytest.warns(UserWarning, match=r"passes\(\) began again before optimizer.step\(\)"):
         run(optimizer, loss)
     optimizer.step()
     run(once, other_loss)

@@ -6,11 +6,11 @@ from contextlib import contextmanager, suppress
 import numpy
 import pytest
 import torch
-from gradreg_optim.core.repeatable import RandomState
 from problems import assert_same
 from torch import nn
 
 from gradreg_optim.core.local import LocalStorage
+from gradreg_optim.core.same_start import RandomState
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

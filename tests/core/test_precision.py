@@ -6,13 +6,13 @@ import warnings
 
 import pytest
 import torch
-from gradreg_optim.core.self_check import advice, signal_fraction
 from problems import assert_same, closure_of, regression, weights
 from torch import nn
 
 from gradreg_optim import GradRegOptimizer
 from gradreg_optim.core.multi_tensor import inner_of_differences, save_and_shift_
 from gradreg_optim.core.multi_tensor.eager import StochasticRounding
+from gradreg_optim.core.precision import advice, signal_fraction
 
 
 def test_stochastic_rounding_is_right_on_average():

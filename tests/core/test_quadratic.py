@@ -100,13 +100,14 @@ def test_figures_on_a_quadratic():
         "curvature": (g1 @ product) / (g1 @ g1),
         "cosine": (g1 @ g2) / (g1.norm() * g2.norm()),
         "perturbation_fidelity": 1.0,
+        "loss_check": 1.0,
         "g1_clipped": 0.0,
         "g2_clipped": 0.0,
         "skipped": 0.0,
     }
     assert set(optimizer.metrics) == set(expected)
     for name, value in expected.items():
-        assert float(optimizer.metrics[name]) == pytest.approx(float(value), rel=1e-13, abs=0)  # order of summation
+        assert float(optimizer.metrics[name]) == pytest.approx(float(value), rel=1e-10, abs=0)  # order of summation; losses of 1e3 change by 1
 
 
 @pytest.mark.parametrize("flags", [{"foreach": True}, {"fused": True}, {"capturable": False, "amsgrad": True}])

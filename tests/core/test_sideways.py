@@ -4,13 +4,13 @@ import warnings
 
 import pytest
 import torch
-from gradreg_optim.core.self_check import too_short
 from problems import assert_same, closure_of
 from torch import nn
 
 from gradreg_optim import GradRegOptimizer
 from gradreg_optim.core import multi_tensor
 from gradreg_optim.core.multi_tensor import eager
+from gradreg_optim.core.precision import too_short
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

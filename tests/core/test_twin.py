@@ -149,7 +149,7 @@ def test_gradients_that_come_and_go(seed):
     parameters, present, spoiled = problem()
     twin_parameters, _, _ = problem()
     optimizer = unchecked(torch.optim.SGD(parameters, lr=1e-3, momentum=0.9), strength=0.1, eps=0.1)
-    optimizer._losses.is_due = False  # the two losses differ on purpose
+    optimizer._losses.is_integral = False  # the two losses differ on purpose
     twin = Reference(torch.optim.SGD(twin_parameters, lr=1e-3, momentum=0.9), strength=0.1, eps=0.1)
     for step in range(5):
         optimizer.step(closure_over(parameters, present[step], spoiled[step], optimizer))

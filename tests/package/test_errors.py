@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from gradreg_optim.wrapping.engines import _check_shards
 from problems import closure_of, regression
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
@@ -21,7 +22,6 @@ from torch.utils.checkpoint import checkpoint
 import gradreg_optim
 from gradreg_optim import GradReg, GradRegConfig, GradRegOptimizer, MicroBatches
 from gradreg_optim.core.local import device_mesh
-from gradreg_optim.wrapping.engines import _check_shards
 
 # Files that need torch alone; those for trainers and DeepSpeed have tests, and messages, of their own.
 ROOT = pathlib.Path(gradreg_optim.__file__).parent

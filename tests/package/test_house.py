@@ -2,9 +2,11 @@
 
 import ast
 import inspect
+import itertools
 import pathlib
 import re
 import sys
+import warnings
 
 import pytest
 import torch
@@ -20,8 +22,8 @@ FILES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in FILES.items()}
-LAYERS = ("core", "drivers", "wrapping", "optimizer", "config", "zero", "trainers", "integrations")
-"""From the bottom upwards; ``drivers`` and ``wrapping`` do not import each other."""
+LAYERS = ("core", "passes", "wrapping", "optimizer", "config", "zero", "trainers", "integrations")
+"""From the bottom upwards."""
 FOREIGN = {"deepspeed": {"zero"}, "transformers": {"trainers"}, "trl": {"trainers"}, "accelerate": {"trainers"}}
 STACKS = {"axolotl": "axolotl", "llamafactory": "llama_factory", "swift": "ms_swift", "verl": "verl"}
 """The file in ``integrations`` that alone imports each stack."""
@@ -71,7 +73,6 @@ def test_imports_point_one_way():
         if target in layers and LAYERS.index(layers[target]) > LAYERS.index(own)
     ]
     assert upwards == []
-    assert [m for m, own in layers.items() if own == "wrapping" for target in EDGES[m] if layer(target) == "drivers"] == []
 
 
 @pytest.mark.parametrize("library", FOREIGN)
@@ -93,9 +94,12 @@ def test_a_stack_has_one_file(stack):
 
 
 def test_files_are_short():
-    """No file is longer than 300 lines."""
-    lengths = {module: len(path.read_text(encoding="utf-8").splitlines()) for module, path in FILES.items()}
-    assert {module: length for module, length in lengths.items() if length > 300} == {}
+    """No file is longer than 400 lines, and no line wider than 110 columns; the package has at most 4000 statements."""
+    lines = {module: path.read_text(encoding="utf-8").splitlines() for module, path in FILES.items()}
+    assert {module: len(found) for module, found in lines.items() if len(found) > 400} == {}
+    wide = {f"{module}:{number}" for module, found in lines.items() for number, line in enumerate(found, 1) if len(line) > 110}
+    assert sorted(wide) == []
+    assert sum(isinstance(node, ast.stmt) for tree in TREES.values() for node in ast.walk(tree)) <= 4000
 
 
 def test_classes_are_shallow():
@@ -113,36 +117,39 @@ def test_classes_are_shallow():
     assert {name: depth(name) for name in bases if depth(name) > 3} == {}
 
 
-def test_a_plain_step_enters_few_files():
-    """Whoever reads what a float32 step does opens twelve files; the first two steps check the closure as well."""
-    model, loss = regression(dtype=torch.float32)
-    optimizer = GradRegOptimizer(torch.optim.AdamW(model.parameters()))
-    closure, entered = closure_of(optimizer, loss), set()
-    for _ in range(2):
-        optimizer.step(closure)
+def switches(step):
+    """How often, during ``step()``, a function of the package is called after one of another file."""
+    visited = []
 
     def note(frame, event, _argument):
         if event == "call" and frame.f_code.co_filename.startswith(str(PACKAGE)):
-            entered.add(pathlib.Path(frame.f_code.co_filename).relative_to(PACKAGE).as_posix())
+            visited.append(frame.f_code.co_filename)
 
     sys.setprofile(note)
     try:
-        optimizer.step(closure)
+        step()
     finally:
         sys.setprofile(None)
-    assert len(entered) <= 12, sorted(entered)
+    return sum(a != b for a, b in itertools.pairwise(visited))
 
 
-@pytest.mark.parametrize("engine", ["plain", "zero"])
-def test_signatures_are_the_list_of_settings(engine):
-    """The signatures that a user reads name every setting with its default; the engine leaves out what it decides itself."""
-    cls, missing = GradRegOptimizer, set()
-    if engine == "zero":
-        pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
-        cls, missing = gradreg_optim.ZeroGradRegOptimizer, {"rounding"}
-    parameters = inspect.signature(cls).parameters
+@pytest.mark.parametrize(("dtype", "steps", "most"), [(torch.float32, 2, 60), (torch.bfloat16, 0, 150)], ids=str)
+def test_a_step_switches_file_seldom(dtype, steps, most):
+    """Who reads along turns the page at most 60 times in a plain float32 step, and 150 in a first one in bfloat16."""
+    model, loss = regression(dtype=dtype)
+    optimizer = GradRegOptimizer(torch.optim.AdamW(model.parameters()))
+    closure = closure_of(optimizer, loss)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the self-check of a network this small
+        for _ in range(steps):
+            optimizer.step(closure)
+        assert 10 < switches(lambda: optimizer.step(closure)) <= most
+
+
+def test_the_signature_is_the_list_of_settings():
+    """The signature that a user reads names every setting with its default."""
+    parameters = inspect.signature(GradRegOptimizer).parameters
     for setting in SETTINGS:
-        if setting.name not in missing:
-            assert parameters[setting.name].default == setting.default, setting.name
-    others = {"self", "optimizer", "engine", "exclude", "model", "scaler"}
-    assert set(parameters) - others == {setting.name for setting in SETTINGS} - missing
+        assert parameters[setting.name].default == setting.default, setting.name
+    others = {"self", "optimizer", "exclude", "model", "scaler", "unknown"}
+    assert set(parameters) - others == {setting.name for setting in SETTINGS}

@@ -61,7 +61,6 @@ def test_every_setting_is_saved_and_loaded(settings):
 
 RESUMED = [
     ({"strength": 0.7}, {"strength": 0.1}, "strength=0.1 by 0.7"),
-    ({}, {"strength": 1e-3}, "strength=0.001 by 0.1"),
     ({}, {"strength": 0.5}, "strength=0.5 by 0.1"),
     ({"radius": 0.1}, {"strength": 0.1, "eps": 0.2}, "eps=0.2 by None"),
     ({}, {"method": "central", "strength": 0.1, "every": 2}, "method='central' by 'forward', every=2 by 1"),

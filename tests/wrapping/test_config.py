@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradreg_optim import GradRegConfig, GradRegOptimizer
-from gradreg_optim.wrapping.settings import DEFAULT_EPS, check_settings, exclude_patterns
+from gradreg_optim.wrapping.settings import check_settings, exclude_patterns
 
 POSITIVE = st.floats(min_value=0, exclude_min=True, allow_infinity=False, allow_nan=False)
 NOT_POSITIVE = st.one_of(
@@ -32,7 +32,6 @@ FIELDS = {
     "check_every": "grad_reg_check_every",
     "shrink": "grad_reg_shrink",
     "every": "grad_reg_every",
-    "fraction": "grad_reg_fraction",
     "resample": "grad_reg_resample",
 }
 
@@ -100,12 +99,11 @@ def test_strength_may_be_zero_and_nothing_below(value):
         check_settings(strength=value)
 
 
-def test_eps_is_refused_beside_a_radius_only_if_given():
-    """The default ε gives way to a radius; the same number written by hand does not."""
-    check_settings(eps=DEFAULT_EPS, radius=0.02)
+def test_eps_is_refused_beside_a_radius():
+    """Both set the length of the same step."""
     check_settings(eps=None, radius=0.02)
     with pytest.raises(ValueError, match="not both"):
-        check_settings(eps=float(DEFAULT_EPS), radius=0.02)
+        check_settings(eps=1e-3, radius=0.02)
 
 
 def test_patterns():

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from problems import assert_same, closure_of, regression, unchecked, weights
 from torch import nn
 
-from gradreg_optim.wrapping.groups import KEYS, excluded_positions, parameter_names
+from gradreg_optim.wrapping.exclusion import excluded_positions, parameter_names
+from gradreg_optim.wrapping.groups import KEYS
 
 
 def parameter(*shape):

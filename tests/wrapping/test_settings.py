@@ -9,11 +9,11 @@ import warnings
 import numpy
 import pytest
 import torch
-from gradreg_optim.wrapping.advice import MANY_STEPS
 from problems import assert_same, closure_of, regression, twin_of, weights
 from torch import nn
 
 from gradreg_optim import GradRegConfig, GradRegOptimizer
+from gradreg_optim.core.witnesses import MANY
 from gradreg_optim.wrapping.settings import SETTINGS, Settings
 
 
@@ -253,19 +253,19 @@ def ratios(steps, strength, **settings):
 
 def test_a_penalty_that_swamps_the_gradient_is_named_once():
     """After many steps above 10 in a row: one warning, with the figure and the remedy; not before, and not below."""
-    assert ratios(MANY_STEPS - 1, 5.0) == []
-    (message,) = ratios(5 * MANY_STEPS, 5.0)
+    assert ratios(MANY - 1, 5.0) == []
+    (message,) = ratios(5 * MANY, 5.0)
     assert "the penalty was at least 30" in message
     assert "Lower strength until the ratio is near 0.3, or bound it by max_penalty_ratio" in message
-    assert ratios(5 * MANY_STEPS, 1.0) == []  # 6
-    assert ratios(5 * MANY_STEPS, 5.0, max_penalty_ratio=2.0) == []
-    assert len(ratios(3 * MANY_STEPS, 5.0, every=2)) == 1
-    assert len(ratios(5 * MANY_STEPS, 5.0, check_every=3)) == 1
+    assert ratios(5 * MANY, 1.0) == []  # 6
+    assert ratios(5 * MANY, 5.0, max_penalty_ratio=2.0) == []
+    assert len(ratios(3 * MANY, 5.0, every=2)) == 1
+    assert len(ratios(5 * MANY, 5.0, check_every=3)) == 1
 
 
 def test_one_step_below_breaks_the_row():
     """A ratio that falls under 10 now and then says nothing about the run."""
-    assert ratios(5 * MANY_STEPS, 5.0, schedule=lambda step: 0.1 if step % MANY_STEPS == 3 else 1.0) == []
+    assert ratios(5 * MANY, 5.0, schedule=lambda step: 0.1 if step % MANY == 3 else 1.0) == []
 
 
 def test_ratios_on_a_device_are_read_once_in_many_steps(monkeypatch):
@@ -276,9 +276,9 @@ def test_ratios_on_a_device_are_read_once_in_many_steps(monkeypatch):
     monkeypatch.setattr(
         "gradreg_optim.wrapping.advice.float", lambda value: read.append(value) or float(value), raising=False
     )
-    for _ in range(MANY_STEPS - 1):
+    for _ in range(MANY - 1):
         optimizer.step(closure_of(optimizer, lambda: weight.square().sum()))
     assert read == []
     with pytest.warns(UserWarning, match="penalty_ratio"):
         optimizer.step(closure_of(optimizer, lambda: weight.square().sum()))
-    assert len(read) == MANY_STEPS
+    assert len(read) == MANY

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from problems import assert_same, by_closure, by_loop, by_micro_batches, closure_of, regression, twin_of, unchecked, weights
+from problems import assert_same, by_closure, by_loop, closure_of, regression, twin_of, unchecked, weights
 from torch import nn
 from torch.optim import Optimizer, lr_scheduler, swa_utils
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -176,7 +176,7 @@ def with_scaler(optimizer, loss):
     optimizer.step(closure)
 
 
-@pytest.mark.parametrize("take_step", [by_closure, by_loop, by_micro_batches, with_scaler])
+@pytest.mark.parametrize("take_step", [by_closure, by_loop, with_scaler])
 def test_hooks_on_every_optimizer_see_the_wrapper_once(take_step):
     """An average of the weights in such a hook moves once a step, after the update, which hooks of the base are around."""
     model, loss = regression()
