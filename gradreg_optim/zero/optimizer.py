@@ -142,8 +142,9 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
     def surroundings(self, storage: Storage, plan: Plan) -> Callable[[Point], AbstractContextManager[Any]]:
         """An accumulation window around each pass. The engine clears gradients itself."""
         self._has_stepped = False
-        start = same_start(storage.devices, self._model, self._module_state, self._losses, nullcontext)
-        return accumulation_windows(self.engine, self.held_step, start)
+        same = (storage.devices, self._model, self._module_state, self._losses.note, self._clips, nullcontext)
+        around = same_start(*same) if plan.points else lambda _point: nullcontext()
+        return accumulation_windows(self.engine, self.held_step, around)
 
     def _base_step(self) -> None:
         """Take the engine's step that was held back, on the combined gradient."""
