@@ -17,8 +17,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gradreg_optim.core.local import LocalStorage
-from gradreg_optim.core.plan import Plan
 from gradreg_optim.core.module_state import ModuleState
+from gradreg_optim.core.plan import Plan
 from gradreg_optim.core.same_start import Clearing, HeldClips, same_start
 from gradreg_optim.core.step import Figure, Outcome, Point, Scalar, computed
 from gradreg_optim.core.storage import Storage
@@ -244,6 +244,7 @@ class GradRegOptimizer(OptimizerWrapper):
         around = self.surroundings(storage, plan) if surroundings is None else surroundings
 
         def end(outcome: Outcome) -> None:
+            self._module_state.forget()
             self.note(outcome)
             self._clips.apply(self._clips.pending)
             if completes:

@@ -68,14 +68,12 @@ def _points(
             try:
                 point = next(points)
             except StopIteration as stop:
-                outcome = stop.value
-                break
+                return end(stop.value)
             if point is Point.THETA:
                 losses.passes.clear()
             losses.passes.append([])
             with surroundings(point):
                 yield point
-    end(outcome)
 
 
 def call_in_each(closure: Callable[[], Any], passes: Passes, calling_scaler: Callable[[], Any]) -> tuple[Any, bool]:

@@ -138,8 +138,8 @@ class ModuleState:
                 self._traced[id(part)] = part, [(buffer, buffer.clone()) for buffer in part.buffers(recurse=False)]
 
     def _look_at(self, part: nn.Module) -> None:
-        known, values = self._known_of(part), {}
-        own = [part._buffers, part._parameters]
+        known, values = self._known_of(part), dict[str, _Value]()
+        own: list[dict[str, Any]] = [part._buffers, part._parameters]
         own += [] if type(part).__module__.startswith(_ENGINES) else [vars(part)]
         # Not dict(store): that reads the items of a parameter dict of ZeRO-3 one by one, which gathers them.
         self._stores += [(store, dict(store.items())) for store in own]
@@ -167,10 +167,9 @@ class ModuleState:
         with torch.no_grad(), torch._C._DisableFuncTorch():
             for part, noted in (entry for entry in self._traced.values() if entry is not None):
                 self._compiled.add(part)
-                values = {id(b): _Value(b, b._version, b.data_ptr(), copy) for b, copy in noted}
-                self._values |= values
-                names = {name: values[id(b)] for name, b in part._buffers.items() if id(b) in values}
-                self.modules[part] = names
+                found = {id(b): _Value(b, b._version, b.data_ptr(), copy) for b, copy in noted}
+                self._values |= found
+                self.modules[part] = {name: found[id(b)] for name, b in part._buffers.items() if id(b) in found}
             for store, state in self._stores:
                 self._compare(store, state)
             for part, values in self.modules.items():

@@ -35,12 +35,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradreg_optim.core import multi_tensor
-from gradreg_optim.core.plan import Plan, Scheme
+from gradreg_optim.core.plan import Plan
 from gradreg_optim.core.schemes import stack_scalars
 from gradreg_optim.core.step import Check, FirstGradient, Gradients, Point, Scalar
 from gradreg_optim.core.storage import Storage
@@ -112,8 +113,8 @@ def run_check(storage: Storage, first: FirstGradient, plan: Plan) -> Check | Non
     """In the step of a check: compare the differences ahead and behind, and both with the noise. Waits for the device."""
     ahead, behind = first.further[Point.AHEAD], first.further[Point.BEHIND]
     pairs = ((ahead, behind), (ahead, ahead), (behind, behind))
-    scale = storage.loss_scale
-    products = [*(inner_of_differences(first, *pair) for pair in pairs), first.noise, *_arrived(first, scale)]
+    scale, noise = storage.loss_scale, first.noise
+    products: list[Any] = [*(inner_of_differences(first, *pair) for pair in pairs), noise, *_arrived(first, scale)]
     sums = [value / scale**2 for value in storage.sum_over_ranks(stack_scalars(products)).tolist()]
     eps = next(float(group.eps) for group in first.groups if group.strength)
     settled = None if first.auto_radius is None else plan.floor is not None

@@ -49,7 +49,6 @@ from gradreg_optim.core.step import Check, Difference, Figure, FirstGradient, Gr
 from gradreg_optim.core.storage import Storage
 from gradreg_optim.core.witnesses import BEYOND, Evidence, Losses
 
-
 NEARBY = 0.01
 """The step ahead, in units of the real one, that takes the place of one sideways where all have the bits of float32."""
 

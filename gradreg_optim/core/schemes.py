@@ -20,6 +20,7 @@ from gradreg_optim.core.plan import Plan, Scheme
 from gradreg_optim.core.step import Difference, Figure, FirstGradient, Gradients, Point, Scalar
 from gradreg_optim.core.storage import Storage
 
+
 def forward_difference(storage: Storage, first: FirstGradient, plan: Plan) -> Difference:
     """Measure Δ = c·g2 − g1, which is not written anywhere."""
     second = first.further.pop(Point.AHEAD)

@@ -30,7 +30,7 @@ class Exclusion:
         self.patterns = exclude_patterns(exclude)
         self.default: Callable[[], Iterable[Tensor]] | None = None
         self.positions: list[list[int]] = []
-        self._is_excluded = WeakIdKeyDictionary()
+        self._is_excluded: Any = WeakIdKeyDictionary()
         self._members: list[list[int]] = []
         self._judge(groups, model, must_match=True)
         self._settle(groups)

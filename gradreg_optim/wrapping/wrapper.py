@@ -132,7 +132,7 @@ class OptimizerWrapper(Optimizer):
     # One optimizer: groups, state and defaults are the wrapped one's.
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The wrapped optimizer's groups."""
         if upwards.TRAINER in sys.modules and upwards.ATTACH not in sys.modules:
             upwards.announce()  # a trainer that is imported after the wrapper was built looks at them before it trains
