@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.optim import Optimizer
 
 from gradreg_optim.core.local import LocalStorage
@@ -263,7 +263,8 @@ class GradRegOptimizer(OptimizerWrapper):
         """Begin a step: its passes, each with ``surroundings`` around it. ``completes``: a ``step()`` is to follow."""
         storage = self.storage()
         plan = self.plan()
-        if plan.points and not self.progress.is_proven:
+        is_parallel = distributed.is_available() and distributed.is_initialized()
+        if is_parallel and plan.points and not self.progress.is_proven:
             check_engines(self.param_groups)
         self._module_state.own(p for group in self._groups_with_names() for p in group["params"])
         losses = self._losses.begun(self._module_state.modules)
