@@ -59,7 +59,7 @@ MISSING = [*((name, library) for name, library in LIBRARIES.items()), ("attach",
 
 @pytest.mark.parametrize(("name", "library"), MISSING)
 def test_a_missing_package_names_its_extra(name, library):
-    """Where a library is not installed, whoever needs it learns which extra brings it; the rest works as before."""
+    """If a library is not installed, the error names the extra that has it, and the rest works."""
     script = f"""
 import sys
 
