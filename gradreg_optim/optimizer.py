@@ -19,10 +19,10 @@ from torch.optim import Optimizer
 from gradreg_optim.core.local import LocalStorage
 from gradreg_optim.core.plan import Plan
 from gradreg_optim.core.module_state import ModuleState
-from gradreg_optim.core.same_start import HeldClips, same_start
+from gradreg_optim.core.same_start import Clearing, HeldClips, same_start
 from gradreg_optim.core.step import Figure, Outcome, Point, Scalar, computed
 from gradreg_optim.core.storage import Storage
-from gradreg_optim.core.witnesses import Losses, Witnesses, cleared
+from gradreg_optim.core.witnesses import Losses, Witnesses
 from gradreg_optim.passes import Passes, call_in_each
 from gradreg_optim.wrapping import upwards
 from gradreg_optim.wrapping.refusals import check_engines, check_resample, no_gradient
@@ -150,7 +150,8 @@ class GradRegOptimizer(OptimizerWrapper):
         super().__init__(optimizer, settings, **more)
         self.resample, self.witnesses = settings["resample"], Witnesses()
         self.progress = Progress()
-        self._module_state, self._losses, self._clips = ModuleState(), Losses(), HeldClips()
+        self._module_state, self._losses = ModuleState(), Losses()
+        self._clips, self._clearing = HeldClips(), Clearing()
 
     @property
     def metrics(self) -> dict[str, Scalar]:
@@ -218,7 +219,7 @@ class GradRegOptimizer(OptimizerWrapper):
         """
         check_resample(self.resample)
         self._abandon_passes()
-        if self.progress.is_complete:
+        if self.progress.is_complete and self._scaler is None:  # a scaler skips steps
             self.witnesses.tell(
                 "steps",
                 "passes() began again before optimizer.step(): warm-up, schedule and every stand still",
@@ -276,11 +277,13 @@ class GradRegOptimizer(OptimizerWrapper):
         if not plan.points:
             return lambda _point: nullcontext()
 
-        def clearing() -> AbstractContextManager[None]:
-            return cleared(parameter for group in self.param_groups for parameter in group["params"])
+        def parameters() -> Iterator[torch.Tensor]:
+            return (parameter for group in self.param_groups for parameter in group["params"])
 
-        first = nullcontext if self.progress.is_proven else clearing
-        return same_start(storage.devices, self._model, self._module_state, self._losses.note, self._clips, first)
+        note, clips = self._losses.note, self._clips
+        return same_start(
+            storage.devices, self._model, self._module_state, note, clips, self._clearing, parameters
+        )
 
     def _base_step(self) -> None:
         """The wrapped optimizer's step on the combined gradient; under a scaler, unless a pass overflowed."""

@@ -36,7 +36,7 @@ def _seeded():
 
 
 def pytest_collection_modifyitems(items):
-    """With ``--dist loadgroup`` each test goes to the next free worker, but what shares a fixture of its file stays together."""
+    """With ``--dist loadgroup`` each test goes to the next free worker; what shares a fixture of its file stays together."""
     for item in items:
         fixtures = item._fixtureinfo.name2fixturedefs.values()  # doctests have none
         if not item.get_closest_marker("xdist_group") and any(f[-1].scope == "module" for f in fixtures):

@@ -55,9 +55,9 @@ class _Value:
 
 @dataclass
 class _Known:
-    """Of a module in one mode (``training``): whether it has run yet, and the names of its tensors that move."""
+    """Of a module in one mode (``training``): the names of its tensors that have been looked at, and of those that move."""
 
-    is_new: bool = True
+    names: set[str] = field(default_factory=set)
     moving: set[str] = field(default_factory=set)
 
 
@@ -155,7 +155,7 @@ class ModuleState:
     def _noted(self, tensor: Tensor, name: str, known: _Known) -> _Value:
         value = _Value(tensor, tensor._version, tensor.data_ptr())
         value.is_sample = name not in known.moving and isinstance(tensor, nn.Parameter) and tensor.nbytes > SMALL
-        if name in known.moving or known.is_new:
+        if name in known.moving or name not in known.names:
             value.before = (sampled(tensor.detach()) if value.is_sample else tensor.detach()).clone()
         return value
 
@@ -188,11 +188,11 @@ class ModuleState:
 
     def _learn(self, known: _Known, values: dict[str, _Value]) -> None:
         for name, value in values.items():
-            if name not in known.moving and value.has_moved(known.is_new):
+            if name not in known.moving and value.has_moved(name not in known.names):
                 known.moving.add(name)
             if name in known.moving and value.before is not None and not value.is_sample:
                 value.after = value.tensor.detach().clone()
-        known.is_new = False
+        known.names.update(values)
 
     def _put_aside(self, modules: Iterable[nn.Module]) -> None:
         """Note the gradients that the first pass left on parameters of other optimizers, which step on them."""

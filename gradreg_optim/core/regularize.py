@@ -238,6 +238,7 @@ def prove(
         squares=delta.squares,
         losses=delta.losses if losses.is_integral else None,
         spacing=losses.spacing,
+        is_low=first.is_low,
         g2_norm=delta.figures["g2_norm"],
         fidelity=delta.figures["perturbation_fidelity"],
         penalty_ratio=figures["penalty_ratio"],

@@ -20,9 +20,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad
 
+from gradreg_optim.core.local import local_shard
 from gradreg_optim.core.module_state import ModuleState
 from gradreg_optim.core.step import Point
 
@@ -33,13 +34,14 @@ def same_start(
     state: ModuleState,
     note: Callable[[Any, Any], None],
     clips: HeldClips,
-    first: Callable[[], AbstractContextManager[None]],
+    clearing: Clearing,
+    parameters: Callable[[], Iterable[Tensor]],
 ) -> Callable[[Point], AbstractContextManager[None]]:
     """What is around each pass of one step: all start where the first did, and all but the first leave things as they were.
 
     ``devices`` are those whose random numbers a loss may draw. ``model`` is a module whose parts run; others are found when
     they are called. ``note(tensors, grad_tensors)`` gets what each backward differentiates. ``clips`` holds clips back.
-    ``first()`` is what else is around the first pass.
+    ``clearing`` checks that the first pass clears the gradients of ``parameters()``.
     """
     start = RandomState(devices)
 
@@ -52,11 +54,16 @@ def same_start(
             clips.apply(pending)  # a backward follows them: they are part of the loss
             tensors, grad_tensors = as_tuple(tensors), as_tuple(grad_tensors)
             note(tensors, grad_tensors)
+            looks = is_first and not clearing.is_seen
+            was_open = looks and clearing.is_open()
             backward(tensors, grad_tensors, *args, **kwargs)
+            if looks:
+                clearing.look(was_open=was_open)
 
         with ExitStack() as stack:
             if is_first:
-                stack.enter_context(first())
+                if not clearing.is_seen:
+                    clearing.begin(parameters())
                 state.begin_first(model, stack)
             else:
                 stack.callback(RandomState(devices).restore)
@@ -94,7 +101,7 @@ def backward_replaced(stand_in: Callable[..., None]) -> Iterator[None]:
 
 def as_tuple(tensors: Any) -> Any:
     """Arguments of a backward, which may be generators, so that they can be read twice."""
-    return tensors if tensors is None or isinstance(tensors, torch.Tensor) else tuple(tensors)
+    return tensors if tensors is None or isinstance(tensors, Tensor) else tuple(tensors)
 
 
 class HeldClips:
@@ -140,8 +147,58 @@ class HeldClips:
             yield
 
 
-def _listed(parameters: Any) -> list[torch.Tensor]:
-    return [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+def _listed(parameters: Any) -> list[Tensor]:
+    return [parameters] if isinstance(parameters, Tensor) else list(parameters)
+
+
+class Clearing:
+    """Notices a first pass that adds to gradients from before instead of clearing them, until it has seen one clear.
+
+    Such a pass (of Lightning, with ``accumulate_grad_batches``) covers all of a step's micro-batches, and the second one
+    only its own. A gradient from before must have gone, or been written, when the first backward that reaches it begins.
+    """
+
+    def __init__(self) -> None:
+        self.is_seen = False
+        self._probe: Any = None  # the smallest parameter with a gradient from before
+        self._before: Any = None
+        self._is_zero = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy looks again."""
+        return {"is_seen": False, "_probe": None, "_before": None, "_is_zero": False}
+
+    def begin(self, parameters: Iterable[Tensor]) -> None:
+        """A first pass over ``parameters`` begins."""
+        with_gradient = (p for p in parameters if p.requires_grad and p.grad is not None and p.grad.layout is torch.strided)
+        self._probe = min(with_gradient, key=Tensor.numel, default=None)
+        self._before = None if self._probe is None else (self._probe.grad, self._probe.grad._version)
+
+    def is_open(self) -> bool:
+        """Before a backward: whether the gradient is still the one from before."""
+        if self._probe is None:
+            return False
+        gradient, version = self._before
+        if self._probe.grad is not gradient or gradient._version != version:
+            return False
+        self._is_zero = not bool(local_shard(gradient).any())
+        return True
+
+    def look(self, *, was_open: bool) -> None:
+        """After a backward: raise if it added to a gradient that was still open, unless that was 0."""
+        if self._probe is None:
+            return
+        gradient, version = self._before
+        if was_open and self._probe.grad is gradient and gradient._version == version:
+            return  # it was the backward of something else
+        if was_open and not self._is_zero:
+            self._probe = None
+            raise RuntimeError(
+                "The closure added to gradients from before it was called: its second call would lack them. Clear gradients "
+                "in the closure and run all micro-batches of the step in it (in Lightning, by manual optimization instead "
+                "of accumulate_grad_batches)."
+            )
+        self.is_seen, self._probe = True, None
 
 
 class RandomState:

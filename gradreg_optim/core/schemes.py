@@ -119,7 +119,8 @@ def summed(
 def _fidelity(along: Tensor, squares: Tensor, eps: list[Scalar], clip: Scalar, scale: float) -> Tensor:
     """⟨θ'_real − θ, ε·d⟩/‖ε·d‖² of d = clip·g1/scale: the share of the step that the weights' dtype let through."""
     steps = stack_scalars(eps, along)
-    return ratio((steps * along).sum(), (steps.square() * squares).sum() * clip / scale)
+    wanted = (steps.square() * squares).sum() * clip / scale
+    return torch.where(wanted == 0, 1.0, ratio((steps * along).sum(), wanted))
 
 
 def _figures(

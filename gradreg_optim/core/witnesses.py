@@ -34,8 +34,8 @@ from gradreg_optim.core.schemes import ratio, stack_scalars
 from gradreg_optim.core.step import Figure, FirstGradient, Outcome, Scalar, computed
 from gradreg_optim.core.storage import Storage
 
-FAR = 0.25
-"""How far from 1 ``loss_check`` is an alarm, beside 8 spacings of the loss,"""
+FAR, FAR_IF_LOW = 0.25, 1.0
+"""How far from 1 ``loss_check`` is an alarm, beside 8 spacings of the loss; in low precision its noise is larger,"""
 BEYOND = 2.0
 """and how far it is one at once. Nearer ones have to last for ``STREAK`` steps."""
 STREAK = 3
@@ -132,7 +132,8 @@ class Losses:
         change, size = sums[-2:].tolist()
         if not math.isfinite(change) or not math.isfinite(expected) or not expected:
             return False
-        self.is_integral = abs(change / expected - 1) <= FAR + 8 * self.spacing * size / abs(expected)
+        far = FAR_IF_LOW if first.is_low else FAR
+        self.is_integral = abs(change / expected - 1) <= far + 8 * self.spacing * size / abs(expected)
         return not self.is_integral
 
     def require_same(self, storage: Storage) -> None:
@@ -157,34 +158,6 @@ class Losses:
             )
 
 
-@contextmanager
-def cleared(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Run the block, which is a first pass; raise if it adds to gradients from before instead of clearing them.
-
-    Such a pass (of Lightning, with ``accumulate_grad_batches``) covers all of a step's micro-batches, and the second one
-    only its own. During the pass NaN stands in place of one of the gradients from before. Waits for the device.
-    """
-    with_gradient = (p for p in parameters if p.grad is not None and p.grad.layout is torch.strided)
-    probe: Any = next((p for p in sorted(with_gradient, key=Tensor.numel) if bool(p.grad.any())), None)  # type: ignore[union-attr]
-    if probe is None:
-        yield
-        return
-    gradient, probe.grad = probe.grad, torch.full_like(probe.grad, math.nan)
-    stand_in, is_added_to = probe.grad, False
-    try:
-        yield
-    finally:
-        is_added_to = probe.grad is stand_in and bool(stand_in.isnan().any())
-        if is_added_to:
-            probe.grad = gradient
-    if is_added_to:
-        raise RuntimeError(
-            "The closure added to gradients from before it was called: its second call would lack them. Clear gradients "
-            "in the closure and run all micro-batches of the step in it (in Lightning, by manual optimization instead of "
-            "accumulate_grad_batches)."
-        )
-
-
 @dataclass
 class Evidence:
     """The scalars of a step by which it proves itself, without its tensors; figures are computed if anybody asks.
@@ -202,6 +175,7 @@ class Evidence:
     squares: Tensor
     losses: Tensor | None
     spacing: float
+    is_low: bool
     g2_norm: Figure
     fidelity: Figure
     penalty_ratio: Figure
@@ -225,7 +199,8 @@ class Evidence:
     def symptoms(self) -> Tensor:
         """What :meth:`Witnesses.look` reads."""
         relative = ratio(self.squares.sum(), self.g1_squared.sum()).sqrt()
-        off = torch.zeros_like(relative) if self.losses is None else self.off_by()
+        far = FAR_IF_LOW if self.is_low else FAR
+        off = torch.zeros_like(relative) if self.losses is None else self.off_by() / far
         apart = (ratio(computed(self.g2_norm), self.norm) - 1).abs()
         return stack_scalars([off, computed(self.fidelity), apart, relative, computed(self.penalty_ratio)], relative)
 
@@ -258,11 +233,11 @@ class Witnesses:
             off, fidelity, norms_apart, relative, penalty_ratio = self._unread.popleft()().tolist()
             # A penalty of curvature changes the norm of g2 in proportion to its length; a clip keeps it the same.
             are_equal = norms_apart < 1e-6 and relative > 1e-5 and norms_apart < relative / 30
-            if off > BEYOND or self._lasts("loss", off > FAR):
+            if off * FAR > BEYOND or self._lasts("loss", off > 1):
                 self.tell(
                     "loss",
                     f"the loss changed between the passes by other than what the gradients tell (loss_check is off by "
-                    f"{off:.2g})",
+                    f"{off:.2g} times what noise explains)",
                     "a teacher, memory bank or counter that moves in each forward; a batch that is drawn or changed in "
                     "the pass; a generator of the loss's own; a loss with stop-gradients",
                     "draw batches and masks before the passes, keep such state in buffers, or update it after step(); "

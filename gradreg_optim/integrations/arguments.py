@@ -10,7 +10,6 @@ from gradreg_optim.config import GradRegConfig
 from gradreg_optim.wrapping.settings import suggestion
 
 NAMES = tuple(field.name for field in fields(GradRegConfig))
-_BARE = tuple(name.removeprefix("grad_reg_") for name in NAMES)
 
 
 def of_penalty(names: Iterable[str]) -> list[str]:
@@ -22,7 +21,8 @@ def of_penalty(names: Iterable[str]) -> list[str]:
     ours = [name for name in names if name.startswith(("grad_reg", "gradreg"))]
     for name in ours:
         if name not in NAMES:
-            raise ValueError(f"unknown setting {name!r}. {suggestion(name, _BARE, prefix='grad_reg_')}")
+            meant = suggestion(name, (known.removeprefix("grad_reg_") for known in NAMES), prefix="grad_reg_")
+            raise ValueError(f"unknown setting {name!r}. {meant}")
     return ours
 
 
@@ -32,6 +32,5 @@ def parted(arguments: Mapping[str, Any]) -> tuple[GradRegConfig, dict[str, Any]]
     Raises:
         ValueError: a setting is unknown, or its value breaks its rule.
     """
-    ours = of_penalty(arguments)
-    rest = {name: value for name, value in arguments.items() if name not in ours}
-    return GradRegConfig(**{name: arguments[name] for name in ours}), rest
+    ours = {name: arguments[name] for name in of_penalty(arguments)}
+    return GradRegConfig(**ours), {name: value for name, value in arguments.items() if name not in ours}

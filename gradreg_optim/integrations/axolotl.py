@@ -28,8 +28,7 @@ class _Checked(BaseModel):
     def _check(cls, data: Any) -> Any:
         """Refuse what breaks a rule before anything is loaded: Axolotl drops unknown and empty keys."""
         parted(data)
-        no_clip = [name for name in NAMES if name.endswith("_clip") and name in data and data[name] is None]
-        return {**data, **dict.fromkeys(no_clip, 0)}
+        return {**data, **{name: 0 for name in NAMES if name.endswith("_clip") and data.get(name, 0) is None}}
 
 
 _FIELDS: Any = dict.fromkeys(NAMES, (Any, None))

@@ -78,8 +78,9 @@ def _train_batch(train: Callable[..., Any], engine: Any, *args: Any, **kwargs: A
     Raises:
         RuntimeError: it did.
     """
-    override = getattr(engine.optimizer_config, "override_optimizer_config", None) or {}
-    if of_penalty(override) and not isinstance(engine.optimizer, GradRegOptimizer):
+    if not isinstance(engine.optimizer, GradRegOptimizer) and of_penalty(
+        getattr(engine.optimizer_config, "override_optimizer_config", None) or {}
+    ):
         raise RuntimeError(
             f"{type(engine).__name__} built its optimizer without the settings grad_reg_*, which would have "
             "no effect. Use strategy=fsdp2, or leave them out."

@@ -29,11 +29,10 @@ class Exclusion:
     def __init__(self, exclude: Any, model: nn.Module | None, groups: list[Group]) -> None:
         self.patterns = exclude_patterns(exclude)
         self.default: Callable[[], Iterable[Tensor]] | None = None
+        self.positions: list[list[int]] = []
         self._is_excluded = WeakIdKeyDictionary()
         self._members: list[list[int]] = []
-        self.positions: list[list[int]] = []
-        for group, positions in zip(groups, self._matching(groups, model, must_match=True), strict=True):
-            self._note(group["params"], positions)
+        self._judge(groups, model, must_match=True)
         self._settle(groups)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -49,19 +48,13 @@ class Exclusion:
         members = [[id(parameter) for parameter in group["params"]] for group in groups]
         if members == self._members:
             return self.positions
-        matching: list[list[int]] | None = None
-        for number, group in enumerate(groups):
-            new = [i for i, parameter in enumerate(group["params"]) if parameter not in self._is_excluded]
-            if not new:
-                continue
-            if len(new) == len(group["params"]) and len(members) == len(self._members) and number < len(self.positions):
-                if len(new) == len(self._members[number]):  # other tensors in the same places
-                    self._note(group["params"], self.positions[number])
-                    continue
-            matching = self._matching(groups, model) if matching is None else matching
-            by_default = {id(parameter) for parameter in (self.default() if self.default else ())}
-            excluded = [i for i in new if i in matching[number] or id(group["params"][i]) in by_default]
-            self._note([group["params"][i] for i in new], [new.index(i) for i in excluded])
+        if len(members) == len(self._members):
+            for group, own, positions in zip(groups, self._members, self.positions, strict=True):
+                is_replaced = not any(parameter in self._is_excluded for parameter in group["params"])
+                if is_replaced and len(own) == len(group["params"]):  # other tensors in the same places
+                    for position, parameter in enumerate(group["params"]):
+                        self._is_excluded[parameter] = position in positions
+        self._judge(groups, model)
         return self._settle(groups)
 
     def leave_out(self, parameters: Iterable[Tensor], groups: list[Group]) -> None:
@@ -82,18 +75,21 @@ class Exclusion:
                 "Pass exclude='none' to regularize embeddings and heads too."
             )
 
-    def _note(self, parameters: list[Tensor], excluded: list[int]) -> None:
-        for position, parameter in enumerate(parameters):
-            self._is_excluded[parameter] = position in excluded
+    def _judge(self, groups: list[Group], model: nn.Module | None, *, must_match: bool = False) -> None:
+        """Find out which of the parameters that are not known yet are left out."""
+        if all(parameter in self._is_excluded for group in groups for parameter in group["params"]):
+            return
+        patterns = () if self.patterns == NOTHING else self.patterns
+        by_default = {id(parameter) for parameter in (self.default() if self.default else ())}
+        for group, matching in zip(groups, excluded_positions(groups, patterns, model, must_match=must_match), strict=True):
+            for position, parameter in enumerate(group["params"]):
+                if parameter not in self._is_excluded:
+                    self._is_excluded[parameter] = position in matching or id(parameter) in by_default
 
     def _settle(self, groups: list[Group]) -> list[list[int]]:
         self._members = [[id(parameter) for parameter in group["params"]] for group in groups]
         self.positions = [[i for i, p in enumerate(group["params"]) if self._is_excluded.get(p)] for group in groups]
         return self.positions
-
-    def _matching(self, groups: list[Group], model: nn.Module | None, *, must_match: bool = False) -> list[list[int]]:
-        patterns = () if self.patterns == NOTHING else self.patterns
-        return excluded_positions(groups, patterns, model, must_match=must_match)
 
 
 def parameter_names(groups: Iterable[Group], model: nn.Module | None) -> dict[int, list[str]]:

@@ -214,7 +214,7 @@ class OptimizerWrapper(Optimizer):
     def _remember(self, outcome: Outcome) -> None:
         """Keep in the groups what a step found out for those to come."""
         found: dict[str, Any] = {} if outcome.auto_radius is None else {"gradreg_auto_radius": outcome.auto_radius}
-        if outcome.check is not None and not (outcome.check.is_swallowed and found):
+        if outcome.check is not None and not outcome.check.is_swallowed:
             found["gradreg_floor"] = outcome.check.floor
         if outcome.is_low is not None:
             found["gradreg_is_low"] = outcome.is_low

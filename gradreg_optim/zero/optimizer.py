@@ -8,7 +8,7 @@ the optimizer step, which is the engine's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 from deepspeed import DeepSpeedEngine
@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack  # comes with torch; in typing from Python 3.11
 
 from gradreg_optim.core.plan import Plan
-from gradreg_optim.core.same_start import same_start
 from gradreg_optim.core.step import Point
 from gradreg_optim.core.storage import Storage
 from gradreg_optim.optimizer import GradRegOptimizer
@@ -105,6 +104,7 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
         )(engine)
         named = {"model": engine.module, "named_groups": self._storage.named_groups}
         self._set_up(holder.optimizer, settings_among(settings), exclude=settings.get("exclude", ()), **named)
+        self._clearing.is_seen = True  # the engine clears gradients itself
 
     @classmethod
     def taking_over(
@@ -140,10 +140,9 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
         return self._storage
 
     def surroundings(self, storage: Storage, plan: Plan) -> Callable[[Point], AbstractContextManager[Any]]:
-        """An accumulation window around each pass. The engine clears gradients itself."""
+        """An accumulation window around each pass."""
         self._has_stepped = False
-        start = same_start(storage.devices, self._model, self._module_state, self._losses, nullcontext)
-        return accumulation_windows(self.engine, self.held_step, start)
+        return accumulation_windows(self.engine, self.held_step, super().surroundings(storage, plan))
 
     def _base_step(self) -> None:
         """Take the engine's step that was held back, on the combined gradient."""

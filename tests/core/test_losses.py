@@ -118,6 +118,7 @@ def test_the_trapezoid_rule_is_exact_on_a_quadratic(settings, scale):
     optimizer = unchecked(torch.optim.SGD([quadratic.weight], lr=0.0), scaler=scaler, **eps, **settings)
     for _ in range(2):
         optimizer.step(closure_of(optimizer, quadratic, scaler.scale))
+        scaler.update()
         assert float(optimizer.metrics["loss_check"]) == pytest.approx(1.0, rel=1e-9)
 
 

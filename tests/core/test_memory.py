@@ -38,6 +38,6 @@ def test_one_copy_and_one_gradient(settings, unread, monkeypatch):
 
 def test_rounding_takes_pieces():
     """Of bfloat16 weights; stochastic rounding computes in float32, a piece at a time. The check holds a gradient more."""
-    assert 2.9 < peak(torch.bfloat16, check_every=0) < 3.3
-    assert peak(torch.bfloat16) < 4.3
-    assert peak(torch.bfloat16, method="central", check_every=0) < 4.3
+    assert 2.9 < peak(torch.bfloat16, check_every=0) < 3.4  # the first step compares θ with its copy
+    assert peak(torch.bfloat16) < 4.4
+    assert peak(torch.bfloat16, method="central", check_every=0) < 4.4

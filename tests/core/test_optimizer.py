@@ -267,7 +267,7 @@ def test_fidelity_tells_a_step_that_does_not_arrive():
     fidelity = {}
     for dtype in (torch.bfloat16, torch.float32):
         w = nn.Parameter(torch.ones(8, dtype=dtype))
-        optimizer = unchecked(torch.optim.SGD([w], lr=0.1), eps=1e-4)
+        optimizer = unchecked(torch.optim.SGD([w], lr=0.1), eps=1e-4, check_every=1)
         with pytest.warns(UserWarning, match="equal to the last bit") if dtype == torch.bfloat16 else nullcontext():
             optimizer.step(closure_of(optimizer, lambda w=w: 0.5 * w.square().sum()))
         fidelity[dtype] = float(optimizer.metrics["perturbation_fidelity"])

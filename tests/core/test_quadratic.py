@@ -107,7 +107,9 @@ def test_figures_on_a_quadratic():
     }
     assert set(optimizer.metrics) == set(expected)
     for name, value in expected.items():
-        assert float(optimizer.metrics[name]) == pytest.approx(float(value), rel=1e-10, abs=0)  # order of summation; losses of 1e3 change by 1
+        assert float(optimizer.metrics[name]) == pytest.approx(
+            float(value), rel=1e-10, abs=0
+        )  # order of summation; losses of 1e3 change by 1
 
 
 @pytest.mark.parametrize("flags", [{"foreach": True}, {"fused": True}, {"capturable": False, "amsgrad": True}])

@@ -130,7 +130,7 @@ def test_a_step_that_the_passes_do_not_see(settings):
 
 def test_advice_is_followed_by_a_floor():
     """Once a step arrives: a step that was swallowed leaves none, so that the next one is checked."""
-    weight = nn.Parameter(torch.full((4, 4), 2.0))
+    weight = nn.Parameter(torch.full((16, 16), 0.5))
     optimizer = GradRegOptimizer(torch.optim.SGD([weight], lr=0.0), eps=1e-5)
 
     def loss():

@@ -131,7 +131,7 @@ def test_forward_only_runs_once(engine_of):
 
 
 def test_what_is_excluded(engine_of):
-    """Embeddings and head by default; patterns replace them, which needs the names that verl does not give to optimizers."""
+    """Embeddings and head, and patterns beside them, which needs the names that verl does not give to optimizers."""
     names = [name for name, _ in MODEL.named_parameters()]
 
     def excluded(**more):
@@ -139,7 +139,7 @@ def test_what_is_excluded(engine_of):
         return [names[position] for position in group["gradreg_excluded"]]
 
     assert excluded() == ["model.embed_tokens.weight", "lm_head.weight"]
-    assert excluded(grad_reg_exclude=["model.norm"]) == ["model.norm.weight"]
+    assert excluded(grad_reg_exclude=["model.norm"]) == ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
     assert excluded(grad_reg_exclude=["none"]) == []
 
 

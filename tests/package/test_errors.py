@@ -4,7 +4,6 @@ import ast
 import math
 import pathlib
 import traceback
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -12,22 +11,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from gradreg_optim.wrapping.engines import _check_shards
 from problems import closure_of, regression
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.distributed.fsdp._flat_param import FlatParamHandle
-from torch.utils.checkpoint import checkpoint
 
 import gradreg_optim
-from gradreg_optim import GradReg, GradRegConfig, GradRegOptimizer, MicroBatches
+from gradreg_optim import GradReg, GradRegConfig, GradRegOptimizer
+from gradreg_optim.core.foreign import NoSecondGradient
 from gradreg_optim.core.local import device_mesh
+from gradreg_optim.wrapping.refusals import check_engines
 
 # Files that need torch alone; those for trainers and DeepSpeed have tests, and messages, of their own.
 ROOT = pathlib.Path(gradreg_optim.__file__).parent
 CORE = [
-    *(path for folder in ("core", "drivers", "wrapping") for path in sorted((ROOT / folder).rglob("*.py"))),
-    *(ROOT / name for name in ("by_name.py", "config.py", "optimizer.py")),
+    *(path for folder in ("core", "wrapping") for path in sorted((ROOT / folder).rglob("*.py"))),
+    *(ROOT / name for name in ("by_name.py", "config.py", "optimizer.py", "passes.py")),
 ]
 
 
@@ -43,12 +42,6 @@ def stepped(**settings):
     model, loss = regression()
     optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **settings)
     optimizer.step(closure_of(optimizer, loss))
-
-
-def neither_eps_nor_radius():
-    optimizer = GradRegOptimizer(sgd())
-    optimizer.param_groups[0]["gradreg_eps"] = optimizer.param_groups[0]["gradreg_radius"] = None
-    optimizer.step(lambda: None)
 
 
 def sparse():
@@ -90,30 +83,34 @@ def drawn_at_each_call():
     optimizer.step(closure_of(optimizer, lambda: model(inputs()).square().mean()))
 
 
-def exact_of_a_loss_of_gradients():
+def replaced_in_a_further_pass():
+    w, v = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))
+    optimizer = GradRegOptimizer(torch.optim.SGD([w, v], lr=0.1), check_every=0)
+    closure = closure_of(optimizer, lambda: (w - 2 * v).square().sum())
+
+    def tying():
+        value = closure()
+        if closure.calls == 2:
+            w.data = v.data
+        return value
+
+    optimizer.step(tying)
+
+
+def a_closure_that_computes_after_passes():
     model, loss = regression()
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), method="exact")
-
-    def closure():
-        for parameter in model.parameters():
-            parameter.grad = None
-        loss().backward(create_graph=True)
-        model[0].weight.grad.square().sum().backward()
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"Using backward\(\) with create_graph=True")
-        optimizer.step(closure)
+    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), check_every=0)
+    for _ in optimizer.passes():
+        optimizer.zero_grad()
+        loss().backward()
+    optimizer.step(closure_of(optimizer, loss))
 
 
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.sum()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        return gradient.expand(1)
+def in_shared_memory():
+    model, loss = regression()
+    model.share_memory()
+    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    optimizer.step(closure_of(optimizer, loss))
 
 
 def uncleared():
@@ -121,27 +118,6 @@ def uncleared():
     optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
     loss().backward()
     optimizer.step(lambda: loss().backward())
-
-
-def not_twice_differentiable():
-    optimizer = GradRegOptimizer(sgd(), method="exact")
-    weight = optimizer.param_groups[0]["params"][0]
-    optimizer.step(closure_of(optimizer, lambda: Once.apply(weight).square()))
-
-
-def exact_through_reentrant_checkpoints():
-    model, _ = regression()
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), method="exact")
-    inputs = torch.ones(1, 4, dtype=torch.float64, requires_grad=True)
-    optimizer.step(closure_of(optimizer, lambda: checkpoint(model[:2], inputs, use_reentrant=True).sum()))
-
-
-def exact_of_shards():
-    optimizer = GradRegOptimizer(sgd(), method="exact")
-    weight = optimizer.param_groups[0]["params"][0]
-    weight.device_mesh = type("Mesh", (), {"device_type": "cpu", "ndim": 0})()
-    weight.device_mesh.get_coordinate, weight.device_mesh.get_all_groups = tuple, list
-    optimizer.step(closure_of(optimizer, lambda: weight.square().sum()))
 
 
 def stepped_in_the_loop():
@@ -207,7 +183,7 @@ def shards_of_fsdp1():
     weight = nn.Parameter(torch.ones(1))
     weight._fsdp_flattened = True
     handle = Handle(weight)
-    _check_shards([weight])
+    check_engines([{"params": [weight]}])
     return handle
 
 
@@ -251,22 +227,36 @@ def setting(name, value, rule, remedy):
 
 
 CASES = {
+    "a deleted setting": Case(
+        lambda: GradRegOptimizer(sgd(), fraction=0.5),
+        TypeError,
+        "'fraction'",
+        "no setting any more",
+        "every=k with k times the strength",
+    ),
+    "a deleted method": setting("method", "exact", "must be one of ('forward', 'central')", "central two"),
+    "a parameter that a further pass replaces": Case(
+        replaced_in_a_further_pass,
+        RuntimeError,
+        "A parameter of shape (1,)",
+        "is not what it was before the further passes",
+        "write them after step()",
+    ),
+    "a closure after passes": Case(
+        a_closure_that_computes_after_passes,
+        RuntimeError,
+        "step(closure) after a loop over passes()",
+        "the closure changed the combined gradient",
+        "in one of the two",
+    ),
+    "memory that processes share": Case(
+        in_shared_memory,
+        RuntimeError,
+        "The parameters are in memory that processes share",
+        "what they write while this one is there is lost",
+        "Give each process a copy of its own",
+    ),
     "every": setting("every", 0, "must be an integer >= 1", "k each k-th one"),
-    "fraction": setting("fraction", 1.5, "must be a number > 0 and <= 1", "a quarter of the micro-batches"),
-    "a fraction of a closure": Case(
-        lambda: stepped(fraction=0.5),
-        RuntimeError,
-        "fraction=0.5",
-        "this closure runs them all",
-        "Pass optimizer.step(gradreg_optim.MicroBatches(backward, batches))",
-    ),
-    "a fraction of a loop": Case(
-        lambda: GradRegOptimizer(sgd(), fraction=0.5).passes(),
-        RuntimeError,
-        "fraction=0.5",
-        "the body of this loop runs them all",
-        "Pass optimizer.step(gradreg_optim.MicroBatches(backward, batches))",
-    ),
     "a step within the loop": Case(
         stepped_in_the_loop,
         RuntimeError,
@@ -281,17 +271,10 @@ CASES = {
         "its second call would lack them",
         "Clear gradients in",
     ),
-    "no micro-batches": Case(
-        lambda: MicroBatches(print, []),
-        ValueError,
-        "batches=[]",
-        "a step needs at least one micro-batch",
-        "Skip the step, or give it data",
-    ),
     "strength": setting("strength", -1.0, "must be a finite number >= 0", "0 switches off"),
     "strength, NaN": setting("strength", math.nan, "must be a finite number >= 0", "Published values are 1e-2 and 1e-3"),
-    "eps": setting("eps", 0.0, "must be a finite number > 0", "published value is 1e-3"),
-    "eps, infinite": setting("eps", math.inf, "must be a finite number > 0", "published value is 1e-3"),
+    "eps": setting("eps", 0.0, "must be None or a finite number > 0", "published value is 1e-3"),
+    "eps, infinite": setting("eps", math.inf, "must be None or a finite number > 0", "published value is 1e-3"),
     "radius": setting("radius", -0.1, "must be None, 'auto' or a finite number > 0", "Leave it out to use eps"),
     "warmup_steps": setting("warmup_steps", 1.5, "must be an integer >= 0", "optimizer steps without the penalty"),
     "schedule": setting("schedule", "exponential", "one of ('constant', 'linear', 'cosine')", "callable of the step"),
@@ -371,20 +354,6 @@ CASES = {
         "repeated at the same weights, from the same random numbers and buffers",
         "Draw the batch before the closure",
     ),
-    "exact of a loss of gradients": Case(
-        exact_of_a_loss_of_gradients,
-        RuntimeError,
-        "method='exact': the closure calls backward() after a backward(create_graph=True)",
-        "gradients in .grad, which hold H·d in this pass",
-        "torch.autograd.grad(loss, parameters, create_graph=True)",
-    ),
-    "neither eps nor radius": Case(
-        neither_eps_nor_radius,
-        ValueError,
-        "gradreg_eps=None and gradreg_radius=None",
-        "one of them must set the length of the step",
-        "Write a number into group['gradreg_eps']",
-    ),
     "a schedule's factor": Case(
         lambda: stepped(schedule=lambda step: -0.5),
         ValueError,
@@ -424,7 +393,7 @@ CASES = {
         lambda: GradRegOptimizer(torch.optim.LBFGS([nn.Parameter(torch.ones(1))])),
         ValueError,
         "optimizer=LBFGS",
-        "its step needs a closure of its own",
+        "its step needs a closure, or makes the gradient by itself",
         "Use an optimizer that steps on gradients, such as AdamW or SGD",
     ),
     "a sparse gradient": Case(
@@ -444,36 +413,29 @@ CASES = {
     ),
     "no second gradient": Case(
         no_second_gradient,
-        RuntimeError,
+        NoSecondGradient,
         "The second call of the closure left no gradient",
         "the first one did",
         "Let the closure clear the gradients and run forward and backward each time",
     ),
-    "resample": setting(
-        "resample", "draw", "must be one of ('reuse', 'importance', 'sequence')", "reuse is the published choice"
-    ),
+    "resample": setting("resample", "draw", "must be one of ('reuse', 'sequence')", "reuse is the published choice"),
     "resample without a trainer": Case(
-        lambda: stepped(resample="importance"),
+        lambda: stepped(resample="sequence"),
         RuntimeError,
-        "resample='importance'",
+        "resample='sequence'",
         "this step got a closure, which decides itself",
         "leave resample out",
     ),
-    "resample on micro-batches": Case(
-        lambda: GradRegOptimizer(sgd(), resample="sequence").step(MicroBatches(print, [1])),
+    "resample in a loop": Case(
+        lambda: GradRegOptimizer(sgd(), resample="sequence").passes(),
         RuntimeError,
         "resample='sequence'",
-        "which decides itself",
-        "leave resample out",
-    ),
-    "resample in a loop": Case(
-        lambda: GradRegOptimizer(sgd(), resample="importance").passes(),
-        RuntimeError,
-        "resample='importance'",
         "completions are reweighted in the losses of trainers",
         "leave resample out",
     ),
-    "method": setting("method", "backward", "must be one of ('forward', 'central', 'exact')", "exact differentiates twice"),
+    "method": setting(
+        "method", "backward", "must be one of ('forward', 'central')", "which is as good as double backward was"
+    ),
     "rounding": setting("rounding", "up", "must be one of ('nearest', 'stochastic')", "smaller than their spacing"),
     "check_every": setting("check_every", -1, "must be None or an integer >= 0", "0 makes none"),
     "shrink": setting("shrink", 0.5, "must be True or False", "scales the penalty by its share of signal"),
@@ -483,27 +445,6 @@ CASES = {
         "The closure added to gradients from before it was called",
         "its second call would lack them",
         "Clear gradients in the closure and run all micro-batches of the step in it",
-    ),
-    "not twice differentiable": Case(
-        not_twice_differentiable,
-        RuntimeError,
-        "method='exact': the model",
-        "cannot be differentiated twice: trying to differentiate twice",
-        "Use method='central' or 'forward', or attention that is written out",
-    ),
-    "exact through reentrant checkpoints": Case(
-        exact_through_reentrant_checkpoints,
-        RuntimeError,
-        "2 of 2 parameters",
-        "reentrant gradient checkpointing hides them",
-        "Set use_reentrant=False",
-    ),
-    "exact of shards": Case(
-        exact_of_shards,
-        RuntimeError,
-        "method='exact'",
-        "no second derivatives are taken of parameters that are distributed",
-        "Use method='forward' or 'central' under FSDP2",
     ),
     "an optimizer that steps in the backward": Case(
         stepping_in_the_backward,
@@ -571,7 +512,7 @@ CASES = {
     "PowerSGD": Case(
         compressed_by_power_sgd,
         ValueError,
-        "'powerSGD_hook' (PowerSGD)",
+        "the communication hook PowerSGD",
         "adds what it lost to the next ones",
         "with fp16_compress_hook or bf16_compress_hook",
     ),

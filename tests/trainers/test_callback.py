@@ -68,7 +68,9 @@ def test_nothing_happens_twice(how, tmp_path):
         trainer = how(lambda **extra: build("sft", tmp_path, base=None, **extra))
         attachment = attachment_of(trainer)
         if more and attachment is None:
-            attach(trainer, GradRegConfig(**{f"grad_reg_{name}": value or 0.0 for name, value in REAL.items()}))
+            attach(
+                trainer, GradRegConfig(**{f"grad_reg_{name}": 0 if value is None else value for name, value in REAL.items()})
+            )
             attachment = attachment_of(trainer)
         if more:
             trainer.add_callback(GradRegCallback(**REAL))

@@ -308,7 +308,7 @@ def test_a_clip_range_is_open_in_further_passes(kind, tmp_path):
     assert clipped > 0.1
     expected, _ = formula(kind, trainer.model, start, window, **REAL)
     assert distance(steps.update(0), expected) < 2e-5 * norm(expected)  # as above
-    assert penalties(trainer, "self_check")[0] > 0.9
+    assert penalties(trainer, "self_check")[0] > 0.7  # a step in which curvature changes
     assert [entry["clip_ratio/region_mean"] for entry in trainer.state.log_history if "loss" in entry] == [0.0]  # at θ
     assert (trainer.epsilon_low, trainer.epsilon_high) == (3e-4, 3e-4)
 

@@ -210,9 +210,10 @@ def test_engine_gets_the_weights_between_steps(kind, mode, accumulation, tmp_pat
     for push, start in zip(engine.pushes, watch.starts, strict=True):
         assert_same(push, start)
     window = 2 * accumulation
-    assert len(watch.losses) == 3 * window
+    again = len(watch.losses) - 3 * window  # where the loss is found not to be the integral of its gradient
+    assert again in (0, accumulation)
     for i, (seen, pushes) in enumerate(watch.losses):
-        step, position = divmod(i, window)
+        step, position = divmod(max(i - again, 0), window) if i >= window + again else (0, i)
         assert pushes == step + 1
         assert same(seen, watch.starts[step]) == (position < accumulation)  # then at θ', which would be another push
     assert min(penalties(trainer, "penalty_ratio")) > 0

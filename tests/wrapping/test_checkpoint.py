@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from gradreg_optim import GradRegOptimizer
+from gradreg_optim.wrapping.groups import SETTING_KEYS
 
 SETTINGS = {"strength": 0.1, "eps": 0.05, "warmup_steps": 2, "schedule": "linear", "schedule_steps": 6}
 
@@ -155,7 +156,9 @@ def test_from_the_bare_optimizer():
     assert optimizer.step_count == 0
     assert [group.pop("lr") for group in optimizer.state_dict()["param_groups"]] == [0.05, 0.05]
     for group, expected in zip(optimizer.param_groups, before, strict=True):
-        assert {k: v for k, v in group.items() if "gradreg" in k} == {k: v for k, v in expected.items() if "gradreg" in k}
+        assert {k: v for k, v in group.items() if k in SETTING_KEYS} == {
+            k: v for k, v in expected.items() if k in SETTING_KEYS
+        }
     assert_same(optimizer.state_dict()["state"], bare.state_dict()["state"])
 
 

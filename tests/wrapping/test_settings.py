@@ -3,6 +3,7 @@
 import copy
 import inspect
 import io
+import re
 import typing
 import warnings
 
@@ -243,7 +244,7 @@ def test_yaml():
 def ratios(steps, strength, **settings):
     """The warnings of some steps on ½x⁴, whose penalty is 6·strength·x² times its gradient."""
     weight = nn.Parameter(torch.ones(1, dtype=torch.float64))
-    optimizer = GradRegOptimizer(torch.optim.SGD([weight], lr=0.0), strength=strength, **settings)
+    optimizer = GradRegOptimizer(torch.optim.SGD([weight], lr=0.0), strength=strength, check_every=0, **settings)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(steps):
@@ -251,34 +252,17 @@ def ratios(steps, strength, **settings):
     return [str(warning.message) for warning in caught]
 
 
-def test_a_penalty_that_swamps_the_gradient_is_named_once():
-    """After many steps above 10 in a row: one warning, with the figure and the remedy; not before, and not below."""
-    assert ratios(MANY - 1, 5.0) == []
-    (message,) = ratios(5 * MANY, 5.0)
-    assert "the penalty was at least 30" in message
-    assert "Lower strength until the ratio is near 0.3, or bound it by max_penalty_ratio" in message
+@pytest.mark.parametrize(
+    ("strength", "words"),
+    [
+        (5.0, r"over 20 steps the penalty was 30.1 times as long as the gradient.*multiply strength by 0.01"),
+        (1e-3, "it changes next to nothing.*raise strength"),
+    ],
+)
+def test_a_penalty_that_swamps_the_gradient_or_vanishes_is_named_once(strength, words):
+    """By the mean of many steps: one warning, with the figure and the remedy; not before, and not between."""
+    assert ratios(MANY - 1, strength) == []
+    (message,) = ratios(5 * MANY, strength)
+    assert re.search(words, message)
     assert ratios(5 * MANY, 1.0) == []  # 6
     assert ratios(5 * MANY, 5.0, max_penalty_ratio=2.0) == []
-    assert len(ratios(3 * MANY, 5.0, every=2)) == 1
-    assert len(ratios(5 * MANY, 5.0, check_every=3)) == 1
-
-
-def test_one_step_below_breaks_the_row():
-    """A ratio that falls under 10 now and then says nothing about the run."""
-    assert ratios(5 * MANY, 5.0, schedule=lambda step: 0.1 if step % MANY == 3 else 1.0) == []
-
-
-def test_ratios_on_a_device_are_read_once_in_many_steps(monkeypatch):
-    """The ratios are collected unread: reading one would wait for the device in every step."""
-    weight = nn.Parameter(torch.ones(1))
-    optimizer = GradRegOptimizer(torch.optim.SGD([weight], lr=0.0), strength=50.0)
-    read = []
-    monkeypatch.setattr(
-        "gradreg_optim.wrapping.advice.float", lambda value: read.append(value) or float(value), raising=False
-    )
-    for _ in range(MANY - 1):
-        optimizer.step(closure_of(optimizer, lambda: weight.square().sum()))
-    assert read == []
-    with pytest.warns(UserWarning, match="penalty_ratio"):
-        optimizer.step(closure_of(optimizer, lambda: weight.square().sum()))
-    assert len(read) == MANY
