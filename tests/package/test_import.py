@@ -45,7 +45,7 @@ def test_public_names(name):
     """Every promised name is there, those of trainers and engines loaded when they are first used."""
     assert name in gradreg_optim.__all__
     if name in LIBRARIES and importlib.util.find_spec(LIBRARIES[name]) is None:
-        pytest.skip(f"{name} stands on {LIBRARIES[name]}, which is not installed")
+        pytest.skip(f"{name} needs {LIBRARIES[name]}, which is not installed")
     assert getattr(gradreg_optim, name).__name__ == name
 
 
