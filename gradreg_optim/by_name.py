@@ -21,7 +21,8 @@ class GradReg(GradRegOptimizer):
 
     ::
 
-        GradReg(params, base_optimizer="torch.optim.AdamW", gradreg={"strength": 1e-2}, lr=1e-6, weight_decay=0.01)
+        GradReg(params, base_optimizer="torch.optim.AdamW", gradreg={"strength": 1e-2}, lr=1e-6,
+        weight_decay=0.01)
         # is
         GradRegOptimizer(torch.optim.AdamW(params, lr=1e-6, weight_decay=0.01), strength=1e-2)
 
@@ -29,11 +30,13 @@ class GradReg(GradRegOptimizer):
         params: parameters, named parameters or groups, as the optimizer inside takes them.
         base_optimizer: the full name of the optimizer inside, or its class.
         gradreg: keyword arguments of :class:`GradRegOptimizer`; numbers may be text, as YAML reads ``1e-3``.
-        base_kwargs: keyword arguments of the optimizer inside. ``eps`` is there that optimizer's, and in ``gradreg`` ε.
+        base_kwargs: keyword arguments of the optimizer inside. ``eps`` is there that optimizer's, and in
+        ``gradreg`` ε.
 
     Raises:
         ImportError: there is nothing of the name ``base_optimizer``.
-        TypeError: ``base_optimizer`` is no :class:`torch.optim.Optimizer`; ``gradreg`` is no mapping or has an unknown
+        TypeError: ``base_optimizer`` is no :class:`torch.optim.Optimizer`; ``gradreg`` is no mapping or has
+        an unknown
             name; one of its names is among ``base_kwargs``.
         ValueError: a setting breaks its rule.
 

@@ -30,7 +30,9 @@ def _field(setting: Setting) -> tuple[str, Any, Any]:
 def from_text(value: Any, kind: Any) -> Any:
     """The number that a text holds, where a number is wanted; anything else as it is."""
     kinds = (kind, *get_args(kind))
-    number = next((number for number in (int, float) if number in kinds), float if kinds[1:2] == (str,) else None)
+    number = next(
+        (number for number in (int, float) if number in kinds), float if kinds[1:2] == (str,) else None
+    )
     if isinstance(value, str) and number is not None:
         with suppress(ValueError):  # no number at all: the check names it
             return number(value)
@@ -39,7 +41,10 @@ def from_text(value: Any, kind: Any) -> Any:
 
 _Flags: Any = make_dataclass(
     "_Flags",
-    [*map(_field, SETTINGS), ("grad_reg_exclude", list[str] | None, field(default=None, metadata={"help": EXCLUDE}))],
+    [
+        *map(_field, SETTINGS),
+        ("grad_reg_exclude", list[str] | None, field(default=None, metadata={"help": EXCLUDE})),
+    ],
 )
 
 
@@ -47,8 +52,8 @@ _Flags: Any = make_dataclass(
 class GradRegConfig(_Flags):  # type: ignore[misc]
     """The settings of :class:`~gradreg_optim.GradRegOptimizer` as command-line flags, ``grad_reg_strength`` and so on.
 
-    Made for ``TrlParser((GRPOConfig, ModelConfig, GradRegConfig))`` and ``HfArgumentParser``; :meth:`kwargs` turns it
-    into the optimizer's keyword arguments. Defaults are those of the published implementation.
+    Made for ``TrlParser((GRPOConfig, ModelConfig, GradRegConfig))`` and ``HfArgumentParser``; :meth:`kwargs`
+    turns it into the optimizer's keyword arguments. Defaults are those of the published implementation.
 
     Raises:
         ValueError: a value breaks its rule; the message names value, rule and remedy.
@@ -66,7 +71,10 @@ class GradRegConfig(_Flags):  # type: ignore[misc]
     def kwargs(self) -> dict[str, Any]:
         """Keyword arguments for :class:`~gradreg_optim.GradRegOptimizer`."""
         kwargs = {setting.name: getattr(self, _flag(setting)) for setting in SETTINGS}
-        for clip in ("g1_clip", "g2_clip"):  # a command line cannot say None; 0 is the Trainer's way to switch a clip off
+        for clip in (
+            "g1_clip",
+            "g2_clip",
+        ):  # a command line cannot say None; 0 is the Trainer's way to switch a clip off
             kwargs[clip] = kwargs[clip] or None
         return {**kwargs, "exclude": exclude_patterns(self.grad_reg_exclude)}
 
@@ -78,5 +86,9 @@ def as_flags(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     flags = {_flag(setting): settings.get(setting.name, setting.default) for setting in SETTINGS}
     flags["grad_reg_schedule"] = flags["grad_reg_schedule"] or "constant"
-    names = {flag: getattr(value, "__name__", type(value).__name__) for flag, value in flags.items() if callable(value)}
+    names = {
+        flag: getattr(value, "__name__", type(value).__name__)
+        for flag, value in flags.items()
+        if callable(value)
+    }
     return {**flags, **names, "grad_reg_exclude": list(exclude_patterns(settings.get("exclude"))) or None}

@@ -17,12 +17,13 @@ from gradreg_optim.core.witnesses import Losses
 
 
 class Passes:
-    """An iterator over the points at which the step wants a gradient, θ first; only θ in a step without penalty.
+    """An iterator over the points at which the step wants a gradient, θ first; only θ in a step without
+    penalty.
 
-    Whoever iterates runs forward and backward at each point. ``surroundings(point)`` is what is around each pass. At the
-    end the weights are at θ, the combined gradient is in its place, and ``end`` has been called with what came out. If the
-    iteration is left early, by an exception, :meth:`close` or the end of the object, the weights are at θ, bit for bit,
-    and g1 is back.
+    Whoever iterates runs forward and backward at each point. ``surroundings(point)`` is what is around each
+    pass. At the end the weights are at θ, the combined gradient is in its place, and ``end`` has been called
+    with what came out. If the iteration is left early, by an exception, :meth:`close` or the end of the
+    object, the weights are at θ, bit for bit, and g1 is back.
     """
 
     def __init__(
@@ -68,21 +69,21 @@ def _points(
             try:
                 point = next(points)
             except StopIteration as stop:
-                outcome = stop.value
-                break
+                return end(stop.value)
             if point is Point.THETA:
                 losses.passes.clear()
             losses.passes.append([])
             with surroundings(point):
                 yield point
-    end(outcome)
 
 
-def call_in_each(closure: Callable[[], Any], passes: Passes, calling_scaler: Callable[[], Any]) -> tuple[Any, bool]:
+def call_in_each(
+    closure: Callable[[], Any], passes: Passes, calling_scaler: Callable[[], Any]
+) -> tuple[Any, bool]:
     """Call ``closure`` in each pass; returns the loss at θ, and whether all passes ran.
 
-    Composer's scaler hands over a closure that unscales, and returns ``None`` after an overflow on any rank: then no further
-    pass is run. Elsewhere a closure that returns no loss means nothing.
+    Composer's scaler hands over a closure that unscales, and returns ``None`` after an overflow on any rank:
+    then no further pass is run. Elsewhere a closure that returns no loss means nothing.
     """
     call, losses, noted = torch.enable_grad()(closure), list[Any](), passes.losses
     for _ in passes:

@@ -21,8 +21,8 @@ class NoSecondGradient(RuntimeError):
 def refuse_foreign(trainable: Sequence[Tensor], moved: Sequence[Tensor]) -> None:
     """Raise if ``trainable`` weights were stepped in hooks of the first backward, or their gradients taken there.
 
-    Hooks alone prove nothing, nor do weights that have ``moved``: an embedding with ``max_norm`` writes them in its forward,
-    a codebook too.
+    Hooks alone prove nothing, nor do weights that have ``moved``: an embedding with ``max_norm`` writes them
+    in its forward, a codebook too.
     """
     is_gone = all(parameter.grad is None for parameter in trainable)
     if any(map(_is_stepped_by_hook, moved)) or (is_gone and (moved or any(map(_has_hooks, trainable)))):

@@ -32,16 +32,21 @@ _Sum = dict[int, Tensor]
 class LocalStorage:
     """One step's view of the parameters of an optimizer.
 
-    Taking a gradient means taking it out of ``.grad``: nothing is copied, and nothing can be zeroed in place. A parameter
-    that only one of two passes reaches has a gradient of 0 in the other.
+    Taking a gradient means taking it out of ``.grad``: nothing is copied, and nothing can be zeroed in place.
+    A parameter that only one of two passes reaches has a gradient of 0 in the other.
 
-    Memory: g1, and one copy of the regularized weights while they are away from θ. Communication: none for plain tensors
-    (DistributedDataParallel has averaged the gradients); for DTensors each :meth:`sum_over_ranks` is an all_reduce of a few
-    float64 numbers over each dimension of the mesh.
+    Memory: g1, and one copy of the regularized weights while they are away from θ. Communication: none for
+    plain tensors (DistributedDataParallel has averaged the gradients); for DTensors each
+    :meth:`sum_over_ranks` is an all_reduce of a few float64 numbers over each dimension of the mesh.
     """
 
     def __init__(
-        self, groups: list[dict[str, Any]], scaler: Any = None, optimizers: Sequence[Any] = (), *, is_first: bool = False
+        self,
+        groups: list[dict[str, Any]],
+        scaler: Any = None,
+        optimizers: Sequence[Any] = (),
+        *,
+        is_first: bool = False,
     ) -> None:
         """View ``groups``; ``scaler`` scales their gradients, unless it unscales them as those of one of ``optimizers``.
 
@@ -55,21 +60,30 @@ class LocalStorage:
         self._groups = groups
         self._mesh = device_mesh(parameter for group in groups for parameter in group["params"])
         self.loss_ranks = 1 if self._mesh is None else self._mesh.size()
-        self._reached: list[list[Tensor]] = [[] for _ in groups]  # regularized parameters that had a gradient, and that
+        self._reached: list[list[Tensor]] = [
+            [] for _ in groups
+        ]  # regularized parameters that had a gradient, and that
         self._gradients: list[list[Tensor]] = [[] for _ in groups]
         self._unreached: list[list[Tensor]] = [[] for _ in groups]  # regularized parameters that had none
-        self._kept: list[tuple[Tensor, Tensor | None]] = []  # parameters that are not regularized, and their gradients
-        self._held: list[tuple[Tensor, Tensor, int]] = []  # parameters, their gradients in the first pass, their versions
+        self._kept: list[
+            tuple[Tensor, Tensor | None]
+        ] = []  # parameters that are not regularized, and their gradients
+        self._held: list[
+            tuple[Tensor, Tensor, int]
+        ] = []  # parameters, their gradients in the first pass, their versions
         self._trainable = [parameter for parameter in self._parameters() if parameter.requires_grad]
         self._versions = [parameter._version for parameter in self._trainable]
-        self._addresses = [parameter.data_ptr() for parameter in self._trainable] if is_first and self._mesh is None else []
-        # Gradients that frozen parameters have from before: a pass may train such a parameter and freeze it again (GANs).
+        self._addresses = (
+            [parameter.data_ptr() for parameter in self._trainable] if is_first and self._mesh is None else []
+        )
+        # Gradients that frozen parameters have from before: a pass may train such a parameter and freeze it
+        # again (GANs).
         frozen = (parameter for parameter in self._parameters() if not parameter.requires_grad)
         self._stale = {id(p): (p.grad, p.grad._version) for p in frozen if p.grad is not None}
         self._was_unscaled = self._is_unscaled()
         if any(parameter.is_meta for parameter in self._trainable):
             refuse_meta(self._trainable)
-        if is_first and any(p.device.type == "cpu" and p.is_shared() for p in self._trainable):
+        if is_first and any(p.device.type == "cpu" and p.is_shared() for p in self._trainable):  # type: ignore[no-untyped-call]
             refuse_shared()
 
     @property
@@ -86,7 +100,9 @@ class LocalStorage:
 
     def check_first_pass(self) -> None:
         """Raise ``RuntimeError`` if something else has used the gradients that the first pass left, or unscaled them."""
-        moved = [p for p, version in zip(self._trainable, self._versions, strict=True) if p._version != version]
+        moved = [
+            p for p, version in zip(self._trainable, self._versions, strict=True) if p._version != version
+        ]
         if moved or all(parameter.grad is None for parameter in self._trainable):
             refuse_foreign(self._trainable, moved)
         if self._is_unscaled() and not self._was_unscaled:
@@ -96,7 +112,9 @@ class LocalStorage:
     def first_pass_moved(self) -> bool:
         """Whether the first pass of a first step wrote weights, or gave them new memory."""
         moved = (p._version != version for p, version in zip(self._trainable, self._versions, strict=True))
-        replaced = (p.data_ptr() != address for p, address in zip(self._trainable, self._addresses, strict=False))
+        replaced = (
+            p.data_ptr() != address for p, address in zip(self._trainable, self._addresses, strict=False)
+        )
         return self._is_first and (any(moved) or any(replaced))
 
     def _is_unscaled(self) -> bool:
@@ -122,7 +140,9 @@ class LocalStorage:
         gradient, version = self._stale.get(id(parameter), (None, 0))
         return parameter.grad is not None and (parameter.grad is not gradient or gradient._version != version)
 
-    def _take_one(self, group: GroupGradients, number: int, parameter: Tensor, is_regularized: object) -> None:
+    def _take_one(
+        self, group: GroupGradients, number: int, parameter: Tensor, is_regularized: object
+    ) -> None:
         gradient = detached_from_bucket(self._gradient_of(parameter))
         if gradient is not None and gradient.layout is torch.strided and gradient.numel():
             self._held.append((parameter, gradient, gradient._version))
@@ -151,7 +171,9 @@ class LocalStorage:
         """Put g1 back into ``.grad``; a parameter that had none gets none, since an optimizer tells that from 0."""
         for parameter, gradient in self._kept:
             parameter.grad = gradient
-        for reached, gradients, unreached in zip(self._reached, self._gradients, self._unreached, strict=True):
+        for reached, gradients, unreached in zip(
+            self._reached, self._gradients, self._unreached, strict=True
+        ):
             for parameter, gradient in zip(reached, gradients, strict=False):
                 parameter.grad = gradient
             for parameter in unreached:
@@ -166,13 +188,22 @@ class LocalStorage:
 
     @contextmanager
     def moved(
-        self, first: FirstGradient, steps: list[Scalar], *, seed: int | None, measured: bool, signs: int | None = None
+        self,
+        first: FirstGradient,
+        steps: list[Scalar],
+        *,
+        seed: int | None,
+        measured: bool,
+        signs: int | None = None,
     ) -> Iterator[None]:
         """The weights, moved in place; copied back on the way out, however the block is left."""
         saved: list[list[Tensor]] = []
         try:
             for number, (group, step) in enumerate(zip(first.groups, steps, strict=True)):
-                seeds = {"seed": multi_tensor.of_group(seed, number), "signs": multi_tensor.of_group(signs, number)}
+                seeds = {
+                    "seed": multi_tensor.of_group(seed, number),
+                    "signs": multi_tensor.of_group(signs, number),
+                }
                 theta, arrived = multi_tensor.save_and_shift_(group.weights, group.g1, eps=step, **seeds)
                 saved.append(theta)
                 if measured:
@@ -189,7 +220,11 @@ class LocalStorage:
         """Restore θ where the pass gave a parameter new memory (``.data = …``); in a first step, compare all of it."""
         for reached, group, copies in zip(self._reached, first.groups, saved, strict=False):
             for parameter, weight, theta in zip(reached, group.weights, copies, strict=False):
-                if self._mesh is None and parameter.data_ptr() != weight.data_ptr() and parameter.shape == theta.shape:
+                if (
+                    self._mesh is None
+                    and parameter.data_ptr() != weight.data_ptr()
+                    and parameter.shape == theta.shape
+                ):
                     real(parameter).copy_(theta)
                 if self._is_first and not parameter.is_meta and differ(real(parameter), theta):
                     raise RuntimeError(
@@ -198,7 +233,9 @@ class LocalStorage:
                         "them after step()."
                     )
 
-    def _measure(self, group: GroupGradients, theta: list[Tensor], arrived: tuple[Scalar, Scalar] | None) -> None:
+    def _measure(
+        self, group: GroupGradients, theta: list[Tensor], arrived: tuple[Scalar, Scalar] | None
+    ) -> None:
         tensors = [group.counted(xs) for xs in (theta, group.weights, group.g1)]
         if arrived is None or len(tensors[0]) < len(theta):
             arrived = multi_tensor.step_moments(*tensors)
@@ -210,7 +247,9 @@ class LocalStorage:
         """Leave them in ``.grad``, of which the arithmetic gets views; parameters that are not regularized get g1 back."""
         if any(gradient._version != version for _, gradient, version in self._held):
             refuse_refilled()
-        if self._mesh is None and any(p.grad is not None and p.grad.data_ptr() == g.data_ptr() for p, g, _ in self._held):
+        if self._mesh is None and any(
+            p.grad is not None and p.grad.data_ptr() == g.data_ptr() for p, g, _ in self._held
+        ):
             refuse_refilled()
         for parameter, gradient in self._kept:
             parameter.grad = gradient
@@ -255,7 +294,11 @@ class LocalStorage:
         ]
 
     def _gradient_of(self, parameter: Tensor) -> Tensor | None:
-        return parameter.grad if self._mesh is None or parameter.grad is None else aligned(parameter.grad, parameter)
+        return (
+            parameter.grad
+            if self._mesh is None or parameter.grad is None
+            else aligned(parameter.grad, parameter)
+        )
 
     def _parameters(self) -> Iterator[Tensor]:
         return (parameter for group in self._groups for parameter in group["params"])
@@ -297,7 +340,8 @@ def detached_from_bucket(gradient: Tensor | None) -> Tensor | None:
     if gradient is None or gradient.layout != torch.strided:
         return gradient
     local = local_shard(gradient)
-    # A view into a larger buffer, such as a bucket of DistributedDataParallel, which the next backward fills again.
+    # A view into a larger buffer, such as a bucket of DistributedDataParallel, which the next backward fills
+    # again.
     shared = local.untyped_storage().nbytes() > local.numel() * local.element_size()
     return gradient.clone() if shared else gradient
 
@@ -320,7 +364,10 @@ def differ(tensor: Tensor, before: Tensor) -> bool:
     """Whether any bit differs: NaN is equal to itself. Waits for the device."""
     if tensor.shape != before.shape or tensor.dtype != before.dtype:
         return True
-    now, then = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in (tensor.to(before.device), before))
+    now, then = (
+        torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+        for t in (tensor.to(before.device), before)
+    )
     integer = _INTEGERS[now.element_size()]
     return bool((now.view(integer) != then.view(integer)).any())
 
@@ -331,9 +378,13 @@ def differ(tensor: Tensor, before: Tensor) -> bool:
 def is_counted(parameter: Tensor, mesh: DeviceMesh) -> bool:
     """Whether this rank adds the parameter's part to sums over ``mesh``: of equal replicas only the first does."""
     coordinate = mesh.get_coordinate()
-    placements = getattr(parameter, "placements", None)  # a parameter that is not distributed is a replica everywhere
+    placements = getattr(
+        parameter, "placements", None
+    )  # a parameter that is not distributed is a replica everywhere
     replicated = [placements is None or placements[axis].is_replicate() for axis in range(mesh.ndim)]
-    return coordinate is not None and all(place == 0 for place, copy in zip(coordinate, replicated, strict=True) if copy)
+    return coordinate is not None and all(
+        place == 0 for place, copy in zip(coordinate, replicated, strict=True) if copy
+    )
 
 
 def aligned(gradient: Any, parameter: Any) -> Tensor:

@@ -1,8 +1,9 @@
 """What modules hold beside their weights, put back for further passes.
 
-A training forward writes running statistics, the vectors of spectral norms, momentum encoders, codebooks and counters. Each
-further pass starts from their values before the first one, and the step ends with those that the first one left. Whatever
-else differs between the passes, the witnesses see (:mod:`gradreg_optim.core.witnesses`).
+A training forward writes running statistics, the vectors of spectral norms, momentum encoders, codebooks and
+counters. Each further pass starts from their values before the first one, and the step ends with those that
+the first one left. Whatever else differs between the passes, the witnesses see
+(:mod:`gradreg_optim.core.witnesses`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,13 @@ SMALL = 2**20
 _NOTHING: Any = object()  # in place of an attribute that did not exist
 _PLAIN = (type(None), bool, int, float, str)
 _ENGINES = ("torch.nn.parallel", "torch.distributed", "torch._dynamo", "deepspeed", "accelerate")
-_OF_DEEPSPEED = ("ds_", "_ds_", "applied_pre_backward_ref_cnt", "_original_parameters", "_external_params")  # of ZeRO-3
+_OF_DEEPSPEED = (
+    "ds_",
+    "_ds_",
+    "applied_pre_backward_ref_cnt",
+    "_original_parameters",
+    "_external_params",
+)  # of ZeRO-3
 
 
 @dataclass
@@ -65,11 +72,12 @@ class ModuleState:
     """What the ``modules`` that run in a step hold beside their weights.
 
     That is buffers, frozen parameters, and tensors and plain numbers in attributes; also the plain numbers of
-    DistributedDataParallel's communication hooks, and gradients of parameters that the optimizer does not own.
+    DistributedDataParallel's communication hooks, and gradients of parameters that the optimizer does not
+    own.
 
-    Memory: two copies of what moves. When a module first runs in its present mode, all its buffers and small frozen
-    parameters are copied and compared, which waits for the device. Later ``_version`` tells what begins to move; the step
-    in which it does repeats it from its moved value.
+    Memory: two copies of what moves. When a module first runs in its present mode, all its buffers and small
+    frozen parameters are copied and compared, which waits for the device. Later ``_version`` tells what
+    begins to move; the step in which it does repeats it from its moved value.
     """
 
     def __init__(self) -> None:
@@ -90,7 +98,8 @@ class ModuleState:
         self._values: dict[int, _Value] = {}  # by the ``id`` of the tensor
         self._changed: list[tuple[dict[str, Any], str, Any, Any]] = []
         self._foreign: list[tuple[Tensor, Tensor | None]] = []
-        # By the ``id`` of a module: it and its buffers, if compiled code has noted them; ``None`` if it was looked at.
+        # By the ``id`` of a module: it and its buffers, if compiled code has noted them; ``None`` if it was
+        # looked at.
         self._traced: dict[int, tuple[nn.Module, list[tuple[Tensor, Tensor]]] | None] = {}
 
     # The first pass.
@@ -99,7 +108,8 @@ class ModuleState:
         """Begin the first pass: look at ``model`` in advance, and at other modules when they are called in the block."""
         self.begin(model)
         if "torch._dynamo" in sys.modules:
-            # A compiled module warns that hooks are called on its wrapper too: ``look`` looks once at each module.
+            # A compiled module warns that hooks are called on its wrapper too: ``look`` looks once at each
+            # module.
             finding.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks")
         finding.callback(register_module_forward_pre_hook(self.look).remove)
@@ -135,16 +145,21 @@ class ModuleState:
         """Compiled into the code that calls ``module``: note all of its buffers."""
         for part in module.modules():
             if id(part) not in self._traced:
-                self._traced[id(part)] = part, [(buffer, buffer.clone()) for buffer in part.buffers(recurse=False)]
+                self._traced[id(part)] = (
+                    part,
+                    [(buffer, buffer.clone()) for buffer in part.buffers(recurse=False)],
+                )
 
     def _look_at(self, part: nn.Module) -> None:
-        known, values = self._known_of(part), {}
-        own = [part._buffers, part._parameters]
+        known, values = self._known_of(part), dict[str, _Value]()
+        own: list[dict[str, Any]] = [part._buffers, part._parameters]
         own += [] if type(part).__module__.startswith(_ENGINES) else [vars(part)]
         # Not dict(store): that reads the items of a parameter dict of ZeRO-3 one by one, which gathers them.
         self._stores += [(store, dict(store.items())) for store in own]
         for name, held in (item for store in own for item in store.items() if isinstance(item[1], Tensor)):
-            tensor = None if held.requires_grad or held._is_view() or id(held) in self._owned else writable(held)
+            tensor = (
+                None if held.requires_grad or held._is_view() or id(held) in self._owned else writable(held)
+            )
             if tensor is not None and id(tensor) not in self._values:
                 values[name] = self._values[id(tensor)] = self._noted(tensor, name, known)
         if isinstance(part, DistributedDataParallel):
@@ -154,7 +169,9 @@ class ModuleState:
 
     def _noted(self, tensor: Tensor, name: str, known: _Known) -> _Value:
         value = _Value(tensor, tensor._version, tensor.data_ptr())
-        value.is_sample = name not in known.moving and isinstance(tensor, nn.Parameter) and tensor.nbytes > SMALL
+        value.is_sample = (
+            name not in known.moving and isinstance(tensor, nn.Parameter) and tensor.nbytes > SMALL
+        )
         if name in known.moving or name not in known.names:
             value.before = (sampled(tensor.detach()) if value.is_sample else tensor.detach()).clone()
         return value
@@ -167,10 +184,11 @@ class ModuleState:
         with torch.no_grad(), torch._C._DisableFuncTorch():
             for part, noted in (entry for entry in self._traced.values() if entry is not None):
                 self._compiled.add(part)
-                values = {id(b): _Value(b, b._version, b.data_ptr(), copy) for b, copy in noted}
-                self._values |= values
-                names = {name: values[id(b)] for name, b in part._buffers.items() if id(b) in values}
-                self.modules[part] = names
+                found = {id(b): _Value(b, b._version, b.data_ptr(), copy) for b, copy in noted}
+                self._values |= found
+                self.modules[part] = {
+                    name: found[id(b)] for name, b in part._buffers.items() if id(b) in found
+                }
             for store, state in self._stores:
                 self._compare(store, state)
             for part, values in self.modules.items():
@@ -183,7 +201,12 @@ class ModuleState:
             return
         for name in {**state, **store}:
             before, after = state.get(name, _NOTHING), store.get(name, _NOTHING)
-            if before is not after and _is_state(before) and _is_state(after) and not name.startswith(_OF_DEEPSPEED):
+            if (
+                before is not after
+                and _is_state(before)
+                and _is_state(after)
+                and not name.startswith(_OF_DEEPSPEED)
+            ):
                 self._changed.append((store, name, before, after))
 
     def _learn(self, known: _Known, values: dict[str, _Value]) -> None:
@@ -196,8 +219,12 @@ class ModuleState:
 
     def _put_aside(self, modules: Iterable[nn.Module]) -> None:
         """Note the gradients that the first pass left on parameters of other optimizers, which step on them."""
-        parameters = (p for part in modules for p in part._parameters.values() if p is not None and p.requires_grad)
-        for parameter in {id(p): p for p in parameters if id(p) not in self._owned}.values() if self._owned else ():
+        parameters = (
+            p for part in modules for p in part._parameters.values() if p is not None and p.requires_grad
+        )
+        for parameter in (
+            {id(p): p for p in parameters if id(p) not in self._owned}.values() if self._owned else ()
+        ):
             parameter.grad = detached_from_bucket(parameter.grad)
             self._foreign.append((parameter, parameter.grad))
 
@@ -240,7 +267,9 @@ def writable(value: Any) -> Tensor | None:
     while is_wrapped(value):
         value = torch._C._functorch.get_unwrapped(value)
     tensor = local_shard(value)
-    is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_quantized
+    is_plain = (
+        type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_quantized
+    )
     if not is_plain or tensor.device.type == "meta" or tensor.is_inference():
         return None
     return None if is_expanded(tensor) else tensor
@@ -249,7 +278,9 @@ def writable(value: Any) -> Tensor | None:
 def is_expanded(tensor: Tensor) -> bool:
     """Whether elements share memory, so that nothing writes them in place."""
     is_strided = tensor.layout is torch.strided
-    return is_strided and any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return is_strided and any(
+        step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )
 
 
 def _is_state(value: Any) -> bool:

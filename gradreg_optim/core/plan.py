@@ -37,13 +37,14 @@ class Scheme:
 class Plan:
     """The settings of one step, read from the parameter groups and validated once.
 
-    ``strengths``, ``eps`` and ``radius`` hold one value a group; a strength already contains the schedule's factor, and a
-    group of strength 0 is not regularized. A radius of ``"auto"`` is ``auto_radius`` in this step. Without ``eps`` and
-    ``radius`` it is the precision that decides between them (:mod:`gradreg_optim.core.precision`). ``points`` are those
-    where gradients are taken after θ, none in a step without penalty. ``excluded`` holds the positions of parameters that
-    are left out of their group. ``is_low``: whether the passes have fewer bits than float32; ``None``: not yet known.
-    ``floor`` is the noise floor last measured. ``is_check_asked``: the user set ``check_every``. ``step``, the number of
-    the step, seeds stochastic rounding.
+    ``strengths``, ``eps`` and ``radius`` hold one value a group; a strength already contains the schedule's
+    factor, and a group of strength 0 is not regularized. A radius of ``"auto"`` is ``auto_radius`` in this
+    step. Without ``eps`` and ``radius`` it is the precision that decides between them
+    (:mod:`gradreg_optim.core.precision`). ``points`` are those where gradients are taken after θ, none in a
+    step without penalty. ``excluded`` holds the positions of parameters that are left out of their group.
+    ``is_low``: whether the passes have fewer bits than float32; ``None``: not yet known. ``floor`` is the
+    noise floor last measured. ``is_check_asked``: the user set ``check_every``. ``step``, the number of the
+    step, seeds stochastic rounding.
     """
 
     step: int

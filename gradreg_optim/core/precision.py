@@ -1,46 +1,51 @@
 """How precise are the passes, and how long should a step be? What is measured, and what is said about it.
 
 Which precision is low
-    Weights or an engine in half precision say so. Else g1 tells, in the first regularized step: what was computed, cast or
-    reduced in half precision has at most 11 significant bits where float32 has 24 (:func:`has_few_bits`). Without ``eps``
-    and ``radius``, low precision takes ``radius="auto"`` and full precision the published ε of 1e-3.
+    Weights or an engine in half precision say so. Else g1 tells, in the first regularized step: what was
+    computed, cast or reduced in half precision has at most 11 significant bits where float32 has 24
+    (:func:`has_few_bits`). Without ``eps`` and ``radius``, low precision takes ``radius="auto"`` and full
+    precision the published ε of 1e-3.
 
 The self-check
-    Each gradient carries the rounding errors of its pass. By them two gradients differ by the *noise floor*, relative to
-    ‖g1‖, while the difference that is asked for has the length rel = ‖Δ‖/‖g1‖. What exceeds the noise floor is *signal*,
-    the share 1 − floor²/rel² of the square. The floor is the smaller of two figures, both of steps as long as the real
-    one, because shorter ones are rounded less, or to nothing:
+    Each gradient carries the rounding errors of its pass. By them two gradients differ by the *noise floor*,
+    relative to ‖g1‖, while the difference that is asked for has the length rel = ‖Δ‖/‖g1‖. What exceeds the
+    noise floor is *signal*, the share 1 − floor²/rel² of the square. The floor is the smaller of two figures,
+    both of steps as long as the real one, because shorter ones are rounded less, or to nothing:
 
-        ‖∇L(θ + ε·d̃) − g1‖/‖g1‖            d̃ is d with its elements elsewhere: rounding, and curvature in all directions
-        √(4/3)·‖(g₊ + g₋)/2 − g1‖/‖g1‖     g± = ∇L(θ ± ε·d): rounding, and curvature that changes along d
+        ‖∇L(θ + ε·d̃) − g1‖/‖g1‖            d̃ is d with its elements elsewhere: rounding, and curvature in
+        all directions √(4/3)·‖(g₊ + g₋)/2 − g1‖/‖g1‖     g± = ∇L(θ ± ε·d): rounding, and curvature that
+        changes along d
 
-    In full precision a hundredth of ε·d takes the place of ε·d̃: it arrives, and meets no curvature. The former is the
-    floor of large models, in which hardly any direction is curved. In small ones, and where each parameter has a loss of
-    its own, all are; there the latter leaves out what curvature stays the same. Its factor makes errors of the same size
-    in all three gradients come out as those of two.
+    In full precision a hundredth of ε·d takes the place of ε·d̃: it arrives, and meets no curvature. The
+    former is the floor of large models, in which hardly any direction is curved. In small ones, and where
+    each parameter has a loss of its own, all are; there the latter leaves out what curvature stays the same.
+    Its factor makes errors of the same size in all three gradients come out as those of two.
 
-    The *self-check* mirrors the step: it is the cosine of g2 − g1 and g1 − ∇L(θ − ε·d). Curvature makes it 1. Rounding
-    errors of the same size in all three gradients make it −1/2, because those of g1 enter with opposite signs. Curvature
-    that changes within the step makes it fall as well. The estimate itself has with H·d the cosine
-    √((1 + 2·self_check)/3) if its errors are rounding, and √((1 + self_check)/2) if they are changing curvature.
+    The *self-check* mirrors the step: it is the cosine of g2 − g1 and g1 − ∇L(θ − ε·d). Curvature makes it 1.
+    Rounding errors of the same size in all three gradients make it −1/2, because those of g1 enter with
+    opposite signs. Curvature that changes within the step makes it fall as well. The estimate itself has with
+    H·d the cosine √((1 + 2·self_check)/3) if its errors are rounding, and √((1 + self_check)/2) if they are
+    changing curvature.
 
 ``radius="auto"``
-    Of the difference rel, rounding of size n makes the share n/rel, and curvature that changes within the step one that
-    grows as rel, or as rel² in a central difference. These balance near rel = 0.7·n^(1/(order + 1)), with order 1 for
-    "forward" and 2 for "central". On SmolLM2-135M this held in bf16, bf16 autocast and fp16, at radii that differ by a
-    factor of eight. rel is known in every step, and n, the noise floor of Δ, since the last check.
+    Of the difference rel, rounding of size n makes the share n/rel, and curvature that changes within the
+    step one that grows as rel, or as rel² in a central difference. These balance near rel = 0.7·n^(1/(order +
+    1)), with order 1 for "forward" and 2 for "central". On SmolLM2-135M this held in bf16, bf16 autocast and
+    fp16, at radii that differ by a factor of eight. rel is known in every step, and n, the noise floor of Δ,
+    since the last check.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradreg_optim.core import multi_tensor
-from gradreg_optim.core.plan import Plan, Scheme
+from gradreg_optim.core.plan import Plan
 from gradreg_optim.core.schemes import stack_scalars
 from gradreg_optim.core.step import Check, FirstGradient, Gradients, Point, Scalar
 from gradreg_optim.core.storage import Storage
@@ -62,7 +67,8 @@ FEW = 64
 
 
 def has_few_bits(tensors: Sequence[Tensor]) -> Tensor | None:
-    """Whether one of the float32 ``tensors`` holds half-precision numbers, or sums of some: a 0-d tensor of 1 or 0.
+    """Whether one of the float32 ``tensors`` holds half-precision numbers, or sums of some: a 0-d tensor of 1
+    or 0.
 
     These leave the last byte of the 24 significant bits empty, which float32 results do once in 256 times.
 
@@ -91,7 +97,8 @@ def is_low(storage: Storage, first: FirstGradient) -> bool:
 
 
 def signal_fraction(relative_square: Tensor, floor: float) -> Tensor:
-    """max(0, 1 − floor²/rel²): the share of the squared difference that rounding does not explain; 0 where rel is NaN.
+    """max(0, 1 − floor²/rel²): the share of the squared difference that rounding does not explain; 0 where
+    rel is NaN.
 
     >>> signal_fraction(torch.tensor([0.04, 0.0, torch.nan]), 0.1)
     tensor([0.7500, 0.0000, 0.0000])
@@ -112,8 +119,12 @@ def run_check(storage: Storage, first: FirstGradient, plan: Plan) -> Check | Non
     """In the step of a check: compare the differences ahead and behind, and both with the noise. Waits for the device."""
     ahead, behind = first.further[Point.AHEAD], first.further[Point.BEHIND]
     pairs = ((ahead, behind), (ahead, ahead), (behind, behind))
-    scale = storage.loss_scale
-    products = [*(inner_of_differences(first, *pair) for pair in pairs), first.noise, *_arrived(first, scale)]
+    scale, noise = storage.loss_scale, first.noise
+    products: list[Any] = [
+        *(inner_of_differences(first, *pair) for pair in pairs),
+        noise,
+        *_arrived(first, scale),
+    ]
     sums = [value / scale**2 for value in storage.sum_over_ranks(stack_scalars(products)).tolist()]
     eps = next(float(group.eps) for group in first.groups if group.strength)
     settled = None if first.auto_radius is None else plan.floor is not None
@@ -123,7 +134,9 @@ def run_check(storage: Storage, first: FirstGradient, plan: Plan) -> Check | Non
 
 def _arrived(first: FirstGradient, scale: float) -> list[Tensor]:
     """⟨what came of the step, step⟩ and ‖step‖²; and the same of float32 matrices as half-precision passes round them."""
-    moments = [(group.eps * group.moved_along, group.eps * group.eps * group.step_squared) for group in first.groups]
+    moments = [
+        (group.eps * group.moved_along, group.eps * group.eps * group.step_squared) for group in first.groups
+    ]
     along, squares = (stack_scalars([pair[i] for pair in moments], first.norm).sum() for i in (0, 1))
     found = [torch.zeros(2, device=first.norm.device)]
     for group in first.groups if first.is_low else []:
@@ -149,9 +162,10 @@ def evaluated(
     """What a check says, from sums over all ranks; ``None`` if a gradient overflowed or g1 is 0: the next step checks again.
 
     Args:
-        sums: ⟨a, b⟩, ‖a‖², ‖b‖² and ‖c‖², where a = g2 − g1, b = g₋ − g1 and c the same sideways; g1 is not clipped. Then
-            ⟨s̃, s⟩ and ‖s‖² of the step s and what came of it in the weights; and the same of what passes make of it, 0 if
-            they take the weights as they are.
+        sums: ⟨a, b⟩, ‖a‖², ‖b‖² and ‖c‖², where a = g2 − g1, b = g₋ − g1 and c the same sideways; g1 is not
+        clipped. Then
+            ⟨s̃, s⟩ and ‖s‖² of the step s and what came of it in the weights; and the same of what passes
+            make of it, 0 if they take the weights as they are.
         norm: ‖g1‖.
         eps: ε of the first regularized group.
         clip: the factor by which g1 is clipped.
@@ -163,7 +177,9 @@ def evaluated(
     if not all(map(math.isfinite, sums[:4])) or not norm:
         return None
     radius, scheme = eps * norm * clip, plan.scheme
-    in_weights, in_passes = (x / square if square and math.isfinite(x) else 1.0 for x, square in (shares[:2], shares[2:]))
+    in_weights, in_passes = (
+        x / square if square and math.isfinite(x) else 1.0 for x, square in (shares[:2], shares[2:])
+    )
     if not ahead or not behind:
         if min(in_weights, in_passes) >= 0.5:
             return Check(0.0, 0.0, None)  # the loss is linear
@@ -175,12 +191,19 @@ def evaluated(
     floor = math.sqrt(min(noise or steady, steady)) / norm
     if in_passes < 0.1:
         text = f"Of the step, the share {in_passes:.2f} arrives in the passes, which round weights to half precision"
-        return Check(min(self_check, in_passes), floor, too_short(text, eps, radius, is_settled), is_swallowed=True)
+        return Check(
+            min(self_check, in_passes), floor, too_short(text, eps, radius, is_settled), is_swallowed=True
+        )
     if self_check >= scheme.sufficient:
         return Check(self_check, floor, None)
-    relative = math.sqrt((ahead + behind - 2 * product) / 4 if Point.BEHIND in scheme.points else ahead) / norm
-    told = advice(self_check, floor * scheme.noise, relative, eps, radius, order=scheme.order, is_settled=is_settled)
-    # In full precision a low self-check is what the kinks of a ReLU make, at which the penalty is well-behaved.
+    relative = (
+        math.sqrt((ahead + behind - 2 * product) / 4 if Point.BEHIND in scheme.points else ahead) / norm
+    )
+    told = advice(
+        self_check, floor * scheme.noise, relative, eps, radius, order=scheme.order, is_settled=is_settled
+    )
+    # In full precision a low self-check is what the kinks of a ReLU make, at which the penalty is
+    # well-behaved.
     is_wanted = is_low or plan.is_check_asked or relative < 2 * floor * scheme.noise
     return Check(self_check, floor, told if is_wanted else None)
 
@@ -213,8 +236,8 @@ def advice(
         f"{radius:.2g} long (eps {eps:.2g}). "
     )
     factor = balanced(noise, order) / max(relative, 1e-9)
-    # Where each parameter has a loss of its own, a step that is too long changes the gradient as much sideways as ahead.
-    # Half of the gradient, however, rounding does not change.
+    # Where each parameter has a loss of its own, a step that is too long changes the gradient as much
+    # sideways as ahead. Half of the gradient, however, rounding does not change.
     is_noise = relative < min(2 * noise, 0.5)
     if is_settled is not None:
         remedies = "The radius has adapted to it. What is left: fp16 in place of bf16 in the passes, or method='central'."
@@ -250,8 +273,8 @@ def longer(radius: Scalar) -> float:
 def following(radius: Scalar, relative_square: Tensor, noise: float, order: int) -> Tensor:
     """The radius of the next step, half of the way, in logarithms, to where the square of rel would be balanced.
 
-    The part of rel that is curvature is in proportion to the radius. Every batch has another balance: half of the way
-    averages over some. The radius stays where it is if nothing is known.
+    The part of rel that is curvature is in proportion to the radius. Every batch has another balance: half of
+    the way averages over some. The radius stays where it is if nothing is known.
 
     >>> following(0.005, torch.tensor(0.157**2), noise=0.05, order=1)
     tensor(0.0050)

@@ -9,8 +9,9 @@ Estimator
     g1 = ∇L(θ)        d = clip(g1)        θ' = θ + ε·d        g2 = ∇L(θ')        Δ = clip(g2) − d
     g  = d + (γ/ε)·Δ
 
-Whoever drives the generator runs forward and backward at each point. Where gradients and weights are kept is the business
-of a :class:`~gradreg_optim.core.storage.Storage`; what Δ is, that of a :class:`~gradreg_optim.core.plan.Scheme`.
+Whoever drives the generator runs forward and backward at each point. Where gradients and weights are kept is
+the business of a :class:`~gradreg_optim.core.storage.Storage`; what Δ is, that of a
+:class:`~gradreg_optim.core.plan.Scheme`.
 
 Symbols in the code: ``strength`` is γ, ``eps`` is ε, ``radius`` is ρ = ‖θ' − θ‖ = ε·‖d‖, ``weight`` is γ/ε.
 """
@@ -45,10 +46,18 @@ from gradreg_optim.core.schemes import (
     ratio,
     stack_scalars,
 )
-from gradreg_optim.core.step import Check, Difference, Figure, FirstGradient, GroupGradients, Outcome, Point, Scalar
+from gradreg_optim.core.step import (
+    Check,
+    Difference,
+    Figure,
+    FirstGradient,
+    GroupGradients,
+    Outcome,
+    Point,
+    Scalar,
+)
 from gradreg_optim.core.storage import Storage
 from gradreg_optim.core.witnesses import BEYOND, Evidence, Losses
-
 
 NEARBY = 0.01
 """The step ahead, in units of the real one, that takes the place of one sideways where all have the bits of float32."""
@@ -58,9 +67,9 @@ NEARBY = 0.01
 def regularized(storage: Storage, plan: Plan, losses: Losses) -> Generator[Point, None, Outcome]:
     """Replace the gradient g1 that ``storage`` holds after the first pass by g1 + (γ/ε)·Δ.
 
-    Yields each point at which a gradient is wanted, θ first. In a first step θ comes twice if the first pass wrote weights,
-    and the last point twice if the ``losses`` are suspicious. If the driver closes the generator at a point, or throws into
-    it, the weights are at θ, bit for bit, and g1 is back.
+    Yields each point at which a gradient is wanted, θ first. In a first step θ comes twice if the first pass
+    wrote weights, and the last point twice if the ``losses`` are suspicious. If the driver closes the
+    generator at a point, or throws into it, the weights are at θ, bit for bit, and g1 is back.
     """
     yield Point.THETA
     if not plan.points:
@@ -146,7 +155,9 @@ def choose_step(storage: Storage, first: FirstGradient, plan: Plan) -> bool:
     return True
 
 
-def stand_at(storage: Storage, first: FirstGradient, point: Point, plan: Plan) -> AbstractContextManager[None]:
+def stand_at(
+    storage: Storage, first: FirstGradient, point: Point, plan: Plan
+) -> AbstractContextManager[None]:
     """Stand at ``point`` inside the block; at θ' itself, note how much of the step the weights' dtype let through."""
     distance, signs = point.value, None
     if point is Point.SIDEWAYS:  # a short step meets no curvature, but few bits round it away
@@ -158,7 +169,9 @@ def stand_at(storage: Storage, first: FirstGradient, point: Point, plan: Plan) -
 
 def collect(storage: Storage, first: FirstGradient, point: Point, plan: Plan) -> None:
     """Take in the gradients of ``point``; of those sideways their distance from g1 is all that is wanted."""
-    if point is plan.scheme.points[-1]:  # last of all, since it may reach parameters that no other point has reached
+    if (
+        point is plan.scheme.points[-1]
+    ):  # last of all, since it may reach parameters that no other point has reached
         first.further[point] = storage.last(first)
         first.further |= {other: storage.laid_out(first, taken) for other, taken in first.taken.items()}
         first.taken.clear()

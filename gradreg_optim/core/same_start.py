@@ -1,12 +1,14 @@
-"""Makes a pass repeatable: it starts from the same random numbers and module states, and leaves no trace of its own.
+"""Makes a pass repeatable: it starts from the same random numbers and module states, and leaves no trace of
+its own.
 
-Both gradients have to see the same dropout masks: otherwise (g2 − g1)/ε measures dropout noise divided by ε. What modules
-hold is put back as well (:mod:`gradreg_optim.core.module_state`). Clips of each gradient by itself would remove what the
-difference of the two is to measure: those that a pass calls are held back for the combined gradient. Lightning's
-``gradient_clip_val`` clips inside its closure, and many loops do in the body of ``passes()``.
+Both gradients have to see the same dropout masks: otherwise (g2 − g1)/ε measures dropout noise divided by ε.
+What modules hold is put back as well (:mod:`gradreg_optim.core.module_state`). Clips of each gradient by
+itself would remove what the difference of the two is to measure: those that a pass calls are held back for
+the combined gradient. Lightning's ``gradient_clip_val`` clips inside its closure, and many loops do in the
+body of ``passes()``.
 
-Relied upon (torch 2.6 to 2.15): ``torch.nn.utils.clip_grad._get_total_norm`` and ``_clip_grads_with_norm_``, which
-``clip_grad_norm_`` calls, also where it was imported by name.
+Relied upon (torch 2.6 to 2.15): ``torch.nn.utils.clip_grad._get_total_norm`` and ``_clip_grads_with_norm_``,
+which ``clip_grad_norm_`` calls, also where it was imported by name.
 """
 
 from __future__ import annotations
@@ -37,11 +39,13 @@ def same_start(
     clearing: Clearing,
     parameters: Callable[[], Iterable[Tensor]],
 ) -> Callable[[Point], AbstractContextManager[None]]:
-    """What is around each pass of one step: all start where the first did, and all but the first leave things as they were.
+    """What is around each pass of one step: all start where the first did, and all but the first leave things
+    as they were.
 
-    ``devices`` are those whose random numbers a loss may draw. ``model`` is a module whose parts run; others are found when
-    they are called. ``note(tensors, grad_tensors)`` gets what each backward differentiates. ``clips`` holds clips back.
-    ``clearing`` checks that the first pass clears the gradients of ``parameters()``.
+    ``devices`` are those whose random numbers a loss may draw. ``model`` is a module whose parts run; others
+    are found when they are called. ``note(tensors, grad_tensors)`` gets what each backward differentiates.
+    ``clips`` holds clips back. ``clearing`` checks that the first pass clears the gradients of
+    ``parameters()``.
     """
     start = RandomState(devices)
 
@@ -50,7 +54,9 @@ def same_start(
         is_first = point is Point.THETA
         pending: list[Callable[[], Any]] = []
 
-        def noted(backward: Callable[..., None], tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
+        def noted(
+            backward: Callable[..., None], tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any
+        ) -> None:
             clips.apply(pending)  # a backward follows them: they are part of the loss
             tensors, grad_tensors = as_tuple(tensors), as_tuple(grad_tensors)
             note(tensors, grad_tensors)
@@ -110,7 +116,11 @@ class HeldClips:
     def __init__(self) -> None:
         self.pending: list[Callable[[], Any]] = []
         self._norm_type = 2.0
-        self._originals = clip_grad._get_total_norm, clip_grad._clip_grads_with_norm_, clip_grad.clip_grad_value_
+        self._originals = (
+            clip_grad._get_total_norm,
+            clip_grad._clip_grads_with_norm_,
+            clip_grad.clip_grad_value_,
+        )
 
     def __reduce__(self) -> Any:
         """A copy of the optimizer has clips of its own."""
@@ -124,7 +134,9 @@ class HeldClips:
             return self._originals[0](tensors, norm_type, *args, **kwargs)
 
         def hold_norm(parameters: Any, max_norm: float, _total: Any, foreach: bool | None = None) -> None:
-            clip = partial(clip_grad.clip_grad_norm_, max_norm=max_norm, norm_type=self._norm_type, foreach=foreach)
+            clip = partial(
+                clip_grad.clip_grad_norm_, max_norm=max_norm, norm_type=self._norm_type, foreach=foreach
+            )
             pending.append(partial(clip, _listed(parameters)))
 
         def hold_value(parameters: Any, *args: Any, **kwargs: Any) -> None:
@@ -143,7 +155,10 @@ class HeldClips:
     @contextmanager
     def _patched(total_norm: Any, clip_with_norm: Any, clip_value: Any) -> Iterator[None]:
         functions = {"_get_total_norm": total_norm, "_clip_grads_with_norm_": clip_with_norm}
-        with patch.multiple(clip_grad, **functions), patch.object(torch.nn.utils, "clip_grad_value_", clip_value):
+        with (
+            patch.multiple(clip_grad, **functions),
+            patch.object(torch.nn.utils, "clip_grad_value_", clip_value),
+        ):
             yield
 
 
@@ -154,8 +169,9 @@ def _listed(parameters: Any) -> list[Tensor]:
 class Clearing:
     """Notices a first pass that adds to gradients from before instead of clearing them, until it has seen one clear.
 
-    Such a pass (of Lightning, with ``accumulate_grad_batches``) covers all of a step's micro-batches, and the second one
-    only its own. A gradient from before must have gone, or been written, when the first backward that reaches it begins.
+    Such a pass (of Lightning, with ``accumulate_grad_batches``) covers all of a step's micro-batches, and the
+    second one only its own. A gradient from before must have gone, or been written, when the first backward
+    that reaches it begins.
     """
 
     def __init__(self) -> None:
@@ -170,7 +186,9 @@ class Clearing:
 
     def begin(self, parameters: Iterable[Tensor]) -> None:
         """A first pass over ``parameters`` begins."""
-        with_gradient = (p for p in parameters if p.requires_grad and p.grad is not None and p.grad.layout is torch.strided)
+        with_gradient = (
+            p for p in parameters if p.requires_grad and p.grad is not None and p.grad.layout is torch.strided
+        )
         self._probe = min(with_gradient, key=Tensor.numel, default=None)
         self._before = None if self._probe is None else (self._probe.grad, self._probe.grad._version)
 

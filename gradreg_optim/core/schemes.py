@@ -1,10 +1,12 @@
-"""Finite differences of two gradients: the schemes ``"forward"`` and ``"central"``, and the algebra of their moments.
+"""Finite differences of two gradients: the schemes ``"forward"`` and ``"central"``, and the algebra of their
+moments.
 
     forward     θ, θ + ε·d              Δ = c·g2 − g1              Δ/ε = H·d + O(ε·‖d‖²)
-    central     θ, θ − ε·d, θ + ε·d     Δ = (c₊·g₊ − c₋·g₋)/2      Δ/ε = H·d + O(ε²·‖d‖³), and rounding in g1 drops out
+    central     θ, θ − ε·d, θ + ε·d     Δ = (c₊·g₊ − c₋·g₋)/2      Δ/ε = H·d + O(ε²·‖d‖³), and rounding in g1
+    drops out
 
-with g1 clipped already, and c the factors that clip the others. Both are exact on a quadratic at any ε. Scalars are 0-d tensors on the device of the
-data, so that nothing here waits for it.
+with g1 clipped already, and c the factors that clip the others. Both are exact on a quadratic at any ε.
+Scalars are 0-d tensors on the device of the data, so that nothing here waits for it.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from gradreg_optim.core import multi_tensor
 from gradreg_optim.core.plan import Plan, Scheme
 from gradreg_optim.core.step import Difference, Figure, FirstGradient, Gradients, Point, Scalar
 from gradreg_optim.core.storage import Storage
+
 
 def forward_difference(storage: Storage, first: FirstGradient, plan: Plan) -> Difference:
     """Measure Δ = c·g2 − g1, which is not written anywhere."""
@@ -59,7 +62,10 @@ def central_difference(storage: Storage, first: FirstGradient, plan: Plan) -> Di
     plus, minus = first.further.pop(Point.AHEAD), first.further.pop(Point.BEHIND)
     sides = [columns for side in (plus, minus) for columns in zip(*_moments(first, side), strict=True)]
     scale = storage.loss_scale
-    sums = storage.sum_over_ranks(stack_scalars([value for column in sides for value in column])).view(4, -1) / scale**2
+    sums = (
+        storage.sum_over_ranks(stack_scalars([value for column in sides for value in column])).view(4, -1)
+        / scale**2
+    )
     ahead, norms = sums[0], sums[1::2].sum(1).sqrt()
     clips = clip_coefficient(norms, plan.g2_clip)
     for side, clip in zip((plus, minus), clips, strict=True):
@@ -82,13 +88,16 @@ def central_difference(storage: Storage, first: FirstGradient, plan: Plan) -> Di
     )
 
 
-# ``sufficient`` was measured (benchmarks/results/2026-11-22-difference-studies/result.md). All forward estimates with a
-# self-check above 0.7 were usable; most of those below 0.6 were not. In the central difference the errors of g1 and those
-# of second order cancel: at a self-check of 0 it is as good as the forward difference at about 0.5.
+# ``sufficient`` was measured (benchmarks/results/2026-11-22-difference-studies/result.md). All forward
+# estimates with a self-check above 0.7 were usable; most of those below 0.6 were not. In the central
+# difference the errors of g1 and those of second order cancel: at a self-check of 0 it is as good as the
+# forward difference at about 0.5.
 _CHECKED = (Point.SIDEWAYS, Point.BEHIND, Point.AHEAD)
 FORWARD = Scheme((Point.AHEAD,), _CHECKED, forward_difference, noise=1.0, sufficient=0.6)
 """Two gradients a step."""
-CENTRAL = Scheme((Point.BEHIND, Point.AHEAD), _CHECKED, central_difference, noise=0.5, sufficient=0.0, order=2)
+CENTRAL = Scheme(
+    (Point.BEHIND, Point.AHEAD), _CHECKED, central_difference, noise=0.5, sufficient=0.0, order=2
+)
 """Three gradients a step; their rounding errors are halved in Δ."""
 
 
@@ -148,7 +157,9 @@ def stack_scalars(values: Sequence[Scalar], like: Tensor | None = None) -> Tenso
     device = tensors[0].device if tensors else torch.device("cpu")
     scalars = [
         # Copying a number to the device instead of filling in would wait for it.
-        value.to(device, dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=device)
+        value.to(device, dtype)
+        if isinstance(value, Tensor)
+        else torch.full((), value, dtype=dtype, device=device)
         for value in values
     ]
     return torch.stack(scalars) if len(scalars) > 1 else scalars[0].reshape(1)
@@ -171,10 +182,13 @@ def clip_coefficient(norm: Tensor, max_norm: float | None) -> Tensor:
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
-def clipped_moments(inner: Tensor, squares: Tensor, g1_squared: Tensor, *, coefficient: Tensor) -> tuple[Tensor, Tensor]:
+def clipped_moments(
+    inner: Tensor, squares: Tensor, g1_squared: Tensor, *, coefficient: Tensor
+) -> tuple[Tensor, Tensor]:
     """⟨c·g2 − g1, g1⟩ and ‖c·g2 − g1‖² of a clipped g2, from those of g2 − g1 and without another pass over memory.
 
-    With δ = g2 − g1: c·g2 − g1 = c·δ − (1 − c)·g1. The square may cancel to less than 0 by rounding, and is clamped.
+    With δ = g2 − g1: c·g2 − g1 = c·δ − (1 − c)·g1. The square may cancel to less than 0 by rounding, and is
+    clamped.
     """
     c, rest = coefficient, 1 - coefficient
     lost = rest * g1_squared
@@ -185,7 +199,8 @@ def clipped_moments(inner: Tensor, squares: Tensor, g1_squared: Tensor, *, coeff
 def length_of_sum(squares_of_first: Tensor, inner: Tensor, squares: Tensor) -> Tensor:
     """‖a + b‖ out of parts of ‖a‖², ⟨a, b⟩ and ‖b‖².
 
-    A sum that cancels may come out below 0, and its root as NaN: it is clamped, which lets a NaN of the parts through.
+    A sum that cancels may come out below 0, and its root as NaN: it is clamped, which lets a NaN of the parts
+    through.
 
     >>> length_of_sum(torch.tensor([9.0]), torch.tensor([0.0]), torch.tensor([16.0]))
     tensor(5.)

@@ -43,9 +43,10 @@ class Point(Enum):
 class GroupGradients:
     """One parameter group's regularized tensors, and what is known about them so far.
 
-    ``g1`` and ``weights`` are what the arithmetic runs on: flat or shaped, real, local to this process. ``counts`` says
-    which of them this rank adds to sums over ranks; ``None``: all. ``eps`` is ε in this step. ``moved_along`` and
-    ``step_squared`` are ⟨θ'_real − θ, g1⟩ and ‖g1‖² of g1 as it came, perhaps on a sample.
+    ``g1`` and ``weights`` are what the arithmetic runs on: flat or shaped, real, local to this process.
+    ``counts`` says which of them this rank adds to sums over ranks; ``None``: all. ``eps`` is ε in this step.
+    ``moved_along`` and ``step_squared`` are ⟨θ'_real − θ, g1⟩ and ‖g1‖² of g1 as it came, perhaps on a
+    sample.
     """
 
     strength: float
@@ -67,13 +68,14 @@ class GroupGradients:
 class FirstGradient:
     """g1, out of reach of the next backward, and the gradients that were taken at further points.
 
-    ``figures`` are what is to be logged about g1 and ε, ``skipped`` is 1 if the penalty is left out. ``norm`` is ‖g1‖ over
-    all groups and ranks, before the clip by the factor ``clip``, and ``g1_squared`` ‖d‖² of each group. ``is_low``: the passes have fewer bits than float32.
-    ``taken`` are gradients of further points as the storage keeps them, ``further`` the same, laid out like g1. ``noise``
-    is ‖g − g1‖² of the gradients g at :attr:`Point.SIDEWAYS`, over this rank's tensors. ``auto_radius`` is the radius, if
-    it adapts, and ``next_radius`` that of the next step. ``losses`` holds this rank's share of the change of the loss from
-    θ to θ' and of its size; nothing if they are not known. ``is_frozen_again``: the pass trained a parameter and froze it
-    again, as closures of GANs do, which run other models too: such a step is not checked.
+    ``figures`` are what is to be logged about g1 and ε, ``skipped`` is 1 if the penalty is left out. ``norm``
+    is ‖g1‖ over all groups and ranks, before the clip by the factor ``clip``, and ``g1_squared`` ‖d‖² of each
+    group. ``is_low``: the passes have fewer bits than float32. ``taken`` are gradients of further points as
+    the storage keeps them, ``further`` the same, laid out like g1. ``noise`` is ‖g − g1‖² of the gradients g
+    at :attr:`Point.SIDEWAYS`, over this rank's tensors. ``auto_radius`` is the radius, if it adapts, and
+    ``next_radius`` that of the next step. ``losses`` holds this rank's share of the change of the loss from θ
+    to θ' and of its size; nothing if they are not known. ``is_frozen_again``: the pass trained a parameter
+    and froze it again, as closures of GANs do, which run other models too: such a step is not checked.
     """
 
     groups: list[GroupGradients]
@@ -96,9 +98,10 @@ class FirstGradient:
 class Difference:
     """Δ, which stands for ε·H·d, and its moments over all ranks.
 
-    ``inner`` is ⟨Δ, d⟩, ``squares`` ‖Δ‖² and ``ahead`` ⟨g2, d⟩ before g2 is clipped, one number a group. ``written`` are the
-    tensors from which the wrapped optimizer will step: they hold Δ itself if ``is_delta``, else g2, of which
-    Δ = clip·g2 − d. ``losses`` are the change of the loss and its size, over all ranks, if they are known.
+    ``inner`` is ⟨Δ, d⟩, ``squares`` ‖Δ‖² and ``ahead`` ⟨g2, d⟩ before g2 is clipped, one number a group.
+    ``written`` are the tensors from which the wrapped optimizer will step: they hold Δ itself if
+    ``is_delta``, else g2, of which Δ = clip·g2 − d. ``losses`` are the change of the loss and its size, over
+    all ranks, if they are known.
     """
 
     inner: Tensor
@@ -129,9 +132,10 @@ class Check:
 class Outcome:
     """What a step did: its figures for ``metrics``, whether the penalty was left out, and what a check found.
 
-    ``is_empty``: the first pass left no gradient on any parameter that is to be regularized. ``is_low``: whether the passes
-    have fewer bits than float32, if this step found out. ``auto_radius``: that of the next step, if it adapts.
-    ``symptoms``: what :class:`~gradreg_optim.core.witnesses.Witnesses` goes by; ``is_disproved``: they are to be read now.
+    ``is_empty``: the first pass left no gradient on any parameter that is to be regularized. ``is_low``:
+    whether the passes have fewer bits than float32, if this step found out. ``auto_radius``: that of the next
+    step, if it adapts. ``symptoms``: what :class:`~gradreg_optim.core.witnesses.Witnesses` goes by;
+    ``is_disproved``: they are to be read now.
     """
 
     figures: dict[str, Figure]

@@ -33,7 +33,8 @@ class Storage(Protocol):
     def take(self, strengths: Sequence[float], excluded: Sequence[frozenset[int]]) -> FirstGradient:
         """Take the gradients out of reach of the next backward; if that raises, they are as before.
 
-        g1 are those of the groups whose strength is not 0, but for the parameters at the positions in ``excluded``.
+        g1 are those of the groups whose strength is not 0, but for the parameters at the positions in
+        ``excluded``.
         """
 
     @property
@@ -52,13 +53,20 @@ class Storage(Protocol):
         """Over how many ranks :meth:`sum_over_ranks` adds up: each has a loss of its own, the step has their mean."""
 
     def moved(
-        self, first: FirstGradient, steps: list[Scalar], *, seed: int | None, measured: bool, signs: int | None = None
+        self,
+        first: FirstGradient,
+        steps: list[Scalar],
+        *,
+        seed: int | None,
+        measured: bool,
+        signs: int | None = None,
     ) -> AbstractContextManager[None]:
         """Inside the block the weights are at θ + step·g1, one step a group; after it they are at θ, or will be.
 
-        ``seed`` is that of stochastic rounding, ``None`` rounds to nearest. ``measured``: note in the groups how much of
-        the step arrived. With ``signs`` the elements of g1 take random signs and places. These depend on the seed, the
-        tensor's place and its shape alone, so ranks that hold the same tensors draw the same.
+        ``seed`` is that of stochastic rounding, ``None`` rounds to nearest. ``measured``: note in the groups
+        how much of the step arrived. With ``signs`` the elements of g1 take random signs and places. These
+        depend on the seed, the tensor's place and its shape alone, so ranks that hold the same tensors draw
+        the same.
         """
 
     def last(self, first: FirstGradient) -> Gradients:

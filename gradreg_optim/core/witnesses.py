@@ -4,13 +4,15 @@ The change of the loss proves that all passes are passes of one function. By the
 
     loss_check = (L(θ') − L(θ)) / (ε·⟨d, (g1 + g2)/2⟩) = 1 + O(ε²)
 
-A loss that draws another batch at each call, counts its calls or moves a teacher changes by more, and (g2 − g1)/ε is then the
-difference of two functions, divided by ε. ``loss_check`` is near 1 up to the spacing of the loss in these units,
+A loss that draws another batch at each call, counts its calls or moves a teacher changes by more, and (g2 −
+g1)/ε is then the difference of two functions, divided by ε. ``loss_check`` is near 1 up to the spacing of the
+loss in these units,
 |L|·2⁻²⁴/(ε·⟨d, g⟩) in float32. It is an alarm if it is off by more than 0.25 + 8 spacings.
 
-A loss with stop-gradients (a ratio to the policy itself, a target network of the same weights) is not the integral of its
-gradient, and the formula does not hold. So in the first regularized step an alarm has the last pass repeated where it was:
-if the loss is another number, the step raises; if it is the same, ``loss_check`` is left out of this run.
+A loss with stop-gradients (a ratio to the policy itself, a target network of the same weights) is not the
+integral of its gradient, and the formula does not hold. So in the first regularized step an alarm has the
+last pass repeated where it was: if the loss is another number, the step raises; if it is the same,
+``loss_check`` is left out of this run.
 """
 
 from __future__ import annotations
@@ -50,10 +52,10 @@ UNREAD = 10
 class Losses:
     """Notes what the passes of a step differentiate: the arguments of ``backward``, or what a closure returns.
 
-    ``passes`` holds the losses of each pass of the step so far. ``is_integral``: whether the loss is the integral of its
-    gradient; ``None`` until an informative step has told.
-    Communication: under DistributedDataParallel one all_reduce of two numbers a step; elsewhere the losses join the sums
-    of :meth:`~gradreg_optim.core.storage.Storage.sum_over_ranks`.
+    ``passes`` holds the losses of each pass of the step so far. ``is_integral``: whether the loss is the
+    integral of its gradient; ``None`` until an informative step has told.
+    Communication: under DistributedDataParallel one all_reduce of two numbers a step; elsewhere the losses
+    join the sums of :meth:`~gradreg_optim.core.storage.Storage.sum_over_ranks`.
     """
 
     def __init__(self) -> None:
@@ -78,7 +80,9 @@ class Losses:
     def noted(self) -> Iterator[None]:
         """Around backwards of the pass that began last."""
 
-        def noted(backward: Callable[..., None], tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
+        def noted(
+            backward: Callable[..., None], tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any
+        ) -> None:
             tensors, grad_tensors = as_tuple(tensors), as_tuple(grad_tensors)
             self.note(tensors, grad_tensors)
             backward(tensors, grad_tensors, *args, **kwargs)
@@ -88,7 +92,9 @@ class Losses:
 
     def last_was_skipped(self) -> bool:
         """Whether the last pass, which left no gradient, had a loss that is not finite, or stopped short of a backward."""
-        return not math.isfinite(_sum(self.passes[-1])) and (bool(self.passes[-1]) or self.is_integral is not None)
+        return not math.isfinite(_sum(self.passes[-1])) and (
+            bool(self.passes[-1]) or self.is_integral is not None
+        )
 
     def change(self, storage: Storage) -> list[Scalar]:
         """This rank's share of L(θ') − L(θ) and of |L(θ)|, in units of the loss; nothing if they are not known."""
@@ -107,8 +113,13 @@ class Losses:
     def _replicas(self, storage: Storage) -> list[tuple[Any, torch.device]] | None:
         """The process groups over which gradients have been averaged, beside the storage's; ``None`` if nobody knows."""
         models = (module for module in self._modules if isinstance(module, DistributedDataParallel))
-        replicas = [*((model.process_group, model.device) for model in models), *getattr(storage, "replicas", ())]
-        is_parallel = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+        replicas = [
+            *((model.process_group, model.device) for model in models),
+            *getattr(storage, "replicas", ()),
+        ]
+        is_parallel = (
+            distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+        )
         if is_parallel and storage.loss_ranks == 1 and not replicas:
             return None
         return list({id(group): (group, device) for group, device in replicas}.values())
@@ -116,14 +127,20 @@ class Losses:
     @property
     def spacing(self) -> float:
         """The relative spacing of the losses' dtype."""
-        return max((torch.finfo(loss.dtype).eps / 2 for loss in self.passes[0] if loss.is_floating_point()), default=0.0)
+        return max(
+            (torch.finfo(loss.dtype).eps / 2 for loss in self.passes[0] if loss.is_floating_point()),
+            default=0.0,
+        )
 
     def are_far(self, storage: Storage, first: FirstGradient) -> bool:
         """In the first step, at θ': whether the change of the loss is far from what the gradients tell. Waits."""
         if self.is_integral is not None or not (shares := self.change(storage)):
             return False
         second = storage.laid_out(first, storage.see_sum())
-        pairs = [(group.counted(g2), group.counted(group.g1)) for group, g2 in zip(first.groups, second, strict=True)]
+        pairs = [
+            (group.counted(g2), group.counted(group.g1))
+            for group, g2 in zip(first.groups, second, strict=True)
+        ]
         products = [moments_along(*pair)[0] for pair in pairs]
         sums = storage.sum_over_ranks(stack_scalars([*products, *shares]))
         steps = stack_scalars([group.eps for group in first.groups], sums) * first.clip
@@ -162,8 +179,8 @@ class Losses:
 class Evidence:
     """The scalars of a step by which it proves itself, without its tensors; figures are computed if anybody asks.
 
-    ``losses`` are the change of the loss and its size, ``spacing`` that of its dtype; ``losses`` is ``None`` if they tell
-    nothing. The others are those of :class:`~gradreg_optim.core.step.FirstGradient` and
+    ``losses`` are the change of the loss and its size, ``spacing`` that of its dtype; ``losses`` is ``None``
+    if they tell nothing. The others are those of :class:`~gradreg_optim.core.step.FirstGradient` and
     :class:`~gradreg_optim.core.step.Difference`.
     """
 
@@ -202,20 +219,25 @@ class Evidence:
         far = FAR_IF_LOW if self.is_low else FAR
         off = torch.zeros_like(relative) if self.losses is None else self.off_by() / far
         apart = (ratio(computed(self.g2_norm), self.norm) - 1).abs()
-        return stack_scalars([off, computed(self.fidelity), apart, relative, computed(self.penalty_ratio)], relative)
+        return stack_scalars(
+            [off, computed(self.fidelity), apart, relative, computed(self.penalty_ratio)], relative
+        )
 
 
 class Witnesses:
     """Reads the symptoms of the last steps, and tells the user once of each kind of trouble.
 
-    Symptoms are read every ``UNREAD`` steps, with the metrics, in the steps of a check, and of a step that disproved itself.
+    Symptoms are read every ``UNREAD`` steps, with the metrics, in the steps of a check, and of a step that
+    disproved itself.
     """
 
     def __init__(self) -> None:
         self._unread: deque[Callable[[], Tensor]] = deque()
         self._streaks: dict[str, int] = {}
         self._ratios: list[float] = []
-        self._is_young = True  # whether the first ``MANY`` steps are not over: later, gradients and curvature vanish
+        self._is_young = (
+            True  # whether the first ``MANY`` steps are not over: later, gradients and curvature vanish
+        )
         self._told: set[str] = set()
 
     def note(self, outcome: Outcome) -> None:
@@ -231,7 +253,8 @@ class Witnesses:
         """Read what has not been read. Waits for the device."""
         while self._unread:
             off, fidelity, norms_apart, relative, penalty_ratio = self._unread.popleft()().tolist()
-            # A penalty of curvature changes the norm of g2 in proportion to its length; a clip keeps it the same.
+            # A penalty of curvature changes the norm of g2 in proportion to its length; a clip keeps it the
+            # same.
             are_equal = norms_apart < 1e-6 and relative > 1e-5 and norms_apart < relative / 30
             if off * FAR > BEYOND or self._lasts("loss", off > 1):
                 self.tell(
@@ -307,7 +330,9 @@ def _differentiated(tensors: Any, grad_tensors: Any) -> Tensor:
             if hasattr(value, "to_local"):
                 value, factor = value.to_local(), None if factor is None else local_shard(factor)
             product = value if factor is None else value * factor
-            products.append(product.sum() if product.ndim else product.clone())  # users add to losses in place
+            products.append(
+                product.sum() if product.ndim else product.clone()
+            )  # users add to losses in place
     total = sum(products[1:], products[0])
     return total.real if total.is_complex() else total
 

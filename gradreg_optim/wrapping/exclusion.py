@@ -1,7 +1,7 @@
 """Which parameters are left out of the penalty: by parts of their names, or one by one.
 
-It is parameters that are excluded, and they stay so when groups are added, taken out or shrink. Only where all of a group
-was replaced, as FSDP2 and tensor parallelism do, positions in it tell.
+It is parameters that are excluded, and they stay so when groups are added, taken out or shrink. Only where
+all of a group was replaced, as FSDP2 and tensor parallelism do, positions in it tell.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Exclusion:
         self.patterns = exclude_patterns(exclude)
         self.default: Callable[[], Iterable[Tensor]] | None = None
         self.positions: list[list[int]] = []
-        self._is_excluded = WeakIdKeyDictionary()
+        self._is_excluded: Any = WeakIdKeyDictionary()
         self._members: list[list[int]] = []
         self._judge(groups, model, must_match=True)
         self._settle(groups)
@@ -62,7 +62,9 @@ class Exclusion:
         for parameter in parameters:
             self._is_excluded[parameter] = True
         self._settle(groups)
-        trainable = [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
+        trainable = [
+            parameter for group in groups for parameter in group["params"] if parameter.requires_grad
+        ]
         if not trainable:
             raise ValueError(
                 "The optimizer has no trainable parameter: nothing would be trained. Build it on parameters with "
@@ -81,14 +83,18 @@ class Exclusion:
             return
         patterns = () if self.patterns == NOTHING else self.patterns
         by_default = {id(parameter) for parameter in (self.default() if self.default else ())}
-        for group, matching in zip(groups, excluded_positions(groups, patterns, model, must_match=must_match), strict=True):
+        for group, matching in zip(
+            groups, excluded_positions(groups, patterns, model, must_match=must_match), strict=True
+        ):
             for position, parameter in enumerate(group["params"]):
                 if parameter not in self._is_excluded:
                     self._is_excluded[parameter] = position in matching or id(parameter) in by_default
 
     def _settle(self, groups: list[Group]) -> list[list[int]]:
         self._members = [[id(parameter) for parameter in group["params"]] for group in groups]
-        self.positions = [[i for i, p in enumerate(group["params"]) if self._is_excluded.get(p)] for group in groups]
+        self.positions = [
+            [i for i, p in enumerate(group["params"]) if self._is_excluded.get(p)] for group in groups
+        ]
         return self.positions
 
 
@@ -124,7 +130,9 @@ def excluded_positions(
             f"exclude={patterns!r}: parameter names are not known. Pass model=<the module>, or build the optimizer on "
             "model.named_parameters()."
         )
-    known = [name for group in groups for parameter in group["params"] for name in names.get(id(parameter), ())]
+    known = [
+        name for group in groups for parameter in group["params"] for name in names.get(id(parameter), ())
+    ]
     for pattern in patterns:
         if must_match and not any(pattern in name for name in known):
             raise ValueError(

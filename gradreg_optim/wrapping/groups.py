@@ -1,11 +1,13 @@
-"""What a parameter group knows about its regularization, the ``gradreg_*`` keys beside ``lr``, and the plan made of it.
+"""What a parameter group knows about its regularization, the ``gradreg_*`` keys beside ``lr``, and the plan
+made of it.
 
-Living there, hyperparameters are saved with the optimizer, can differ between groups and can be scheduled. ``strength``,
-``eps`` and ``radius`` are read group by group; the other settings and the step count hold for the whole optimizer, are
-written to every group and read from the first. ``gradreg_excluded`` lists positions in ``group["params"]``: positions
-survive FSDP2 and tensor parallelism, which put other tensors there. Three keys keep what steps found out, ``None`` until one
-has: ``gradreg_is_low`` whether the passes have fewer bits than float32, ``gradreg_floor`` the noise floor last measured, and
-``gradreg_auto_radius`` the radius of the next step, where it adapts.
+Living there, hyperparameters are saved with the optimizer, can differ between groups and can be scheduled.
+``strength``, ``eps`` and ``radius`` are read group by group; the other settings and the step count hold for
+the whole optimizer, are written to every group and read from the first. ``gradreg_excluded`` lists positions
+in ``group["params"]``: positions survive FSDP2 and tensor parallelism, which put other tensors there. Three
+keys keep what steps found out, ``None`` until one has: ``gradreg_is_low`` whether the passes have fewer bits
+than float32, ``gradreg_floor`` the noise floor last measured, and ``gradreg_auto_radius`` the radius of the
+next step, where it adapts.
 """
 
 from __future__ import annotations
@@ -59,13 +61,17 @@ def check_keys(group: Group) -> None:
             check_names("a parameter group", [key.removeprefix("gradreg_")])
         if key.startswith(("gradreg_", "grad_reg_")) and key not in KEYS and key not in DELETED_KEYS:
             meant = suggestion(key, (*PER_GROUP, *SHARED), prefix="gradreg_")
-            raise ValueError(f"{key!r} in a parameter group: no setting has that name, so it would have no effect. {meant}")
+            raise ValueError(
+                f"{key!r} in a parameter group: no setting has that name, so it would have no effect. {meant}"
+            )
 
 
 def check_brought(group: Group, first: Group) -> None:
     """Raise ``ValueError`` for keys that ``group`` brings and that would have no effect, and for values that break rules."""
     check_keys(group)
-    check_settings(**{key.removeprefix("gradreg_"): group[key] for key in SETTING_KEYS if group.get(key) is not None})
+    check_settings(
+        **{key.removeprefix("gradreg_"): group[key] for key in SETTING_KEYS if group.get(key) is not None}
+    )
     for name in SHARED:
         key = f"gradreg_{name}"
         if key in group and plain(group[key]) != plain(first.get(key, group[key])):
@@ -87,7 +93,9 @@ def adopt_group(group: Group, settings: dict[str, Any], *, step: int) -> None:
         values["eps"] = values["radius"] = None
     values |= own
     # A checkpoint holds plain numbers, none of NumPy.
-    values = {name: value if value is None or value == AUTO else float(value) for name, value in values.items()}
+    values = {
+        name: value if value is None or value == AUTO else float(value) for name, value in values.items()
+    }
     group.update({f"gradreg_{name}": value for name, value in values.items()})
     for name in SHARED:
         group.setdefault(f"gradreg_{name}", settings[name])
@@ -99,7 +107,9 @@ def adopt_group(group: Group, settings: dict[str, Any], *, step: int) -> None:
 def modernize(group: Group) -> None:
     """Bring the keys of a checkpoint of an earlier version up to date."""
     drop_keys(group, DELETED_KEYS)
-    if group.get("gradreg_radius") == AUTO and group.get("gradreg_eps") is not None:  # "auto" was a default beside ε
+    if (
+        group.get("gradreg_radius") == AUTO and group.get("gradreg_eps") is not None
+    ):  # "auto" was a default beside ε
         group["gradreg_eps"] = None if group["gradreg_eps"] == PUBLISHED_EPS else group["gradreg_eps"]
         group["gradreg_radius"] = None
     if group.get("gradreg_method") == "exact":
@@ -170,7 +180,6 @@ class Planner:
             auto_radius=START if radius is None else radius,
         )
 
-
     def settled(self, groups: list[Group], excluded: list[list[int]]) -> Plan:
         """What of the plan stays the same until a setting changes."""
         pairs = zip(groups, excluded, strict=True)
@@ -204,7 +213,8 @@ def _settled_plan(groups: list[Group], excluded: list[list[int]]) -> Plan:
 def _check_is_due(group: Group, step: int, is_low: bool | None) -> bool:
     """Whether a check falls on this step: in the first regularized one, then every ``check_every`` steps.
 
-    Of ``gradreg_every`` steps in a row one is regularized: it is checked if a multiple of ``check_every`` falls within.
+    Of ``gradreg_every`` steps in a row one is regularized: it is checked if a multiple of ``check_every``
+    falls within.
     """
     every = group["gradreg_check_every"]
     if every == 0:

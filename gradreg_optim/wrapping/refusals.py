@@ -14,9 +14,12 @@ from torch.optim import Optimizer
 
 from gradreg_optim.wrapping.settings import shown
 
-STEPS_IN_BACKWARD = re.compile("(?i)lomo|layerwise|inbackward|gradientrelease|cpuoffloadoptimizer|^dummyoptimizer$")
-"""Names of classes whose update, or whose copy of the gradient, is taken in hooks of the backward: LOMO and AdaLomo; what
-Transformers and LLaMA-Factory put in the place of layerwise GaLore and APOLLO; torchtitan's and torchao's.
+STEPS_IN_BACKWARD = re.compile(
+    "(?i)lomo|layerwise|inbackward|gradientrelease|cpuoffloadoptimizer|^dummyoptimizer$"
+)
+"""Names of classes whose update, or whose copy of the gradient, is taken in hooks of the backward: LOMO and
+AdaLomo; what Transformers and LLaMA-Factory put in the place of layerwise GaLore and APOLLO; torchtitan's and
+torchao's.
 """
 TAKES_GRADIENTS = re.compile("SAM$|^AliG$|^DPOptimizer$")
 """Names of classes that run the closure themselves, or that write ``.grad`` in their step (Opacus)."""
@@ -32,7 +35,9 @@ def check_wrappable(optimizer: Any) -> None:
         raise TypeError(
             f"optimizer={shown(optimizer)} is a {name}: an instance of torch.optim.Optimizer is wrapped. {remedy}"
         )
-    if any(TAKES_GRADIENTS.search(kind.__name__) for kind in type(optimizer).__mro__) or _needs_closure(optimizer):
+    if any(TAKES_GRADIENTS.search(kind.__name__) for kind in type(optimizer).__mro__) or _needs_closure(
+        optimizer
+    ):
         raise ValueError(
             f"optimizer={name}: its step needs a closure, or makes the gradient by itself, but the combined gradient "
             "exists at one point only. Use an optimizer that steps on gradients, such as AdamW or SGD."
@@ -41,7 +46,9 @@ def check_wrappable(optimizer: Any) -> None:
         STEPS_IN_BACKWARD.search(name)
         or getattr(optimizer, "defaults", {}).get("gradient_release")  # optimi
         or getattr(optimizer, "_overlap_with_ddp", False)  # ZeroRedundancyOptimizer
-        or any(hasattr(p, "_in_backward_optimizers") for group in optimizer.param_groups for p in group["params"])
+        or any(
+            hasattr(p, "_in_backward_optimizers") for group in optimizer.param_groups for p in group["params"]
+        )
     ):
         raise ValueError(
             f"optimizer={name}: it takes its steps in the backward, before there is a second gradient to combine with. "
@@ -101,11 +108,15 @@ def check_engines(groups: list[dict[str, Any]]) -> None:
     """Refuse what holds the parameters of ``groups`` if it would make a step wrong although each of its parts runs."""
     parameters = {id(parameter): parameter for group in groups for parameter in group["params"]}
     if any(getattr(parameter, "_fsdp_flattened", False) for parameter in parameters.values()):
-        # Private, and imported already by whoever flattened the parameters: nothing on them says whether they are shards.
+        # Private, and imported already by whoever flattened the parameters: nothing on them says whether they
+        # are shards.
         from torch.distributed.fsdp._flat_param import FlatParamHandle
 
         for handle in _living(FlatParamHandle):
-            parts: tuple[Tensor, ...] = (handle.flat_param, *(getattr(handle.flat_param, "_params", None) or ()))
+            parts: tuple[Tensor, ...] = (
+                handle.flat_param,
+                *(getattr(handle.flat_param, "_params", None) or ()),
+            )
             if handle.uses_sharded_strategy and any(id(part) in parameters for part in parts):
                 raise ValueError(
                     "the parameters are shards of FSDP1 (FullyShardedDataParallel): norms would be those of this rank's "

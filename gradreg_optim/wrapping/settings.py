@@ -1,7 +1,7 @@
 """The settings: one list, from which keys, checks and command-line flags are derived.
 
-A new setting is added here, to the signature of ``GradRegOptimizer``, which the tests compare with this list, and where it
-acts.
+A new setting is added here, to the signature of ``GradRegOptimizer``, which the tests compare with this list,
+and where it acts.
 """
 
 from __future__ import annotations
@@ -117,13 +117,17 @@ def _one_of(kind: Any) -> Rule:
 
 NOT_NEGATIVE = Rule("a finite number >= 0", float, lambda value: _number(value) and 0 <= value < math.inf)
 POSITIVE = Rule("None or a finite number > 0", float | None, _positive)
-RADIUS = Rule("None, 'auto' or a finite number > 0", str | None, lambda value: value == AUTO or _positive(value))
+RADIUS = Rule(
+    "None, 'auto' or a finite number > 0", str | None, lambda value: value == AUTO or _positive(value)
+)
 CLIP = Rule("None or a number > 0", float, _above_zero)
 BOUND = Rule("None or a number > 0", float | None, _above_zero)
 COUNT = Rule("an integer >= 0", int, _whole)
 COUNT_OR_NONE = Rule("None or an integer >= 0", int | None, lambda value: value is None or _whole(value))
 PERIOD = Rule("an integer >= 1", int, lambda value: _whole(value) and value >= 1)
-PERIOD_OR_NONE = Rule("None or an integer > 0", int | None, lambda value: value is None or (_whole(value) and value > 0))
+PERIOD_OR_NONE = Rule(
+    "None or an integer > 0", int | None, lambda value: value is None or (_whole(value) and value > 0)
+)
 SWITCH = Rule("True or False", bool, lambda value: isinstance(value, bool))
 SCHEDULE = Rule(
     f"None, one of {NAMES}, or a callable of the step",
@@ -176,7 +180,10 @@ PER_GROUP = tuple(setting.name for setting in SETTINGS if setting.is_per_group)
 SHARED = tuple(setting.name for setting in SETTINGS if setting.is_key and not setting.is_per_group)
 _BY_NAME = {setting.name: setting for setting in SETTINGS}
 PLACES = {
-    **{name: f"Write group['gradreg_{name}'] of every group in optimizer.param_groups." for name in (*PER_GROUP, *SHARED)},
+    **{
+        name: f"Write group['gradreg_{name}'] of every group in optimizer.param_groups."
+        for name in (*PER_GROUP, *SHARED)
+    },
     **{name: f"Give {name}= to the constructor." for name in ("model", "scaler")},
 }
 """Where a setting is changed: none is an attribute of the optimizer."""
@@ -197,7 +204,11 @@ def suggestion(name: str, known: Iterable[str], *, prefix: str = "") -> str:
     """Which of the ``known`` names was meant, as the end of an error message; ``prefix`` belongs to each of them."""
     bare, known = name.removeprefix("grad_reg_").removeprefix("gradreg_"), sorted(known)
     close = get_close_matches(bare, known, n=1)
-    return f"Did you mean '{prefix}{close[0]}'?" if close else f"Names are {', '.join(prefix + name for name in known)}."
+    return (
+        f"Did you mean '{prefix}{close[0]}'?"
+        if close
+        else f"Names are {', '.join(prefix + name for name in known)}."
+    )
 
 
 def check_settings(**settings: Any) -> None:
@@ -218,9 +229,13 @@ def check_names(where: str, names: Iterable[str]) -> None:
     """Raise ``TypeError`` for the first of ``names`` that is no setting; it says which was meant, or what to use."""
     for name in names:
         if name in DELETED:
-            raise TypeError(f"{where} got {name!r}, which is no setting any more: {DELETED[name]}. Leave it out.")
+            raise TypeError(
+                f"{where} got {name!r}, which is no setting any more: {DELETED[name]}. Leave it out."
+            )
         if name not in Settings.__annotations__:
-            raise TypeError(f"{where} got an unexpected setting {name!r}. {suggestion(name, Settings.__annotations__)}")
+            raise TypeError(
+                f"{where} got an unexpected setting {name!r}. {suggestion(name, Settings.__annotations__)}"
+            )
 
 
 def settings_among(arguments: Mapping[str, Any]) -> dict[str, Any]:

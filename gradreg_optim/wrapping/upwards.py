@@ -1,7 +1,8 @@
-"""The one arrow upwards: trainers have to use a wrapper that they are given, in a package that imports this one.
+"""The one arrow upwards: trainers have to use a wrapper that they are given, in a package that imports this
+one.
 
-That package is imported by name, and only once Transformers' trainer is there: ``import gradreg_optim`` needs torch alone.
-A scaler that calls the wrapper is found in the calling frames.
+That package is imported by name, and only once Transformers' trainer is there: ``import gradreg_optim`` needs
+torch alone. A scaler that calls the wrapper is found in the calling frames.
 """
 
 from __future__ import annotations
@@ -18,14 +19,18 @@ ATTACH = "gradreg_optim.trainers.attach"
 
 def announce() -> None:
     """There is a wrapper, and there are trainers: let them use those that they are given."""
-    if not getattr(sys.modules[TRAINER].__spec__, "_initializing", False):  # else it is in the middle of its import
+    if not getattr(
+        sys.modules[TRAINER].__spec__, "_initializing", False
+    ):  # else it is in the middle of its import
         import_module(ATTACH)
 
 
 def calling_scaler() -> Any:
     """The enabled ``GradScaler`` that calls the step; ``None`` if there is none."""
     frame, depth = sys._getframe(1), 0
-    while frame is not None and depth < 12:  # torch has two frames of hooks in between, and each LR scheduler one
+    while (
+        frame is not None and depth < 12
+    ):  # torch has two frames of hooks in between, and each LR scheduler one
         scaler = frame.f_locals.get("self")
         if isinstance(scaler, GradScaler) and scaler.is_enabled():
             return scaler

@@ -1,7 +1,7 @@
 """The outside of the wrapper: one real ``torch.optim.Optimizer`` that shares everything with the one inside.
 
-LR schedulers, Accelerate, GradScaler and checkpointing all hold on to ``param_groups``, ``state`` and ``defaults``; here
-these are the wrapped optimizer's own objects, so that there is nothing to keep in step.
+LR schedulers, Accelerate, GradScaler and checkpointing all hold on to ``param_groups``, ``state`` and
+``defaults``; here these are the wrapped optimizer's own objects, so that there is nothing to keep in step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks  # private: test_wrapper.py
+from torch.optim.optimizer import (
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+)  # private: test_wrapper.py
 
 from gradreg_optim.core.plan import Plan
 from gradreg_optim.core.step import Outcome
@@ -43,13 +46,15 @@ from gradreg_optim.wrapping.settings import PLACES, SHARED, check_settings
 def shared(name: str, *default: Any) -> Any:
     """An attribute of the wrapped optimizer that is the wrapper's as well."""
     return property(
-        lambda self: getattr(self.optimizer, name, *default), lambda self, value: setattr(self.optimizer, name, value)
+        lambda self: getattr(self.optimizer, name, *default),
+        lambda self, value: setattr(self.optimizer, name, value),
     )
 
 
 def run_hooks_around(step: Callable[..., Any]) -> Callable[..., Any]:
     """Return the wrapper's ``step`` with hooks around it, as torch does, but without a profiler's range."""
-    # The update alone has a range, the wrapped optimizer's. Hooks on every optimizer see the wrapper, which the loop has.
+    # The update alone has a range, the wrapped optimizer's. Hooks on every optimizer see the wrapper, which
+    # the loop has.
 
     @functools.wraps(step)
     def hooked(*args: Any, **kwargs: Any) -> Any:
@@ -87,7 +92,9 @@ class OptimizerWrapper(Optimizer):
 
     profile_hook_step = staticmethod(run_hooks_around)  # type: ignore[assignment]
     _is_state_initialization = is_state_initialization
-    _step_supports_amp_closure = True  # Composer's trainer (0.32) asks in fp16, and then unscales in the closure
+    _step_supports_amp_closure = (
+        True  # Composer's trainer (0.32) asks in fp16, and then unscales in the closure
+    )
 
     def __init__(
         self,
@@ -115,13 +122,20 @@ class OptimizerWrapper(Optimizer):
         self._model, self._scaler = model, scaler
         self._attachment: Any = None
         self._is_in_step = False
-        self.__setstate__({})  # Optimizer's step hooks, without Optimizer.__init__, which would build groups of its own
+        self.__setstate__(
+            {}
+        )  # Optimizer's step hooks, without Optimizer.__init__, which would build groups of its own
         self._named_groups = named_groups
         exclusion = Exclusion(exclude, model, self._groups_with_names())
         for group in self.param_groups:
-            if "gradreg_step" in group:  # wrapped before, or loaded from a checkpoint: these settings count, and its step
+            if (
+                "gradreg_step" in group
+            ):  # wrapped before, or loaded from a checkpoint: these settings count, and its step
                 drop_keys(group, (*SETTING_KEYS, *DELETED_KEYS))
-            check_brought(group, {**{f"gradreg_{name}": self._settings[name] for name in SHARED}, **self.param_groups[0]})
+            check_brought(
+                group,
+                {**{f"gradreg_{name}": self._settings[name] for name in SHARED}, **self.param_groups[0]},
+            )
         for group in self.param_groups:
             adopt_group(group, self._settings, step=0)
         self.exclusion = exclusion
@@ -132,7 +146,7 @@ class OptimizerWrapper(Optimizer):
     # One optimizer: groups, state and defaults are the wrapped one's.
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The wrapped optimizer's groups."""
         if upwards.TRAINER in sys.modules and upwards.ATTACH not in sys.modules:
             upwards.announce()  # a trainer that is imported after the wrapper was built looks at them before it trains
@@ -147,8 +161,8 @@ class OptimizerWrapper(Optimizer):
 
     def __getattr__(self, name: str) -> Any:
         """Attributes of the wrapped optimizer, such as the ``eval`` of schedule-free ones; private ones that are methods."""
-        # Do not forward private flags: GradScaler reads ``_step_supports_amp_scaling`` and would assume that the wrapper
-        # unscales by itself.
+        # Do not forward private flags: GradScaler reads ``_step_supports_amp_scaling`` and would assume that
+        # the wrapper unscales by itself.
         if not name.startswith("__") and "optimizer" in self.__dict__:
             value = getattr(self.optimizer, name, self)
             if value is not self and (callable(value) or not name.startswith("_")):
@@ -213,7 +227,9 @@ class OptimizerWrapper(Optimizer):
 
     def _remember(self, outcome: Outcome) -> None:
         """Keep in the groups what a step found out for those to come."""
-        found: dict[str, Any] = {} if outcome.auto_radius is None else {"gradreg_auto_radius": outcome.auto_radius}
+        found: dict[str, Any] = (
+            {} if outcome.auto_radius is None else {"gradreg_auto_radius": outcome.auto_radius}
+        )
         if outcome.check is not None and not outcome.check.is_swallowed:
             found["gradreg_floor"] = outcome.check.floor
         if outcome.is_low is not None:
@@ -260,7 +276,9 @@ class OptimizerWrapper(Optimizer):
         missing = sorted({key for group in self.param_groups for key in missing_keys(group)})
         if missing:
             what = f"The loaded optimizer state has no {', '.join(missing)}: it was saved without GradRegOptimizer. "
-            warnings.warn(f"{what}Settings stay as constructed, and warm-up and schedule start at step 0.", stacklevel=2)
+            warnings.warn(
+                f"{what}Settings stay as constructed, and warm-up and schedule start at step 0.", stacklevel=2
+            )
         for group, own in zip(self.param_groups, current, strict=True):
             for key, value in {**own, "gradreg_step": 0}.items():
                 group.setdefault(key, value)

@@ -1,6 +1,5 @@
 """Ordinary training raises no alarm: warnings are errors here, and ``loss_check`` stays near 1."""
 
-import copy
 
 import pytest
 import torch
@@ -53,6 +52,10 @@ def inputs_of(name, number):
     return torch.randn(32, 20, generator=generator), torch.randint(5, (32,), generator=generator)
 
 
+def sgd(parameters, lr):
+    return torch.optim.SGD(parameters, lr=lr, weight_decay=0.1, momentum=0.9)
+
+
 PRECISIONS = ["float64", "float32", "bfloat16 autocast", "bfloat16"]
 
 
@@ -99,13 +102,13 @@ def test_silence(name, precision):
         {"scale": 1e-6, "strength": 5e5},
         {"scale": 1e3, "strength": 5e-4},
         {"method": "central"},
-        {"make": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, weight_decay=0.1, momentum=0.9)},
+        {"make": sgd},
         {"radius": "auto"},
         {"clip": 0.05},
         {"every": 4, "warmup_steps": 3},
         {"g1_clip": 0.1, "g2_clip": 0.1},
     ],
-    ids=str,
+    ids=lambda settings: " ".join(settings),
 )
 def test_silence_with_settings(settings):
     """Small and large losses, weight decay, clips after the passes, and so on."""

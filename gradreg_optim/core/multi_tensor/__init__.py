@@ -6,11 +6,12 @@
     moments_              ⟨g2 − g1, g1⟩ and ‖g2 − g1‖²
     combine_              g2 ← g1 + weight·(clip·g2 − g1)
 
-They take any device and dtype, several in one list too. A back end has seven functions: ``fit`` says which tensors it takes,
-``norm_squared``, ``save_and_shift_``, ``shift_``, ``copy_``, ``moments_`` and ``combine_`` are the operations on tensors of one
-dtype and device. :mod:`triton_kernels` does each operation in one launch on a GPU, and :mod:`eager` serves all else.
-Sums run in float32 for half-precision tensors and in the tensors' own precision otherwise; results are 0-d tensors on the
-device of the data, which nothing here waits for, and the number 0 for empty lists.
+They take any device and dtype, several in one list too. A back end has seven functions: ``fit`` says which
+tensors it takes, ``norm_squared``, ``save_and_shift_``, ``shift_``, ``copy_``, ``moments_`` and ``combine_``
+are the operations on tensors of one dtype and device. :mod:`triton_kernels` does each operation in one launch
+on a GPU, and :mod:`eager` serves all else. Sums run in float32 for half-precision tensors and in the tensors'
+own precision otherwise; results are 0-d tensors on the device of the data, which nothing here waits for, and
+the number 0 for empty lists.
 """
 
 from __future__ import annotations
@@ -94,7 +95,9 @@ def _added(sums: list[Tensor]) -> Scalar:
 def _all_added(moments: Sequence[tuple[Tensor, Tensor] | None]) -> Moments | None:
     """The sums of both, unless some are not known."""
     known = [pair for pair in moments if pair is not None]
-    return (_added([a for a, _ in known]), _added([b for _, b in known])) if len(known) == len(moments) else None
+    return (
+        (_added([a for a, _ in known]), _added([b for _, b in known])) if len(known) == len(moments) else None
+    )
 
 
 def norm_squared(tensors: Sequence[Tensor]) -> Scalar:
@@ -109,8 +112,8 @@ def norm_squared(tensors: Sequence[Tensor]) -> Scalar:
 def moments_(g1: Sequence[Tensor], g2: Sequence[Tensor], *, scale: Scalar = 1.0) -> Moments:
     """``g1 ← scale·g1`` in place, then ⟨g2 − g1, g1⟩ and ‖g2 − g1‖², summed over the lists.
 
-    The difference is taken element by element before anything is summed: inner products of the two gradients would cancel
-    to noise when θ' is close to θ.
+    The difference is taken element by element before anything is summed: inner products of the two gradients
+    would cancel to noise when θ' is close to θ.
 
     >>> moments_([torch.tensor([1.0])], [torch.tensor([3.0])])
     (tensor(2.), tensor(4.))
@@ -155,13 +158,18 @@ def of_group(seed: int | None, number: int) -> int | None:
 
 
 def save_and_shift_(
-    weights: Sequence[Tensor], direction: Sequence[Tensor], *, eps: Scalar, seed: int | None = None, signs: int | None = None
+    weights: Sequence[Tensor],
+    direction: Sequence[Tensor],
+    *,
+    eps: Scalar,
+    seed: int | None = None,
+    signs: int | None = None,
 ) -> tuple[list[Tensor], Moments | None]:
     """``θ ← θ + ε·d`` in place, rounded to the nearest values of the weights' dtype. If it raises, θ is whole.
 
-    With a ``seed``, bfloat16 weights are rounded up or down with the probability that is right on average: of steps shorter
-    than half a spacing, which rounding to nearest drops altogether, the right share then arrives. With ``signs``, another
-    seed, the elements of d take random signs and other places.
+    With a ``seed``, bfloat16 weights are rounded up or down with the probability that is right on average: of
+    steps shorter than half a spacing, which rounding to nearest drops altogether, the right share then
+    arrives. With ``signs``, another seed, the elements of d take random signs and other places.
 
     Returns:
         copies of θ; and ⟨θ' − θ, d⟩ and ‖d‖² where they cost nothing, see :func:`step_moments`.
@@ -205,7 +213,9 @@ def shift_(
     Seeds and result as in :func:`save_and_shift_`; with ``signs`` nothing is measured.
     """
     if signs is not None:
-        for (along, moved, origin), key in with_signs(direction, weights, weights if start is None else start, seed=signs):
+        for (along, moved, origin), key in with_signs(
+            direction, weights, weights if start is None else start, seed=signs
+        ):
             shift_([moved], [along], eps=eps, start=[origin], seed=None if seed is None else seed + key)
         return None
     parts = _alike(weights, direction) if start is None else _alike(weights, direction, start)
@@ -240,12 +250,17 @@ def subtract_(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
 
 
 def combine_(
-    g1: Sequence[Tensor], g2: Sequence[Tensor], *, weight: Scalar, clip: Scalar = 1.0, is_finite: Scalar = True
+    g1: Sequence[Tensor],
+    g2: Sequence[Tensor],
+    *,
+    weight: Scalar,
+    clip: Scalar = 1.0,
+    is_finite: Scalar = True,
 ) -> None:
     """``g2 ← g1 + weight·(clip·g2 − g1)`` in place, or g1 where ``is_finite``, which nobody may have read yet, is false.
 
-    Written as g2 + (1 − weight)·(g1 − g2) near weight 1 (γ = ε, sharpness-aware minimization), which leaves exactly g2;
-    weight 0 leaves exactly g1.
+    Written as g2 + (1 − weight)·(g1 − g2) near weight 1 (γ = ε, sharpness-aware minimization), which leaves
+    exactly g2; weight 0 leaves exactly g1.
 
     >>> g = torch.tensor([3.0]); combine_([torch.tensor([1.0])], [g], weight=10.0); g
     tensor([21.])

@@ -1,7 +1,8 @@
-"""The operations in torch alone, on any device and dtype: torch._foreach_*, and flat chunks for what that cannot do.
+"""The operations in torch alone, on any device and dtype: torch._foreach_*, and flat chunks for what that
+cannot do.
 
-Tensors of one list are alike: of one dtype, on one device. Small tensors share a chunk and large ones are cut, so that the
-number of kernel launches does not grow with the number of tensors.
+Tensors of one list are alike: of one dtype, on one device. Small tensors share a chunk and large ones are
+cut, so that the number of kernel launches does not grow with the number of tensors.
 """
 
 from __future__ import annotations
@@ -55,12 +56,15 @@ def _cut(tensors: Sequence[Tensor], size: int) -> Iterable[Sequence[Tensor]]:
     return zip(*(torch.split(x.view(-1), size) for x in tensors), strict=True)
 
 
-def with_signs(direction: Sequence[Tensor], *others: Sequence[Tensor], seed: int) -> Iterator[tuple[list[Tensor], int]]:
+def with_signs(
+    direction: Sequence[Tensor], *others: Sequence[Tensor], seed: int
+) -> Iterator[tuple[list[Tensor], int]]:
     """A direction of the same length that leads elsewhere: pieces of the lists, those of the first from other places.
 
-    The elements of a tensor of ``direction`` are turned about, as in :func:`torch.roll`, and take random signs. In their own
-    places they would still lead where the loss is curved most. Both depend on the seed, the tensor's place in the list and
-    its shape: ranks whose other tensors differ draw the same for the one that they share. With each piece comes a seed.
+    The elements of a tensor of ``direction`` are turned about, as in :func:`torch.roll`, and take random
+    signs. In their own places they would still lead where the loss is curved most. Both depend on the seed,
+    the tensor's place in the list and its shape: ranks whose other tensors differ draw the same for the one
+    that they share. With each piece comes a seed.
 
     >>> [(pieces, _)] = with_signs([torch.ones(6)], [torch.zeros(6)], seed=0); pieces[0].abs(), pieces[1]
     (tensor([1., 1., 1., 1., 1., 1.]), tensor([0., 0., 0., 0., 0., 0.]))
@@ -93,7 +97,9 @@ class Room:
     def copy_of(self, views: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """A flat copy of ``views``."""
         if views[0].device.type != "cpu":
-            return torch.cat([x.flatten() for x in views]).to(dtype)  # in one launch; the allocator keeps the memory
+            return torch.cat([x.flatten() for x in views]).to(
+                dtype
+            )  # in one launch; the allocator keeps the memory
         flat = self.flat(views, dtype)
         torch._foreach_copy_(_shaped(flat, views), list(views))
         return flat
@@ -136,7 +142,9 @@ def moments_(g1: Sequence[Tensor], g2: Sequence[Tensor], *, scale: Scalar) -> tu
 def inner(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
     """⟨x, y⟩."""
     wide, rooms = accumulation_dtype(xs[0].dtype), (Room(), Room())
-    return torch.stack([torch.dot(rooms[0].read(a, wide), rooms[1].read(b, wide)) for a, b in chunks(xs, ys)]).sum()
+    return torch.stack(
+        [torch.dot(rooms[0].read(a, wide), rooms[1].read(b, wide)) for a, b in chunks(xs, ys)]
+    ).sum()
 
 
 def inner_of_differences(start: Sequence[Tensor], left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
@@ -144,7 +152,9 @@ def inner_of_differences(start: Sequence[Tensor], left: Sequence[Tensor], right:
     wide, rooms, found = accumulation_dtype(start[0].dtype), [Room() for _ in range(3)], []
     for origins, lefts, rights in chunks(start, left, right):
         origin = rooms[0].read(origins, wide)
-        found.append(torch.dot(rooms[1].copy_of(lefts, wide).sub_(origin), rooms[2].copy_of(rights, wide).sub_(origin)))
+        found.append(
+            torch.dot(rooms[1].copy_of(lefts, wide).sub_(origin), rooms[2].copy_of(rights, wide).sub_(origin))
+        )
     return torch.stack(found).sum()
 
 
@@ -157,10 +167,16 @@ def sampled(tensor: Tensor, *, limit: int = 2**12, block: int = 64) -> Tensor:
             [66, 67]])
     """
     flat = tensor.flatten()
-    return flat if flat.numel() <= limit else flat.unfold(0, block, flat.numel() // (limit // block))[: limit // block]
+    return (
+        flat
+        if flat.numel() <= limit
+        else flat.unfold(0, block, flat.numel() // (limit // block))[: limit // block]
+    )
 
 
-def step_moments(start: Sequence[Tensor], end: Sequence[Tensor], direction: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def step_moments(
+    start: Sequence[Tensor], end: Sequence[Tensor], direction: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
     """⟨end − start, d⟩ and ‖d‖² on samples, on the device of ``start``, which is rounded to the dtype of ``end``."""
     home, wide = start[0].device, accumulation_dtype(end[0].dtype)
     lists = (start, end, direction)
@@ -192,7 +208,12 @@ def choose_(condition: Tensor, tensors: Sequence[Tensor], others: Sequence[Tenso
 
 
 def save_and_shift_(
-    weights: Sequence[Tensor], saved: Sequence[Tensor], direction: Sequence[Tensor], *, eps: Scalar, seed: int | None
+    weights: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    direction: Sequence[Tensor],
+    *,
+    eps: Scalar,
+    seed: int | None,
 ) -> tuple[Tensor, Tensor] | None:
     """Copy θ to ``saved``, then :func:`shift_`."""
     copy_(saved, weights)
@@ -213,7 +234,8 @@ def shift_(
 ) -> tuple[Tensor, Tensor] | None:
     """``weights ← start + ε·d`` (default: from where they are); with a ``seed``, bfloat16 is rounded stochastically.
 
-    On an accelerator also :func:`step_moments`, of each chunk: to take samples of each tensor is a launch a tensor.
+    On an accelerator also :func:`step_moments`, of each chunk: to take samples of each tensor is a launch a
+    tensor.
     """
     is_on_cpu = weights[0].device.type == "cpu"
     rounding = None if seed is None or weights[0].dtype != torch.bfloat16 else StochasticRounding(seed)
@@ -244,9 +266,10 @@ def shift_(
 class StochasticRounding:
     """Rounds float32 values to values of bfloat16, up or down so that they are right on average.
 
-    bfloat16 is the upper half of float32: random bits are added below the cut, and cut off with the rest. Those of a chunk
-    are the bits of the first, some of them flipped in all of its elements alike. Any two are independent, so that errors
-    add up as if all bits had been drawn anew, which would take most of the time of a step on a CPU.
+    bfloat16 is the upper half of float32: random bits are added below the cut, and cut off with the rest.
+    Those of a chunk are the bits of the first, some of them flipped in all of its elements alike. Any two are
+    independent, so that errors add up as if all bits had been drawn anew, which would take most of the time
+    of a step on a CPU.
     """
 
     def __init__(self, seed: int) -> None:
@@ -270,7 +293,9 @@ class StochasticRounding:
 # Gradients in place.
 
 
-def combine_(g1: Sequence[Tensor], g2: Sequence[Tensor], *, weight: Scalar, clip: Scalar, is_finite: Scalar) -> None:
+def combine_(
+    g1: Sequence[Tensor], g2: Sequence[Tensor], *, weight: Scalar, clip: Scalar, is_finite: Scalar
+) -> None:
     """``g2 ← g1 + weight·(clip·g2 − g1)``, or g1 if not ``is_finite``."""
     if not isinstance(weight, Tensor) and not isinstance(clip, Tensor) and not isinstance(is_finite, Tensor):
         scale_(g2, clip)

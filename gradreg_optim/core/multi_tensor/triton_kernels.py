@@ -1,10 +1,11 @@
 """The operations as Triton kernels: one launch for all tensors, scalars read from the device, nothing waits.
 
-A kernel gets a table: the sizes of the tensors in the first row, and their addresses in one more row for each list. A
-second table tells each program which tensor is its own, and which block of it. Sums are written one a program and added
-afterwards in a fixed order: two runs give the same bits.
+A kernel gets a table: the sizes of the tensors in the first row, and their addresses in one more row for each
+list. A second table tells each program which tensor is its own, and which block of it. Sums are written one a
+program and added afterwards in a fixed order: two runs give the same bits.
 
-Triton comes with torch's CUDA and ROCm builds. Tensors are contiguous, on one device, in bfloat16, float16 or float32.
+Triton comes with torch's CUDA and ROCm builds. Tensors are contiguous, on one device, in bfloat16, float16 or
+float32.
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ def _rounded(x, DTYPE: tl.constexpr):
 def _norm_kernel(table, places, count, sums, X: tl.constexpr, BLOCK: tl.constexpr, IS_ALIGNED: tl.constexpr):
     tensor, start, size = _place(table, places, BLOCK, IS_ALIGNED)
     offsets = start + tl.arange(0, BLOCK)
-    x = tl.load(_tensor(table, 1, count, tensor, X, IS_ALIGNED) + offsets, offsets < size, other=0.0).to(tl.float32)
+    x = tl.load(_tensor(table, 1, count, tensor, X, IS_ALIGNED) + offsets, offsets < size, other=0.0).to(
+        tl.float32
+    )
     tl.store(sums + tl.program_id(0), tl.sum(x * x, 0))
 
 
@@ -136,7 +139,9 @@ def _moments_kernel(
     first = _rounded(tl.load(firsts, inside, other=0.0).to(tl.float32) * factor, F)
     if factor != 1.0:
         tl.store(firsts, first, inside)
-    second = tl.load(_tensor(table, 2, count, tensor, S, IS_ALIGNED) + offsets, inside, other=0.0).to(tl.float32)
+    second = tl.load(_tensor(table, 2, count, tensor, S, IS_ALIGNED) + offsets, inside, other=0.0).to(
+        tl.float32
+    )
     delta = second - first.to(tl.float32)
     tl.store(sums + tl.program_id(0), tl.sum(delta * first.to(tl.float32), 0))
     tl.store(sums + programs + tl.program_id(0), tl.sum(delta * delta, 0))
@@ -150,12 +155,16 @@ def _combine_kernel(
     tensor, start, size = _place(table, places, BLOCK, IS_ALIGNED)
     offsets = start + tl.arange(0, BLOCK)
     inside = offsets < size
-    first = tl.load(_tensor(table, 1, count, tensor, F, IS_ALIGNED) + offsets, inside, other=0.0).to(tl.float32)
+    first = tl.load(_tensor(table, 1, count, tensor, F, IS_ALIGNED) + offsets, inside, other=0.0).to(
+        tl.float32
+    )
     seconds = _tensor(table, 2, count, tensor, S, IS_ALIGNED) + offsets
     second = tl.load(seconds, inside, other=0.0).to(tl.float32) * tl.load(clip).to(tl.float32)
     share = tl.load(weight).to(tl.float32)
     # The nearer of the two is where to begin: exactly the second one for weight 1, the first one for 0.
-    combined = tl.where(tl.abs(share) > 0.5, second + (1.0 - share) * (first - second), first + share * (second - first))
+    combined = tl.where(
+        tl.abs(share) > 0.5, second + (1.0 - share) * (first - second), first + share * (second - first)
+    )
     combined = tl.where(tl.load(is_finite).to(tl.float32) != 0.0, combined, first)
     tl.store(seconds, _rounded(combined, S), inside)
 
@@ -206,7 +215,9 @@ class _Launch:
         addresses = tuple([x.data_ptr() for tensors in lists for x in tensors])
         self._device = lists[0][0].device
         self._places, self.programs = _places(sizes, self._device)
-        is_aligned = all(number % 16 == 0 for number in sizes) and all(address % 16 == 0 for address in addresses)
+        is_aligned = all(number % 16 == 0 for number in sizes) and all(
+            address % 16 == 0 for address in addresses
+        )
         self._constants = {"BLOCK": BLOCK, "IS_ALIGNED": is_aligned}
         self._first = (_table(sizes, addresses, self._device), self._places, len(sizes))
 
@@ -244,7 +255,13 @@ def norm_squared(tensors: Sequence[Tensor]) -> Tensor:
 def moments_(g1: Sequence[Tensor], g2: Sequence[Tensor], *, scale: Scalar) -> tuple[Tensor, Tensor]:
     """``g1 ← scale·g1``, then ⟨g2 − g1, g1⟩ and ‖g2 − g1‖²."""
     launch = _Launch(g1, g2)
-    launch(_moments_kernel, sums := launch.sums(2), launch.programs, launch.scalar(scale), **_dtypes("FS", g1, g2))
+    launch(
+        _moments_kernel,
+        sums := launch.sums(2),
+        launch.programs,
+        launch.scalar(scale),
+        **_dtypes("FS", g1, g2),
+    )
     inner, squares = sums.sum(1)
     return inner, squares
 
@@ -255,7 +272,12 @@ def copy_(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
 
 
 def save_and_shift_(
-    weights: Sequence[Tensor], saved: Sequence[Tensor], direction: Sequence[Tensor], *, eps: Scalar, seed: int | None
+    weights: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    direction: Sequence[Tensor],
+    *,
+    eps: Scalar,
+    seed: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Copy θ to ``saved``, then :func:`shift_`, in one pass over memory."""
     return shift_(weights, direction, saved=saved, eps=eps, seed=seed)
@@ -283,14 +305,18 @@ def shift_(
             SAVES=saved is not None, IS_STOCHASTIC=seed is not None and weights[0].dtype == torch.bfloat16,
         )  # fmt: skip
     except BaseException:
-        if saved is not None and bool((sums[1] != -1).all()):  # squares: the kernel has run, and an interrupt came after it
+        if saved is not None and bool(
+            (sums[1] != -1).all()
+        ):  # squares: the kernel has run, and an interrupt came after it
             copy_(weights, saved)
         raise
     along, squares = sums.sum(1)
     return along, squares
 
 
-def combine_(g1: Sequence[Tensor], g2: Sequence[Tensor], *, weight: Scalar, clip: Scalar, is_finite: Scalar) -> None:
+def combine_(
+    g1: Sequence[Tensor], g2: Sequence[Tensor], *, weight: Scalar, clip: Scalar, is_finite: Scalar
+) -> None:
     """``g2 ← g1 + weight·(clip·g2 − g1)``, or g1 if not ``is_finite``."""
     launch = _Launch(g1, g2)
     launch(_combine_kernel, *map(launch.scalar, (weight, clip, is_finite)), **_dtypes("FS", g1, g2))
