@@ -1,8 +1,8 @@
 """What MkDocs does here beyond mkdocs.yml, so that one text serves the repository and the site.
 
-Pages link to files of the repository by relative paths, as GitHub reads them. On the site a link to a page stays inside the
-site; README.md is the home page, and the results of the benchmarks are pages as well. Links to other files lead to the
-repository, whose address is in pyproject.toml alone.
+Pages link to files of the repository by relative paths, as GitHub reads them. On the site a link to a page
+stays inside the site; README.md is the home page, and the results of the benchmarks are pages as well. Links
+to other files lead to the repository, whose address is in pyproject.toml alone.
 """
 
 from __future__ import annotations
@@ -70,12 +70,17 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return f"{config.repo_url}/{'tree' if (ROOT / path).is_dir() else 'blob'}/main/{path}"
 
     kept: list[str] = []
-    hidden = CODE.sub(lambda code: kept.append(code[0]) or f"\0{len(kept) - 1}\0", markdown)  # type: ignore[func-returns-value]
+
+    def hide(code: re.Match[str]) -> str:
+        kept.append(code[0])
+        return f"\0{len(kept) - 1}\0"
+
+    hidden = CODE.sub(hide, markdown)
     return re.sub("\0(\\d+)\0", lambda number: kept[int(number[1])], LINK.sub(led, hidden))
 
 
 class PlainRoles(griffe.Extension):
-    """Docstrings are written for ``help()``, with the roles of reStructuredText: here they become Markdown."""
+    """Turns docstrings with the roles of reStructuredText, written for ``help()``, into Markdown."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -2,8 +2,8 @@
 
     python examples/own_loop.py
 
-Both loops fit a linear regression. Its loss is quadratic, so the regularized gradient has a closed form, ∇L + γ·H·∇L, and
-the script checks the weights after the last step against it.
+Both loops fit a linear regression. Its loss is quadratic, so the regularized gradient has a closed form,
+∇L + γ·H·∇L. The script compares the weights after the last step with it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def train_with_passes(strength: float, steps: int) -> Tensor:
         nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)  # .grad holds the combined gradient here
         optimizer.step()
         if step % 10 == 0:
-            print(f"step {step}: loss {loss.item():.4f}, penalty ratio {float(optimizer.metrics['penalty_ratio']):.3f}")
+            ratio = float(optimizer.metrics["penalty_ratio"])
+            print(f"step {step}: loss {loss.item():.4f}, penalty ratio {ratio:.3f}")
     return model.weight.detach()
 
 
@@ -57,7 +58,7 @@ def train_with_closure(strength: float, steps: int) -> Tensor:
         return loss
 
     for _ in range(steps):
-        optimizer.step(closure)  # calls the closure twice and returns the loss at θ
+        optimizer.step(closure)  # calls the closure at θ and at θ + ε·g1, and returns the loss at θ
     return model.weight.detach()
 
 
@@ -69,7 +70,8 @@ def train_in_closed_form(strength: float, steps: int, max_norm: float | None) ->
         g1 = 2 * (weight @ inputs.T - targets.T) @ inputs / len(inputs)
         combined = g1 + strength * g1 @ hessian
         if max_norm is not None:
-            combined = combined * min(1.0, max_norm / (float(combined.norm()) + 1e-6))  # as clip_grad_norm_ does
+            bound = max_norm / (float(combined.norm()) + 1e-6)  # as clip_grad_norm_ does
+            combined = combined * min(1.0, bound)
         weight = weight - LEARNING_RATE * combined
     return weight
 

@@ -18,7 +18,7 @@ class InputError(ValueError):
 
 
 class Parser(TrlParser):
-    """A TrlParser that raises its errors; argparse would print them below a usage of several hundred flags."""
+    """A TrlParser that raises its errors. argparse would print several hundred flags before them."""
 
     def error(self, message: str) -> NoReturn:
         """Raise the message."""
@@ -45,5 +45,7 @@ def parse(script: str, argv: list[str], own: type, defaults: dict[str, Any]) -> 
     except (ValueError, OSError) as error:
         raise InputError(error) from error
     if unknown:
-        raise InputError(f"{unknown} must be flags of this script, of TRL or of GradRegConfig (--help lists them)")
+        raise InputError(
+            f"{unknown} must be flags of this script, of TRL or of GradRegConfig (--help lists them)"
+        )
     return cast(Arguments, tuple(arguments))

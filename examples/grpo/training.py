@@ -22,7 +22,7 @@ __all__ = ["regularized_adamw", "train"]
 
 
 def regularized_adamw(model: PreTrainedModel, args: GRPOConfig, grad_reg: GradRegConfig) -> GradRegOptimizer:
-    """The AdamW that Trainer would create, wrapped. Give it to the trainer as ``optimizers=(optimizer, None)``.
+    """The AdamW that Trainer would create, wrapped: for the trainer's ``optimizers=(optimizer, None)``.
 
     Raises:
         InputError: a pattern of ``--grad_reg_exclude`` matches no parameter of the model.
@@ -52,9 +52,9 @@ def train(
 ) -> None:
     """Read the command line, train, and report.
 
-    With an own flag ``compare`` that is true, the same run without the penalty comes first. Both start from the same weights
-    and seed, and see the same prompts. Where a comparison makes no sense there is none: under strength 0, on several
-    processes, and when a run is resumed.
+    With an own flag ``compare`` that is true, the same run without the penalty comes first. Both start from
+    the same weights and seed, and see the same prompts. Where a comparison makes no sense there is none:
+    under strength 0, on several processes, and when a run is resumed.
 
     Args:
         script: the name of the example's file.

@@ -1,4 +1,4 @@
-"""Lets verl, which knows GPUs and NPUs alone, run on a CPU to try it out: for ``VERL_USE_EXTERNAL_MODULES``."""
+"""Lets verl, which supports GPUs and NPUs only, run on a CPU: for ``VERL_USE_EXTERNAL_MODULES``."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ ANSWERS: dict[str, Any] = {
     "nvtx_range": lambda _self, _message: nullcontext(),
     "get_device_capability": lambda _self, _index=0: (None, None),
 }
-METHODS = {name: ANSWERS.get(name, lambda *_args, **_kwargs: None) for name in PlatformBase.__abstractmethods__}
+METHODS = {
+    name: ANSWERS.get(name, lambda *_args, **_kwargs: None) for name in PlatformBase.__abstractmethods__
+}
 PlatformRegistry.register(platform="cpu")(type("Cpu", (PlatformBase,), METHODS))
 
 

@@ -45,7 +45,7 @@ def test_public_names(name):
     """Every promised name is there, those of trainers and engines loaded when they are first used."""
     assert name in gradreg_optim.__all__
     if name in LIBRARIES and importlib.util.find_spec(LIBRARIES[name]) is None:
-        pytest.skip(f"{name} stands on {LIBRARIES[name]}, which is not installed")
+        pytest.skip(f"{name} needs {LIBRARIES[name]}, which is not installed")
     assert getattr(gradreg_optim, name).__name__ == name
 
 
@@ -59,7 +59,7 @@ MISSING = [*((name, library) for name, library in LIBRARIES.items()), ("attach",
 
 @pytest.mark.parametrize(("name", "library"), MISSING)
 def test_a_missing_package_names_its_extra(name, library):
-    """Where a library is not installed, whoever needs it learns which extra brings it; the rest works as before."""
+    """If a library is not installed, the error names the extra that has it, and the rest works."""
     script = f"""
 import sys
 

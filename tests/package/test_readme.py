@@ -27,7 +27,7 @@ def test_loop_example_runs():
 
 @pytest.mark.usefixtures("tiny")
 def test_trainer_example_runs(monkeypatch, tmp_path):
-    """The block about TRL runs as it is and is regularized; tiny ones replace the model, reward and data that it names."""
+    """The block about TRL runs and is regularized, with a tiny model, reward and dataset in place of its own."""
     import datasets
     import trl
 
@@ -50,10 +50,14 @@ def test_trainer_example_runs(monkeypatch, tmp_path):
 
 
 def test_engine_example_says_what_the_example_does():
-    """The block about DeepSpeed needs an engine: its loop is that of examples/deepspeed_loop.py, which runs as a test."""
+    """The block about DeepSpeed has the loop of examples/deepspeed_loop.py, which runs as a test."""
     compile(ENGINE, "README.md", "exec")
     example = (ROOT / "examples/deepspeed_loop.py").read_text(encoding="utf-8")
-    for line in ("for _ in optimizer.passes():", "engine.step()", "optimizer = ZeroGradRegOptimizer(engine, strength="):
+    for line in (
+        "for _ in optimizer.passes():",
+        "engine.step()",
+        "optimizer = ZeroGradRegOptimizer(engine, strength=",
+    ):
         assert line in ENGINE
         assert line in example
 
@@ -61,7 +65,8 @@ def test_engine_example_says_what_the_example_does():
 def test_tables_name_what_there_is():
     """Six settings that the optimizer has, and five metrics that docs/metrics.md explains."""
     tables = re.findall(r"\n\n((?:\|.*\n)+)", README)
-    settings, metrics = ([re.findall(r"`(\w+)`", row.split("|")[1]) for row in table.splitlines()[2:]] for table in tables)
+    rows = ([row.split("|")[1] for row in table.splitlines()[2:]] for table in tables)
+    settings, metrics = ([re.findall(r"`(\w+)`", row) for row in of_table] for of_table in rows)
     assert len(settings) == 6
     assert {name for row in settings for name in row} <= set(inspect.signature(GradRegOptimizer).parameters)
     assert len(metrics) == 5

@@ -41,7 +41,7 @@ def toys(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Lets ``GRPOConfig`` be one of a step on a CPU unless it is told otherwise, in a folder of its own."""
+    """Gives ``GRPOConfig`` other defaults: one small step on a CPU. Runs the test in a folder of its own."""
     trl = pytest.importorskip("trl", reason="trainers come with the extra [trl]")
     small = {
         "max_steps": 1,
