@@ -35,8 +35,8 @@ def test_counts_like_a_plain_engine(pair, stage, micro_batches):
 )
 def test_interrupt_in_the_second_pass(pair, stage, more):
     """Weights and masters are whole again, the first gradient is still there, and training goes on."""
-    config = worker.make_config(stage, micro_batches=2, **more)
-    expected = worker.reference({"strength": 0.0}, steps=2, micro_batches=2, world=2)[0]
+    config = worker.make_config(stage, micro_batches=3, **more)
+    expected = worker.reference({"strength": 0.0}, steps=2, micro_batches=3, world=2)[0]
     for found in pair.run(worker.interrupt, config, SETTINGS):
         assert found["raised"] == "Interruption"
         assert found["untouched"]

@@ -420,7 +420,7 @@ def interrupt(config: dict[str, Any], settings: dict[str, Any], *, on_rank: int 
 
     def loss_hook(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
         counted.append(1)
-        if len(counted) == 2 * micro_batches:
+        if len(counted) == min(micro_batches + 2, 2 * micro_batches):  # a micro-batch has run, and the window has not
             if on_rank is not None:
                 give_up(on_rank)
             if on_rank in (None, dist.get_rank()):
