@@ -71,7 +71,7 @@ def test_blocks_that_do_not_run_are_python():
 
 
 def test_every_setting_has_its_row():
-    """In the order of the signature, with its default. Its flag is its name, with the exceptions on the page."""
+    """In the order of the signature, with its default. Its flag is its name, but for what the page says."""
     rows = re.findall(r"^\| `(\w+)` \| (\S+) \|", text("docs/settings.md"), re.MULTILINE)
     parameters = dict(inspect.signature(GradRegOptimizer).parameters)
     del parameters["optimizer"], parameters["unknown"]  # the latter catches misspelt names

@@ -27,7 +27,7 @@ def test_loop_example_runs():
 
 @pytest.mark.usefixtures("tiny")
 def test_trainer_example_runs(monkeypatch, tmp_path):
-    """The block about TRL runs and is regularized, with a tiny model, reward and dataset in place of its own."""
+    """The block about TRL runs and is regularized; a tiny model, reward and dataset replace its own."""
     import datasets
     import trl
 
