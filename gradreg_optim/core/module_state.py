@@ -97,6 +97,7 @@ class ModuleState:
         self._stores: list[tuple[dict[str, Any], dict[str, Any]]] = []  # dicts of modules, and what they held
         self._values: dict[int, _Value] = {}  # by the ``id`` of the tensor
         self._changed: list[tuple[dict[str, Any], str, Any, Any]] = []
+        self._hook_states: list[tuple[Any, dict[str, Any], dict[str, Any]]] = []  # before and after the first pass
         self._foreign: list[tuple[Tensor, Tensor | None]] = []
         # By the ``id`` of a module: it and its buffers, if compiled code has noted them; ``None`` if it was
         # looked at.
@@ -163,8 +164,7 @@ class ModuleState:
             if tensor is not None and id(tensor) not in self._values:
                 values[name] = self._values[id(tensor)] = self._noted(tensor, name, known)
         if isinstance(part, DistributedDataParallel):
-            states = (state for _, state in getattr(part, "_comm_hooks", ()) if hasattr(state, "__dict__"))
-            self._stores += [(vars(state), dict(vars(state))) for state in states]
+            self._hook_states += [(state, _numbers_of(state), {}) for _, state in getattr(part, "_comm_hooks", ())]
         self.modules[part] = values
 
     def _noted(self, tensor: Tensor, name: str, known: _Known) -> _Value:
@@ -191,6 +191,8 @@ class ModuleState:
                 }
             for store, state in self._stores:
                 self._compare(store, state)
+            for hook_state, _, after in self._hook_states:
+                after.update(_numbers_of(hook_state))
             for part, values in self.modules.items():
                 self._learn(self._known_of(part), values)
             self._put_aside(self.modules)
@@ -251,8 +253,17 @@ class ModuleState:
             for value in self._values.values():
                 if value.before is not None and value.after is not None:
                     _write_(value.tensor, value.before if is_before else value.after)
+            for hook_state, *values in self._hook_states:
+                for name, held in values[0 if is_before else 1].items():
+                    setattr(hook_state, name, held)
             for parameter, gradient in self._foreign:
                 parameter.grad = None if is_before else gradient
+
+
+def _numbers_of(hook_state: Any) -> dict[str, Any]:
+    """The plain numbers of the state of a communication hook, by which it counts backwards."""
+    names = [*getattr(hook_state, "__dict__", ()), *getattr(hook_state, "__slots__", ())]
+    return {name: value for name in names if type(value := getattr(hook_state, name, _NOTHING)) in (int, float)}
 
 
 def is_wrapped(value: Any) -> bool:

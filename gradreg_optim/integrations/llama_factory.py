@@ -2,8 +2,8 @@
 
 In place of ``llamafactory-cli train``::
 
-    python -m gradreg_optim.integrations.llama_factory train.yaml grad_reg_strength=1e-2     # or a line of
-    the file torchrun --nproc_per_node 8 -m gradreg_optim.integrations.llama_factory train.yaml
+    python -m gradreg_optim.integrations.llama_factory train.yaml grad_reg_strength=1e-2     # or in the file
+    torchrun --nproc_per_node 8 -m gradreg_optim.integrations.llama_factory train.yaml
 
 In Python, give ``run_exp`` a :class:`~gradreg_optim.GradRegCallback`, which is all that this file does.
 
@@ -28,8 +28,9 @@ from gradreg_optim.trainers.attach import GradRegCallback
 def main() -> None:
     """Train as ``llamafactory-cli train`` does with the same arguments, and take ``grad_reg_*`` as settings.
 
-    Raises: ValueError: a setting is unknown or breaks its rule, or the stage is PPO or the engine Megatron's,
-        where nothing would take the penalty.
+    Raises:
+        ValueError: a setting is unknown or breaks its rule, or the stage is PPO or the engine Megatron's,
+            where nothing would take the penalty.
     """
     arguments: dict[str, Any] | list[str] = read_args()
     if isinstance(arguments, dict):

@@ -29,15 +29,19 @@ def attach(trainer: Trainer, config: GradRegConfig | None = None, **settings: Un
     returns. A trainer that was given a :class:`GradRegOptimizer` as ``optimizers=`` attaches by itself when
     it trains.
 
-    Args: trainer: a :class:`transformers.Trainer` or any TRL trainer based on it, before or after training.
-        config: the settings, as parsed from a command line. settings: keyword arguments of
-        :class:`GradRegOptimizer`; they override ``config``. Patterns in ``exclude`` are added to embeddings
-        and heads, which are left out by default; ``"none"`` leaves out nothing.
+    Args:
+        trainer: a :class:`transformers.Trainer` or any TRL trainer based on it, before or after training.
+        config: the settings, as parsed from a command line.
+        settings: keyword arguments of :class:`GradRegOptimizer`; they override ``config``. Patterns in
+            ``exclude`` are added to embeddings and heads, which are left out by default; ``"none"`` leaves
+            out nothing.
 
-    Raises: TypeError: ``trainer`` is not a ``transformers.Trainer``, ``config`` is not a ``GradRegConfig``,
-        or a setting is unknown. ValueError: a setting breaks its rule, or settings are given although the
-        trainer's optimizer is a :class:`GradRegOptimizer`, which has its own. RuntimeError: the trainer is
-        attached already, or DeepSpeed holds the parameters of its optimizer.
+    Raises:
+        TypeError: ``trainer`` is not a ``transformers.Trainer``, ``config`` is not a ``GradRegConfig``, or a
+            setting is unknown.
+        ValueError: a setting breaks its rule, or settings are given although the trainer's optimizer is a
+            :class:`GradRegOptimizer`, which has its own.
+        RuntimeError: the trainer is attached already, or DeepSpeed holds the parameters of its optimizer.
     """
     if not isinstance(trainer, Trainer):
         raise TypeError(
@@ -103,9 +107,11 @@ class GradRegCallback(TrainerCallback):
         config: the settings, as parsed from a command line.
         settings: keyword arguments of :class:`~gradreg_optim.GradRegOptimizer`; they override ``config``.
 
-    Raises: TypeError, ValueError: a setting is unknown or breaks its rule; or, from the trainer, it is
-        attached already with other settings. RuntimeError: from the trainer: an earlier training has given
-        the optimizer's parameters to DeepSpeed, or the callback was added during training.
+    Raises:
+        TypeError, ValueError: a setting is unknown or breaks its rule; or, from the trainer, it is attached
+            already with other settings.
+        RuntimeError: from the trainer: an earlier training has given the optimizer's parameters to DeepSpeed,
+            or the callback was added during training.
     """
 
     def __init__(self, config: GradRegConfig | None = None, **settings: Unpack[Settings]) -> None:

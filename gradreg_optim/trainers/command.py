@@ -2,9 +2,9 @@
 
 ::
 
-    gradreg sft --config sft.yaml                                     # grad_reg_strength: 1e-2 is a line of
-    the file gradreg grpo --model_name_or_path … --grad_reg_strength 1e-2      # or a flag accelerate launch
-    --config_file zero2.yaml -m gradreg_optim sft --config sft.yaml
+    gradreg sft --config sft.yaml                                     # the file says grad_reg_strength: 1e-2
+    gradreg grpo --model_name_or_path … --grad_reg_strength 1e-2      # or a flag
+    accelerate launch --config_file zero2.yaml -m gradreg_optim sft --config sft.yaml
 
 Relied upon (trl 0.27 to 1.16): each script in ``trl.scripts`` has ``make_parser()``, whose
 ``dataclass_types`` are the arguments of ``main``, and builds a trainer there and calls its ``train()``.

@@ -42,16 +42,16 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
 
     Args:
         engine: the engine that ``deepspeed.initialize`` returned. Its client optimizer, stage, precision,
-        clipping, loss
-            scaling and LR scheduler work unchanged. ``gradient_clipping`` acts on the combined gradient.
+            clipping, loss scaling and LR scheduler work unchanged. ``gradient_clipping`` acts on the combined
+            gradient.
         settings: those of :class:`~gradreg_optim.GradRegOptimizer`, but for ``model``, ``scaler`` and
-        ``rounding``,
-            which the engine decides. ``exclude`` matches the parameter names of ``engine.module``.
+            ``rounding``, which the engine decides. ``exclude`` matches the parameter names of
+            ``engine.module``.
 
     Raises:
-        TypeError: ``engine`` is no DeepSpeed engine, or there is no setting of a given name. ValueError: the
-        engine keeps weights or gradients where a second gradient cannot be taken (pipeline, experts,
-            NVMe, …), or a setting breaks its rule.
+        TypeError: ``engine`` is no DeepSpeed engine, or there is no setting of a given name.
+        ValueError: the engine keeps weights or gradients where a second gradient cannot be taken (pipeline,
+            experts, NVMe, …), or a setting breaks its rule.
 
     Memory beyond plain DeepSpeed: g1, one partition in the dtype in which gradients are accumulated. On N
     ranks that is 4/N bytes a parameter in fp32 and 2/N in bf16 or fp16. Stage 0 has no partitions: g1 is
