@@ -53,7 +53,7 @@ class GradRegConfig(_Flags):  # type: ignore[misc]
     """The settings of :class:`~gradreg_optim.GradRegOptimizer` as command-line flags, ``grad_reg_strength`` and so on.
 
     Made for ``TrlParser((GRPOConfig, ModelConfig, GradRegConfig))`` and ``HfArgumentParser``; :meth:`kwargs`
-    turns it into the optimizer's keyword arguments. Defaults are those of the published implementation.
+    turns it into the optimizer's keyword arguments, whose defaults it has.
 
     Raises:
         ValueError: a value breaks its rule; the message names value, rule and remedy.
