@@ -1,4 +1,4 @@
-"""GradReg: a wrapper that builds the optimizer inside it, for everything that makes an optimizer from a name."""
+"""GradReg: a wrapper that builds its own inner optimizer, for callers that make an optimizer from a name."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ _KINDS = {setting.name: setting.rule.kind for setting in SETTINGS}
 
 
 class GradReg(GradRegOptimizer):
-    """:class:`GradRegOptimizer` for callers of ``cls(params, **kwargs)``: it builds the optimizer that it wraps.
+    """A :class:`GradRegOptimizer` for callers of ``cls(params, **kwargs)``: it builds its inner optimizer.
 
     ::
 
-        GradReg(params, base_optimizer="torch.optim.AdamW", gradreg={"strength": 1e-2}, lr=1e-6,
-        weight_decay=0.01)
+        GradReg(params, "torch.optim.AdamW", gradreg={"strength": 1e-2}, lr=1e-6, weight_decay=0.01)
         # is
         GradRegOptimizer(torch.optim.AdamW(params, lr=1e-6, weight_decay=0.01), strength=1e-2)
 
@@ -30,14 +29,13 @@ class GradReg(GradRegOptimizer):
         params: parameters, named parameters or groups, as the optimizer inside takes them.
         base_optimizer: the full name of the optimizer inside, or its class.
         gradreg: keyword arguments of :class:`GradRegOptimizer`; numbers may be text, as YAML reads ``1e-3``.
-        base_kwargs: keyword arguments of the optimizer inside. ``eps`` is there that optimizer's, and in
-        ``gradreg`` ε.
+        base_kwargs: keyword arguments of the optimizer inside. ``eps`` is there that optimizer's,
+            and in ``gradreg`` ε.
 
     Raises:
         ImportError: there is nothing of the name ``base_optimizer``.
         TypeError: ``base_optimizer`` is no :class:`torch.optim.Optimizer`; ``gradreg`` is no mapping or has
-        an unknown
-            name; one of its names is among ``base_kwargs``.
+            an unknown name; one of its names is among ``base_kwargs``.
         ValueError: a setting breaks its rule.
 
     >>> import torch
@@ -62,8 +60,9 @@ class GradReg(GradRegOptimizer):
         make = _named(base_optimizer) if isinstance(base_optimizer, str) else base_optimizer
         if not isinstance(make, type) or not issubclass(make, Optimizer):
             raise TypeError(
-                f"base_optimizer={shown(base_optimizer)} is no torch.optim.Optimizer: it must be the full name of the "
-                "optimizer inside, or its class. Write, for example, base_optimizer='torch.optim.AdamW'."
+                f"base_optimizer={shown(base_optimizer)} is no torch.optim.Optimizer: it must be the full "
+                "name of the optimizer inside, or its class. Write, for example, "
+                "base_optimizer='torch.optim.AdamW'."
             )
         _check_base_kwargs(make, base_kwargs)
         super().__init__(make(params, **base_kwargs), **settings)
@@ -72,8 +71,8 @@ class GradReg(GradRegOptimizer):
 def _settings(gradreg: Mapping[str, Any] | None) -> dict[str, Any]:
     if gradreg is not None and not isinstance(gradreg, Mapping):
         raise TypeError(
-            f"gradreg={shown(gradreg)} is a {type(gradreg).__name__}: it must be a mapping of GradRegOptimizer's keyword "
-            "arguments. Write, for example, gradreg={'strength': 1e-2}."
+            f"gradreg={shown(gradreg)} is a {type(gradreg).__name__}: it must be a mapping of "
+            "GradRegOptimizer's keyword arguments. Write, for example, gradreg={'strength': 1e-2}."
         )
     check_names("gradreg", map(str, gradreg or {}))
     return {name: from_text(value, _KINDS.get(name)) for name, value in (gradreg or {}).items()}
@@ -84,19 +83,20 @@ def _named(name: str) -> Any:
         return resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ImportError(
-            f"base_optimizer={name!r} cannot be imported ({error}): it must be the full name of an installed optimizer. "
-            "Write, for example, 'torch.optim.AdamW', or install the package that has it."
+            f"base_optimizer={name!r} cannot be imported ({error}): it must be the full name of an installed "
+            "optimizer. Write, for example, 'torch.optim.AdamW', or install the package that has it."
         ) from error
 
 
 def _check_base_kwargs(make: type[Optimizer], base_kwargs: Mapping[str, Any]) -> None:
-    """Raise for settings of the penalty that were given to the optimizer inside, which would not say what is wrong."""
+    """Raise for settings of the penalty among the inner optimizer's arguments; its error would not help."""
     known = inspect.signature(make).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         return
     for name in base_kwargs:
         if name in Settings.__annotations__ and name not in known:
             raise TypeError(
-                f"{name}={shown(base_kwargs[name])} is no argument of {make.__name__}, which gets what is beside "
-                f"gradreg=. Settings of the penalty go into it: gradreg={{{name!r}: {shown(base_kwargs[name])}}}."
+                f"{name}={shown(base_kwargs[name])} is no argument of {make.__name__}, which gets what is "
+                f"beside gradreg=. Settings of the penalty go into it: gradreg={{{name!r}: "
+                f"{shown(base_kwargs[name])}}}."
             )

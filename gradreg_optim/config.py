@@ -1,4 +1,4 @@
-"""The settings on a command line: a dataclass, derived from :data:`gradreg_optim.wrapping.settings.SETTINGS`."""
+"""The settings on a command line: a dataclass made from :data:`gradreg_optim.wrapping.settings.SETTINGS`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _Flags: Any = make_dataclass(
 
 @dataclass
 class GradRegConfig(_Flags):  # type: ignore[misc]
-    """The settings of :class:`~gradreg_optim.GradRegOptimizer` as command-line flags, ``grad_reg_strength`` and so on.
+    """The settings of :class:`~gradreg_optim.GradRegOptimizer` as flags, ``grad_reg_strength`` and so on.
 
     Made for ``TrlParser((GRPOConfig, ModelConfig, GradRegConfig))`` and ``HfArgumentParser``; :meth:`kwargs`
     turns it into the optimizer's keyword arguments, whose defaults it has.
@@ -71,18 +71,16 @@ class GradRegConfig(_Flags):  # type: ignore[misc]
     def kwargs(self) -> dict[str, Any]:
         """Keyword arguments for :class:`~gradreg_optim.GradRegOptimizer`."""
         kwargs = {setting.name: getattr(self, _flag(setting)) for setting in SETTINGS}
-        for clip in (
-            "g1_clip",
-            "g2_clip",
-        ):  # a command line cannot say None; 0 is the Trainer's way to switch a clip off
+        # A command line cannot say None; 0 is the Trainer's way to switch a clip off.
+        for clip in ("g1_clip", "g2_clip"):
             kwargs[clip] = kwargs[clip] or None
         return {**kwargs, "exclude": exclude_patterns(self.grad_reg_exclude)}
 
 
 def as_flags(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of :class:`~gradreg_optim.GradRegOptimizer` under the names of their flags, as a run records them.
+    """Keyword arguments of :class:`~gradreg_optim.GradRegOptimizer` under their flags' names, for run logs.
 
-    Those that are not given have their defaults; a callable is its name.
+    Arguments that are not given have their defaults; a callable is replaced by its name.
     """
     flags = {_flag(setting): settings.get(setting.name, setting.default) for setting in SETTINGS}
     flags["grad_reg_schedule"] = flags["grad_reg_schedule"] or "constant"

@@ -61,68 +61,61 @@ class Progress:
 class GradRegOptimizer(OptimizerWrapper):
     r"""Gradient regularization around any :class:`torch.optim.Optimizer`.
 
-    Minimises :math:`L(θ) + \frac{γ}{2}‖∇L(θ)‖²`. The wrapped optimizer steps on :math:`g_1 + \frac{γ}{ε}(g_2
-    − g_1)`, where :math:`g_1 = ∇L(θ)` and :math:`g_2 = ∇L(θ + ε·g_1)` (arXiv 2602.18037). With strength 0 the
-    wrapper is the wrapped optimizer, bit for bit.
+    Minimises :math:`L(θ) + \frac{γ}{2}‖∇L(θ)‖²`. The wrapped optimizer steps on
+    :math:`g_1 + \frac{γ}{ε}(g_2 − g_1)`, where :math:`g_1 = ∇L(θ)` and :math:`g_2 = ∇L(θ + ε·g_1)` (arXiv
+    2602.18037). With strength 0 the wrapper is the wrapped optimizer, bit for bit.
 
     Args:
         optimizer: any optimizer whose ``step`` needs no closure. The wrapper shares its ``param_groups``,
-        ``state`` and
-            ``defaults``. A group may bring its own ``gradreg_strength``, ``gradreg_eps`` or
+            ``state`` and ``defaults``. A group may bring its own ``gradreg_strength``, ``gradreg_eps`` or
             ``gradreg_radius``.
         strength: γ ≥ 0, the weight of the penalty. A group of strength 0 is neither perturbed nor
-        regularized. eps: ε > 0; the weights move by ``eps`` times the clipped gradient. Default: the
-        published 1e-3 in full precision,
-            ``radius="auto"`` in low precision, which the first regularized step finds out.
-        radius: ρ > 0, the length ‖θ' − θ‖ over all regularized parameters; each step uses ``eps =
-        radius/‖g1‖``.
-            ``"auto"`` adapts it (:mod:`gradreg_optim.core.precision`).
+            regularized.
+        eps: ε > 0; the weights move by ``eps`` times the clipped gradient. Default: the published 1e-3 in
+            full precision, ``radius="auto"`` in low precision, which the first regularized step finds out.
+        radius: ρ > 0, the length ‖θ' − θ‖ over all regularized parameters; each step uses
+            ``eps = radius/‖g1‖``. ``"auto"`` adapts it (:mod:`gradreg_optim.core.precision`).
         warmup_steps: optimizer steps at the beginning without the penalty.
-        schedule: ``"constant"``, ``"linear"`` or ``"cosine"`` (both rise from 0 to 1), or a callable that
-        maps the number of
-            the step, from 0, to a factor on the strength. Checkpoints do not contain callables.
+        schedule: ``"constant"``, ``"linear"`` or ``"cosine"`` (both rise from 0 to 1), or a
+            callable that maps the number of the step, from 0, to a factor on the strength.
+            Checkpoints do not contain callables.
         schedule_steps: the steps over which a named schedule rises. Default in a trainer: all of training.
         g1_clip: bound on ‖g1‖ over the regularized parameters. ``None``: no bound.
         g2_clip: bound on ‖g2‖. A clip that engages biases the difference.
-        max_penalty_ratio: bound on ‖penalty‖/‖g1‖. It shortens the penalty and keeps its direction. ``None``:
-        no bound. method: ``"forward"``: the formula above, two gradients a step. ``"central"``: (g₊ − g₋)/2
-        in place of g2 − g1, where
-            g± = ∇L(θ ± ε·g1); three gradients, an error of order ε², and rounding in g1 cancels.
+        max_penalty_ratio: bound on ‖penalty‖/‖g1‖. It shortens the penalty and keeps its direction.
+            ``None``: no bound.
+        method: ``"forward"``: the formula above, two gradients a step. ``"central"``: (g₊ − g₋)/2 in
+            place of g2 − g1, where g± = ∇L(θ ± ε·g1); three gradients, an error of order ε², and
+            rounding in g1 cancels.
         rounding: how bfloat16 weights without fp32 masters take the step. ``"stochastic"`` rounds each weight
-        up or down
-            with the probability that is right on average; ``"nearest"``, as published, loses steps below half
-            a spacing.
+            up or down with the probability that is right on average; ``"nearest"``, as published, loses steps
+            below half a spacing.
         check_every: number of steps between two checks of the difference, at two more gradients each
-        (central: one). They
-            add ``self_check`` and ``noise_floor`` to ``metrics``. 0: none. ``None``: one in the first
-            regularized step, and in low precision one every 100 steps.
-        shrink: in low precision, multiply the penalty by its share of signal, 1 − floor²/rel², which checks
-        measure. every: regularize every ``every``-th step, beginning with the first after the warm-up.
-        Multiply ``strength`` by
-            ``every`` to compensate; this worked in every experiment we ran.
+            (central: one). They add ``self_check`` and ``noise_floor`` to ``metrics``. 0: none. ``None``: one
+            in the first regularized step, and in low precision one every 100 steps.
+        shrink: in low precision, multiply the penalty by its share of signal, 1 − floor²/rel²,
+            which checks measure.
+        every: regularize every ``every``-th step, beginning with the first after the warm-up. Multiply
+            ``strength`` by ``every`` to compensate; this worked in every experiment we ran.
         exclude: parts of parameter names. Matching parameters are neither perturbed nor regularized; their
-        update uses g1.
-            ``"none"`` excludes nothing. Default in trainers: embeddings and heads.
+            update uses g1. ``"none"`` excludes nothing. Default in trainers: embeddings and heads.
         resample: in trainers of GRPO and RLOO, the completions of the second pass. ``"reuse"``: as they are,
-        as published.
-            ``"sequence"``: reweighted by the ratio of whole completions
+            as published. ``"sequence"``: reweighted by the ratio of whole completions
             (:mod:`gradreg_optim.trainers.old_policy`).
-        model: the module, for the names in ``exclude`` and for its buffers. Not needed if the optimizer was
-        built on
-            ``named_parameters()``, unless you compile more than the model: otherwise module hooks find all
-            modules.
+        model: the module, for the names in ``exclude`` and for its buffers. Not needed if the optimizer
+            was built on ``named_parameters()``, unless you compile more than the model: otherwise module
+            hooks find all modules.
         scaler: the :class:`torch.amp.GradScaler` that scales the closure's loss. It steps the wrapped
-        optimizer and skips
-            the step if either pass overflowed. Call ``scaler.update()`` yourself. To clip, see
-            :meth:`passes`.
+            optimizer and skips the step if either pass overflowed. Call ``scaler.update()`` yourself. To
+            clip, see :meth:`passes`.
 
     Raises:
         TypeError, ValueError: a setting breaks its rule, ``optimizer`` is none or needs a closure, or a
-        pattern of
-            ``exclude`` matches nothing.
+            pattern of ``exclude`` matches nothing.
 
-    Source: Ackermann et al. 2026, arXiv 2602.18037; Karakida et al. 2023, arXiv 2210.02720. ``strength ==
-    eps`` gives un-normalised SAM; with a radius, SAM itself (arXiv 2010.01412) where the derived ε equals γ.
+    Source: Ackermann et al. 2026, arXiv 2602.18037; Karakida et al. 2023, arXiv 2210.02720.
+    ``strength == eps`` gives un-normalised SAM; with a radius, SAM itself (arXiv 2010.01412) where the
+    derived ε equals γ.
 
     >>> w = torch.nn.Parameter(torch.tensor([1.0]))
     >>> optimizer = GradRegOptimizer(torch.optim.SGD([w], lr=0.1), strength=0.5, eps=0.25)
@@ -173,12 +166,11 @@ class GradRegOptimizer(OptimizerWrapper):
 
     @property
     def metrics(self) -> dict[str, Scalar]:
-        """Figures of the last step: Python numbers, or 0-d tensors; only reading a tensor waits for the
-        device.
+        """Figures of the last step: Python numbers or 0-d tensors; only reading a tensor waits.
 
         ``strength`` and ``eps`` of the first regularized group; ``radius``, if it adapts; ``g1_norm``,
-        ``g2_norm`` before clipping; ``g1_clipped``, ``g2_clipped``: 1 if the clip engaged; ``penalty_ratio``
-        = ‖penalty‖/‖g1‖; ``curvature`` = g1·(g2−g1)/(ε‖g1‖²); ``cosine`` of g1 and g2;
+        ``g2_norm`` before clipping; ``g1_clipped``, ``g2_clipped``: 1 if the clip engaged;
+        ``penalty_ratio`` = ‖penalty‖/‖g1‖; ``curvature`` = g1·(g2−g1)/(ε‖g1‖²); ``cosine`` of g1 and g2;
         ``perturbation_fidelity`` = ⟨θ'_real − θ, εd⟩/‖εd‖²; ``loss_check`` = (L(θ') − L(θ))/(ε·⟨d,
         (g1+g2)/2⟩), near 1 in a right step, unless the loss is not the integral of its gradient; ``skipped``:
         steps so far whose penalty was left out because a gradient was not finite, or the loss not the same
@@ -198,16 +190,14 @@ class GradRegOptimizer(OptimizerWrapper):
 
         Args:
             closure: clears the gradients, runs forward and backward over the whole batch and returns the
-            loss. It is called
-                with gradients enabled: twice; once in a step without penalty; three times for
-                ``method="central"``; four times in the step of a check, such as the first regularized one;
-                once more there if it wrote the weights, and once more if its loss seems not to be repeatable.
-                ``None`` after :meth:`passes`.
+                loss. It is called with gradients enabled: twice; once in a step without penalty; three times
+                for ``method="central"``; four times in the step of a check, such as the first regularized
+                one; once more there if it wrote the weights, and once more if its loss seems not to be
+                repeatable. ``None`` after :meth:`passes`.
 
         Raises:
             RuntimeError: there is no closure, no completed :meth:`passes` and no attached trainer; or the
-            loss is another
-                one at each call.
+                loss is another one at each call.
         """
         was_under_way = self._abandon_passes()
         if closure is None or self.progress.is_complete:
@@ -230,8 +220,9 @@ class GradRegOptimizer(OptimizerWrapper):
             for _ in optimizer.passes():     # at θ and at θ'; once in a step without penalty
                 optimizer.zero_grad()
                 compute_loss().backward()
-            clip_grad_norm_(model.parameters(), 1.0)    # under a scaler, call scaler.unscale_(optimizer)
-            before optimizer.step()                 # on the combined gradient
+            # with a scaler: scaler.unscale_(optimizer)
+            clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()                 # on the combined gradient
 
         Every pass starts from the same random numbers and module states. After the loop the weights are at θ
         and ``.grad`` holds the combined gradient. If the body raises, or leaves the loop by ``break``, the
@@ -260,7 +251,7 @@ class GradRegOptimizer(OptimizerWrapper):
         *,
         completes: bool = False,
     ) -> Passes:
-        """Begin a step: its passes, each with ``surroundings`` around it. ``completes``: a ``step()`` is to follow."""
+        """Begin a step: its passes, each inside ``surroundings``. ``completes``: a ``step()`` will follow."""
         storage = self.storage()
         plan = self.plan()
         is_parallel = distributed.is_available() and distributed.is_initialized()
@@ -320,9 +311,8 @@ class GradRegOptimizer(OptimizerWrapper):
         scaler: Any = self._scaler
         if scaler is None or not scaler.is_enabled():
             self._step_wrapped(self.optimizer.step)
-        elif not (
-            found := scaler._found_inf_per_device(self)
-        ):  # nobody has called scaler.unscale_ on the wrapper
+        elif not (found := scaler._found_inf_per_device(self)):
+            # Nobody has called scaler.unscale_ on the wrapper.
             self._step_wrapped(scaler.step, self.optimizer)
         elif not any(is_infinite.item() for is_infinite in found.values()):
             self._step_wrapped(self.optimizer.step)
@@ -335,13 +325,13 @@ class GradRegOptimizer(OptimizerWrapper):
     def _step_on_gradients(self, was_under_way: bool, closure: Callable[[], Any] | None = None) -> None:
         """A step without a closure: after :meth:`passes`, or in the hands of a trainer.
 
-        After :meth:`passes` a closure may come that leaves the gradients alone, as in Lightning's manual
-        optimization.
+        After :meth:`passes` a closure may come that leaves the gradients alone, as in Lightning's
+        manual optimization.
         """
         if was_under_way:
             raise RuntimeError(
-                "step() was called before the passes of this step ended: .grad does not hold the combined gradient. "
-                "Let the loop over optimizer.passes() run to its end, and call step() after it."
+                "step() was called before the passes of this step ended: .grad does not hold the combined "
+                "gradient. Let the loop over optimizer.passes() run to its end, and call step() after it."
             )
         if self.progress.is_complete:
             self.progress.is_complete = False
@@ -357,10 +347,11 @@ class GradRegOptimizer(OptimizerWrapper):
             self._advance()
         else:
             raise RuntimeError(
-                "step() was called without a closure: gradient regularization needs the loss at a second point. "
-                "Pass a closure that clears the gradients, runs forward and backward and returns the loss, or run both in "
-                "`for _ in optimizer.passes():` before step(), or let a Trainer drive the optimizer (optimizers=(optimizer, "
-                "None), or gradreg_optim.attach(trainer) if the trainer creates it)."
+                "step() was called without a closure: gradient regularization needs the loss at a second "
+                "point. Pass a closure that clears the gradients, runs forward and backward and returns "
+                "the loss, or run both in `for _ in optimizer.passes():` before step(), or let a Trainer "
+                "drive the optimizer (optimizers=(optimizer, None), or gradreg_optim.attach(trainer) if "
+                "the trainer creates it)."
             )
 
     def _require_idle(self, closure: Callable[[], Any]) -> None:
@@ -374,6 +365,7 @@ class GradRegOptimizer(OptimizerWrapper):
         torch.enable_grad()(closure)()
         if gradients() != before:
             raise RuntimeError(
-                "step(closure) after a loop over passes(): the closure changed the combined gradient. Run forward and "
-                "backward in one of the two: in `for _ in optimizer.passes():` followed by step(), or in step(closure)."
+                "step(closure) after a loop over passes(): the closure changed the combined gradient. Run "
+                "forward and backward in one of the two: in `for _ in optimizer.passes():` followed by "
+                "step(), or in step(closure)."
             )

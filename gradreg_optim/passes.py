@@ -17,8 +17,7 @@ from gradreg_optim.core.witnesses import Losses
 
 
 class Passes:
-    """An iterator over the points at which the step wants a gradient, θ first; only θ in a step without
-    penalty.
+    """Iterates over the points at which a step needs a gradient, θ first; only θ in a step without penalty.
 
     Whoever iterates runs forward and backward at each point. ``surroundings(point)`` is what is around each
     pass. At the end the weights are at θ, the combined gradient is in its place, and ``end`` has been called

@@ -1,4 +1,4 @@
-"""Gradients in ``.grad``, weights in the parameters: plain tensors, and the DTensors of FSDP2 and tensor parallelism."""
+"""Storage in parameters and ``.grad``: plain tensors, and the DTensors of FSDP2 and tensor parallelism."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class LocalStorage:
         *,
         is_first: bool = False,
     ) -> None:
-        """View ``groups``; ``scaler`` scales their gradients, unless it unscales them as those of one of ``optimizers``.
+        """View ``groups``, whose gradients ``scaler`` scales until it has unscaled one of ``optimizers``.
 
         ``is_first``: no step has shown yet that θ comes back.
         """
@@ -60,24 +60,21 @@ class LocalStorage:
         self._groups = groups
         self._mesh = device_mesh(parameter for group in groups for parameter in group["params"])
         self.loss_ranks = 1 if self._mesh is None else self._mesh.size()
-        self._reached: list[list[Tensor]] = [
-            [] for _ in groups
-        ]  # regularized parameters that had a gradient, and that
+        # Regularized parameters that had a gradient, and these gradients.
+        self._reached: list[list[Tensor]] = [[] for _ in groups]
         self._gradients: list[list[Tensor]] = [[] for _ in groups]
         self._unreached: list[list[Tensor]] = [[] for _ in groups]  # regularized parameters that had none
-        self._kept: list[
-            tuple[Tensor, Tensor | None]
-        ] = []  # parameters that are not regularized, and their gradients
-        self._held: list[
-            tuple[Tensor, Tensor, int]
-        ] = []  # parameters, their gradients in the first pass, their versions
+        # Parameters that are not regularized, and their gradients.
+        self._kept: list[tuple[Tensor, Tensor | None]] = []
+        # Parameters, their gradients in the first pass, their versions.
+        self._held: list[tuple[Tensor, Tensor, int]] = []
         self._trainable = [parameter for parameter in self._parameters() if parameter.requires_grad]
         self._versions = [parameter._version for parameter in self._trainable]
         self._addresses = (
             [parameter.data_ptr() for parameter in self._trainable] if is_first and self._mesh is None else []
         )
-        # Gradients that frozen parameters have from before: a pass may train such a parameter and freeze it
-        # again (GANs).
+        # Gradients that frozen parameters have from before: a pass may train such a parameter and
+        # freeze it again (GANs).
         frozen = (parameter for parameter in self._parameters() if not parameter.requires_grad)
         self._stale = {id(p): (p.grad, p.grad._version) for p in frozen if p.grad is not None}
         self._was_unscaled = self._is_unscaled()
@@ -99,7 +96,7 @@ class LocalStorage:
     # g1.
 
     def check_first_pass(self) -> None:
-        """Raise ``RuntimeError`` if something else has used the gradients that the first pass left, or unscaled them."""
+        """Raise ``RuntimeError`` if something else has used or unscaled the gradients of the first pass."""
         moved = [
             p for p, version in zip(self._trainable, self._versions, strict=True) if p._version != version
         ]
@@ -168,7 +165,7 @@ class LocalStorage:
         return any(group.g1 for group in first.groups)
 
     def put_back(self, first: FirstGradient) -> None:
-        """Put g1 back into ``.grad``; a parameter that had none gets none, since an optimizer tells that from 0."""
+        """Put g1 back into ``.grad``; a missing gradient stays missing: optimizers tell it from 0."""
         for parameter, gradient in self._kept:
             parameter.grad = gradient
         for reached, gradients, unreached in zip(
@@ -208,7 +205,8 @@ class LocalStorage:
                 saved.append(theta)
                 if measured:
                     self._measure(group, theta, arrived)
-            torch.clear_autocast_cache()  # inside an autocast block around all passes, bf16 copies of θ would be used again
+            # Inside an autocast block around all passes, bf16 copies of θ would be used again.
+            torch.clear_autocast_cache()
             yield
         finally:
             for group, theta in zip(first.groups, saved, strict=False):  # fewer if a copy could not be had
@@ -217,7 +215,7 @@ class LocalStorage:
             torch.clear_autocast_cache()
 
     def _restore_replaced(self, first: FirstGradient, saved: list[list[Tensor]]) -> None:
-        """Restore θ where the pass gave a parameter new memory (``.data = …``); in a first step, compare all of it."""
+        """Restore θ where the pass replaced memory (``.data = …``); in a first step, compare all of θ."""
         for reached, group, copies in zip(self._reached, first.groups, saved, strict=False):
             for parameter, weight, theta in zip(reached, group.weights, copies, strict=False):
                 if (
@@ -228,9 +226,9 @@ class LocalStorage:
                     real(parameter).copy_(theta)
                 if self._is_first and not parameter.is_meta and differ(real(parameter), theta):
                     raise RuntimeError(
-                        f"A parameter of shape {tuple(parameter.shape)} is not what it was before the further passes: one of "
-                        "them wrote it or replaced it. Let forwards leave the optimizer's parameters alone, and write "
-                        "them after step()."
+                        f"A parameter of shape {tuple(parameter.shape)} is not what it was before the "
+                        "further passes: one of them wrote it or replaced it. Let forwards leave the "
+                        "optimizer's parameters alone, and write them after step()."
                     )
 
     def _measure(
@@ -244,7 +242,7 @@ class LocalStorage:
     # Gradients at further points.
 
     def last(self, first: FirstGradient) -> Gradients:
-        """Leave them in ``.grad``, of which the arithmetic gets views; parameters that are not regularized get g1 back."""
+        """Leave g2 in ``.grad`` and return views of it; parameters that are not regularized get g1 back."""
         if any(gradient._version != version for _, gradient, version in self._held):
             refuse_refilled()
         if self._mesh is None and any(
@@ -315,12 +313,12 @@ class LocalStorage:
 
 
 def device_mesh(parameters: Iterable[Tensor]) -> DeviceMesh | None:
-    """The one mesh over which distributed parameters (FSDP2, tensor parallelism) are spread; ``None`` if all are local."""
+    """The one mesh of all distributed parameters (FSDP2, tensor parallelism); ``None`` if all are local."""
     meshes = {parameter.device_mesh for parameter in parameters if hasattr(parameter, "device_mesh")}
     if len(meshes) > 1:
         raise ValueError(
-            f"the parameters lie on {len(meshes)} device meshes: norms are summed over one. Shard all parameters that are "
-            "regularized over the same mesh, or exclude the others from the optimizer."
+            f"the parameters lie on {len(meshes)} device meshes: norms are summed over one. Shard all "
+            "parameters that are regularized over the same mesh, or exclude the others from the optimizer."
         )
     return meshes.pop() if meshes else None
 
@@ -329,8 +327,9 @@ def require_dense(gradient: Tensor, parameter: Tensor) -> Tensor:
     """The gradient, ready for arithmetic; an error for layouts without it."""
     if gradient.layout != torch.strided:
         raise ValueError(
-            f"the gradient of a parameter of shape {tuple(parameter.shape)} has layout {gradient.layout}: only dense "
-            "gradients are regularized. Use sparse=False, or leave the parameter out with exclude=."
+            f"the gradient of a parameter of shape {tuple(parameter.shape)} has layout "
+            f"{gradient.layout}: only dense gradients are regularized. Use sparse=False, or leave the "
+            "parameter out with exclude=."
         )
     return gradient.resolve_conj()
 
@@ -340,8 +339,8 @@ def detached_from_bucket(gradient: Tensor | None) -> Tensor | None:
     if gradient is None or gradient.layout != torch.strided:
         return gradient
     local = local_shard(gradient)
-    # A view into a larger buffer, such as a bucket of DistributedDataParallel, which the next backward fills
-    # again.
+    # A view into a larger buffer, such as a bucket of DistributedDataParallel, which the next
+    # backward fills again.
     shared = local.untyped_storage().nbytes() > local.numel() * local.element_size()
     return gradient.clone() if shared else gradient
 
@@ -352,7 +351,7 @@ def local_shard(tensor: Tensor) -> Tensor:
 
 
 def real(tensor: Tensor) -> Tensor:
-    """What the arithmetic runs on: shares memory with ``tensor``, and has one element per real number in it."""
+    """A view of ``tensor`` for the arithmetic: local, with one element for each real number."""
     local = local_shard(tensor.detach())
     return torch.view_as_real(local) if local.is_complex() else local
 
@@ -376,11 +375,10 @@ def differ(tensor: Tensor, before: Tensor) -> bool:
 
 
 def is_counted(parameter: Tensor, mesh: DeviceMesh) -> bool:
-    """Whether this rank adds the parameter's part to sums over ``mesh``: of equal replicas only the first does."""
+    """Whether this rank adds the parameter's part to sums over ``mesh``: only the first replica does."""
     coordinate = mesh.get_coordinate()
-    placements = getattr(
-        parameter, "placements", None
-    )  # a parameter that is not distributed is a replica everywhere
+    # A parameter that is not distributed is a replica everywhere.
+    placements = getattr(parameter, "placements", None)
     replicated = [placements is None or placements[axis].is_replicate() for axis in range(mesh.ndim)]
     return coordinate is not None and all(
         place == 0 for place, copy in zip(coordinate, replicated, strict=True) if copy
@@ -388,7 +386,10 @@ def is_counted(parameter: Tensor, mesh: DeviceMesh) -> bool:
 
 
 def aligned(gradient: Any, parameter: Any) -> Tensor:
-    """The gradient, spread like its parameter: tensor parallelism also leaves summands, one a rank, which are added here."""
+    """The gradient, spread like its parameter.
+
+    Tensor parallelism also leaves partial sums, one on each rank, which are added here.
+    """
     placements = getattr(parameter, "placements", None)
     if placements is None or getattr(gradient, "placements", placements) == placements:
         return gradient  # type: ignore[no-any-return]

@@ -31,13 +31,8 @@ SMALL = 2**20
 _NOTHING: Any = object()  # in place of an attribute that did not exist
 _PLAIN = (type(None), bool, int, float, str)
 _ENGINES = ("torch.nn.parallel", "torch.distributed", "torch._dynamo", "deepspeed", "accelerate")
-_OF_DEEPSPEED = (
-    "ds_",
-    "_ds_",
-    "applied_pre_backward_ref_cnt",
-    "_original_parameters",
-    "_external_params",
-)  # of ZeRO-3
+# Attributes of ZeRO-3.
+_OF_DEEPSPEED = ("ds_", "_ds_", "applied_pre_backward_ref_cnt", "_original_parameters", "_external_params")
 
 
 @dataclass
@@ -52,7 +47,7 @@ class _Value:
     after: Tensor | None = None
 
     def has_moved(self, is_new: bool) -> bool:
-        """Whether the first pass wrote the tensor: by value at first, since ``.data`` and BatchNorm leave no mark."""
+        """Whether the first pass wrote it; new ones are compared: ``.data`` and BatchNorm leave no mark."""
         if self.version != self.tensor._version or self.address != self.tensor.data_ptr():
             return True
         if not is_new or self.before is None:
@@ -62,7 +57,7 @@ class _Value:
 
 @dataclass
 class _Known:
-    """Of a module in one mode (``training``): the names of its tensors that have been looked at, and of those that move."""
+    """Names of the tensors of a module in one mode (``training``): those seen so far, and those that move."""
 
     names: set[str] = field(default_factory=set)
     moving: set[str] = field(default_factory=set)
@@ -71,9 +66,9 @@ class _Known:
 class ModuleState:
     """What the ``modules`` that run in a step hold beside their weights.
 
-    That is buffers, frozen parameters, and tensors and plain numbers in attributes; also the plain numbers of
-    DistributedDataParallel's communication hooks, and gradients of parameters that the optimizer does not
-    own.
+    That is buffers, frozen parameters, and tensors and plain numbers in attributes; also the plain
+    numbers of DistributedDataParallel's communication hooks, and gradients of parameters that the
+    optimizer does not own.
 
     Memory: two copies of what moves. When a module first runs in its present mode, all its buffers and small
     frozen parameters are copied and compared, which waits for the device. Later ``_version`` tells what
@@ -99,18 +94,18 @@ class ModuleState:
         self._changed: list[tuple[dict[str, Any], str, Any, Any]] = []
         self._hook_states: list[tuple[Any, dict[str, Any], dict[str, Any]]] = []  # before and after the first pass
         self._foreign: list[tuple[Tensor, Tensor | None]] = []
-        # By the ``id`` of a module: it and its buffers, if compiled code has noted them; ``None`` if it was
-        # looked at.
+        # By the ``id`` of a module: it and its buffers, if compiled code has noted them; ``None``
+        # if it was looked at.
         self._traced: dict[int, tuple[nn.Module, list[tuple[Tensor, Tensor]]] | None] = {}
 
     # The first pass.
 
     def begin_first(self, model: nn.Module | None, finding: ExitStack) -> None:
-        """Begin the first pass: look at ``model`` in advance, and at other modules when they are called in the block."""
+        """Begin the first pass: look at ``model`` now, and at other modules when the block calls them."""
         self.begin(model)
         if "torch._dynamo" in sys.modules:
-            # A compiled module warns that hooks are called on its wrapper too: ``look`` looks once at each
-            # module.
+            # A compiled module warns that hooks are called on its wrapper too: ``look`` looks
+            # once at each module.
             finding.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks")
         finding.callback(register_module_forward_pre_hook(self.look).remove)
@@ -127,7 +122,7 @@ class ModuleState:
         self._owned = {id(parameter) for parameter in parameters}
 
     def look(self, module: nn.Module, _inputs: object = None) -> None:
-        """Note the values of ``module`` and of everything below it: a compiled module calls no hooks of its parts."""
+        """Note the values of ``module`` and its submodules, whose hooks a compiled module does not call."""
         if id(module) not in self._traced:
             (self._trace if torch.compiler.is_compiling() else self._look_below)(module)
 
@@ -220,7 +215,7 @@ class ModuleState:
         known.names.update(values)
 
     def _put_aside(self, modules: Iterable[nn.Module]) -> None:
-        """Note the gradients that the first pass left on parameters of other optimizers, which step on them."""
+        """Note the gradients of the first pass on parameters of other optimizers, which step on them."""
         parameters = (
             p for part in modules for p in part._parameters.values() if p is not None and p.requires_grad
         )
@@ -234,7 +229,7 @@ class ModuleState:
 
     @contextmanager
     def repeated(self) -> Iterator[None]:
-        """Run the block, which is a further pass: from the values before the first pass; afterwards those that it left."""
+        """Run the block from the values before the first pass; afterwards put back those after it."""
         try:
             self.put(is_before=True)
             yield
@@ -272,7 +267,7 @@ def is_wrapped(value: Any) -> bool:
 
 
 def writable(value: Any) -> Tensor | None:
-    """The plain tensor on this process that holds the numbers of ``value``; ``None`` if there is no such tensor."""
+    """The plain local tensor that holds the numbers of ``value``; ``None`` if there is no such tensor."""
     if not isinstance(value, Tensor):
         return None
     while is_wrapped(value):
@@ -295,7 +290,7 @@ def is_expanded(tensor: Tensor) -> bool:
 
 
 def _is_state(value: Any) -> bool:
-    """Whether an attribute with this value is put back; activations, and what torch.func puts there, are not."""
+    """Whether an attribute with this value is put back: activations and tensors of torch.func are not."""
     if isinstance(value, Tensor):
         return not value.requires_grad and not value._is_view() and not is_wrapped(value)
     return value is _NOTHING or type(value) in _PLAIN

@@ -12,9 +12,10 @@ The self-check
     noise floor is *signal*, the share 1 − floor²/rel² of the square. The floor is the smaller of two figures,
     both of steps as long as the real one, because shorter ones are rounded less, or to nothing:
 
-        ‖∇L(θ + ε·d̃) − g1‖/‖g1‖            d̃ is d with its elements elsewhere: rounding, and curvature in
-        all directions √(4/3)·‖(g₊ + g₋)/2 − g1‖/‖g1‖     g± = ∇L(θ ± ε·d): rounding, and curvature that
-        changes along d
+        ‖∇L(θ + ε·d̃) − g1‖/‖g1‖            rounding, and curvature in all directions
+        √(4/3)·‖(g₊ + g₋)/2 − g1‖/‖g1‖     rounding, and curvature that changes along d
+
+    Here d̃ is d with its elements elsewhere, and g± = ∇L(θ ± ε·d).
 
     In full precision a hundredth of ε·d takes the place of ε·d̃: it arrives, and meets no curvature. The
     former is the floor of large models, in which hardly any direction is curved. In small ones, and where
@@ -29,10 +30,10 @@ The self-check
 
 ``radius="auto"``
     Of the difference rel, rounding of size n makes the share n/rel, and curvature that changes within the
-    step one that grows as rel, or as rel² in a central difference. These balance near rel = 0.7·n^(1/(order +
-    1)), with order 1 for "forward" and 2 for "central". On SmolLM2-135M this held in bf16, bf16 autocast and
-    fp16, at radii that differ by a factor of eight. rel is known in every step, and n, the noise floor of Δ,
-    since the last check.
+    step one that grows as rel, or as rel² in a central difference. These balance near
+    rel = 0.7·n^(1/(order + 1)), with order 1 for "forward" and 2 for "central". On SmolLM2-135M this held in
+    bf16, bf16 autocast and fp16, at radii that differ by a factor of eight. rel is known in every step, and
+    n, the noise floor of Δ, since the last check.
 """
 
 from __future__ import annotations
@@ -67,8 +68,7 @@ FEW = 64
 
 
 def has_few_bits(tensors: Sequence[Tensor]) -> Tensor | None:
-    """Whether one of the float32 ``tensors`` holds half-precision numbers, or sums of some: a 0-d tensor of 1
-    or 0.
+    """1 if one of the float32 ``tensors`` holds half-precision numbers or sums of some, else 0; a 0-d tensor.
 
     These leave the last byte of the 24 significant bits empty, which float32 results do once in 256 times.
 
@@ -97,8 +97,7 @@ def is_low(storage: Storage, first: FirstGradient) -> bool:
 
 
 def signal_fraction(relative_square: Tensor, floor: float) -> Tensor:
-    """max(0, 1 − floor²/rel²): the share of the squared difference that rounding does not explain; 0 where
-    rel is NaN.
+    """max(0, 1 − floor²/rel²), the share of ‖Δ‖² that rounding does not explain; 0 where rel is NaN.
 
     >>> signal_fraction(torch.tensor([0.04, 0.0, torch.nan]), 0.1)
     tensor([0.7500, 0.0000, 0.0000])
@@ -116,7 +115,7 @@ def inner_of_differences(first: FirstGradient, left: Gradients, right: Gradients
 
 
 def run_check(storage: Storage, first: FirstGradient, plan: Plan) -> Check | None:
-    """In the step of a check: compare the differences ahead and behind, and both with the noise. Waits for the device."""
+    """Compare the differences ahead and behind in the step of a check, and both with the noise. Waits."""
     ahead, behind = first.further[Point.AHEAD], first.further[Point.BEHIND]
     pairs = ((ahead, behind), (ahead, ahead), (behind, behind))
     scale, noise = storage.loss_scale, first.noise
@@ -133,7 +132,10 @@ def run_check(storage: Storage, first: FirstGradient, plan: Plan) -> Check | Non
 
 
 def _arrived(first: FirstGradient, scale: float) -> list[Tensor]:
-    """⟨what came of the step, step⟩ and ‖step‖²; and the same of float32 matrices as half-precision passes round them."""
+    """⟨s̃, s⟩ and ‖s‖² of the step s and the step s̃ that arrived in the weights.
+
+    Then the same of float32 matrices, as half-precision passes round them.
+    """
     moments = [
         (group.eps * group.moved_along, group.eps * group.eps * group.step_squared) for group in first.groups
     ]
@@ -159,13 +161,14 @@ def evaluated(
     is_low: bool,
     is_settled: bool | None = None,
 ) -> Check | None:
-    """What a check says, from sums over all ranks; ``None`` if a gradient overflowed or g1 is 0: the next step checks again.
+    """What a check says, from sums over all ranks.
+
+    It is ``None`` if a gradient overflowed or g1 is 0; the next step then checks again.
 
     Args:
         sums: ⟨a, b⟩, ‖a‖², ‖b‖² and ‖c‖², where a = g2 − g1, b = g₋ − g1 and c the same sideways; g1 is not
-        clipped. Then
-            ⟨s̃, s⟩ and ‖s‖² of the step s and what came of it in the weights; and the same of what passes
-            make of it, 0 if they take the weights as they are.
+            clipped. Then ⟨s̃, s⟩ and ‖s‖² of the step s and what came of it in the weights; and the same of
+            what passes make of it, 0 if they take the weights as they are.
         norm: ‖g1‖.
         eps: ε of the first regularized group.
         clip: the factor by which g1 is clipped.
@@ -190,7 +193,10 @@ def evaluated(
     # Without any noise, the step sideways was rounded away.
     floor = math.sqrt(min(noise or steady, steady)) / norm
     if in_passes < 0.1:
-        text = f"Of the step, the share {in_passes:.2f} arrives in the passes, which round weights to half precision"
+        text = (
+            f"Of the step, the share {in_passes:.2f} arrives in the passes, which round weights to half "
+            "precision"
+        )
         return Check(
             min(self_check, in_passes), floor, too_short(text, eps, radius, is_settled), is_swallowed=True
         )
@@ -209,13 +215,14 @@ def evaluated(
 
 
 def too_short(found: str, eps: float, radius: float, is_settled: bool | None = None) -> str | None:
-    """What to tell a user whose step the arithmetic swallows; nothing while a radius that adapts can still grow."""
+    """The warning for a step that rounding swallows; ``None`` while a radius that adapts can still grow."""
     if is_settled is not None and radius < MOST / 2:
         return None
     return (
-        f"Gradient regularization: {found}: the difference of the two gradients is no measure of curvature. A step "
-        f"{radius:.2g} long (eps {eps:.2g}) is too short for the precision of the weights or of the passes, unless the "
-        f"loss is linear in the weights: a longer step helps (set radius={max(0.005, 10 * radius):.1g})."
+        f"Gradient regularization: {found}: the difference of the two gradients is no measure of curvature. "
+        f"A step {radius:.2g} long (eps {eps:.2g}) is too short for the precision of the weights or of the "
+        "passes, unless the loss is linear in the weights: a longer step helps (set "
+        f"radius={max(0.005, 10 * radius):.1g})."
     )
 
 
@@ -229,23 +236,27 @@ def advice(
     order: int = 1,
     is_settled: bool | None = None,
 ) -> str | None:
-    """What to tell a user whose self-check is low; nothing where a radius that adapts will mend it."""
+    """The warning for a low self-check; ``None`` where a radius that adapts will mend it."""
     figures = (
-        f"Gradient regularization: the self-check is {self_check:.2f}, too low: the difference of the two gradients is no "
-        f"reliable measure of curvature. It is {relative:.2g} of the gradient, the rounding noise {noise:.2g}, the step "
-        f"{radius:.2g} long (eps {eps:.2g}). "
+        f"Gradient regularization: the self-check is {self_check:.2f}, too low: the difference of the two "
+        f"gradients is no reliable measure of curvature. It is {relative:.2g} of the gradient, the rounding "
+        f"noise {noise:.2g}, the step {radius:.2g} long (eps {eps:.2g}). "
     )
     factor = balanced(noise, order) / max(relative, 1e-9)
     # Where each parameter has a loss of its own, a step that is too long changes the gradient as much
     # sideways as ahead. Half of the gradient, however, rounding does not change.
     is_noise = relative < min(2 * noise, 0.5)
     if is_settled is not None:
-        remedies = "The radius has adapted to it. What is left: fp16 in place of bf16 in the passes, or method='central'."
+        remedies = (
+            "The radius has adapted to it. What is left: fp16 in place of bf16 in the passes, or "
+            "method='central'."
+        )
         return figures + remedies if is_settled and (is_noise or self_check < 0) else None
     if is_noise:
         return figures + (
-            f"Rounding prevails: a longer step helps (set radius={min(10.0, max(2.0, factor)) * radius:.1g}), and more do "
-            "fp16 or fp32 in place of bf16 in the passes, and method='central'."
+            "Rounding prevails: a longer step helps (set "
+            f"radius={min(10.0, max(2.0, factor)) * radius:.1g}), and more do fp16 or fp32 in place of bf16 "
+            "in the passes, and method='central'."
         )
     return figures + (
         "The curvature changes within the step: a shorter one helps (set "
@@ -257,7 +268,7 @@ def advice(
 
 
 def balanced(noise: float, order: int) -> float:
-    """The rel to aim at, at least half as much again as the noise; noise of 0 is below what float32 can tell.
+    """The rel to aim at, at least 1.5 times the noise; a noise of 0 counts as 1e-7, what float32 can resolve.
 
     >>> round(balanced(0.05, order=1), 3), round(balanced(0.025, order=2), 3)
     (0.157, 0.205)
@@ -271,7 +282,7 @@ def longer(radius: Scalar) -> float:
 
 
 def following(radius: Scalar, relative_square: Tensor, noise: float, order: int) -> Tensor:
-    """The radius of the next step, half of the way, in logarithms, to where the square of rel would be balanced.
+    """The radius of the next step: half of the way, in logarithms, to where rel would be balanced.
 
     The part of rel that is curvature is in proportion to the radius. Every batch has another balance: half of
     the way averages over some. The radius stays where it is if nothing is known.

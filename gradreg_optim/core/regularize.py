@@ -60,7 +60,7 @@ from gradreg_optim.core.storage import Storage
 from gradreg_optim.core.witnesses import BEYOND, Evidence, Losses
 
 NEARBY = 0.01
-"""The step ahead, in units of the real one, that takes the place of one sideways where all have the bits of float32."""
+"""In full precision the step sideways is this multiple of the step ahead instead."""
 
 
 @torch.no_grad()
@@ -158,7 +158,7 @@ def choose_step(storage: Storage, first: FirstGradient, plan: Plan) -> bool:
 def stand_at(
     storage: Storage, first: FirstGradient, point: Point, plan: Plan
 ) -> AbstractContextManager[None]:
-    """Stand at ``point`` inside the block; at θ' itself, note how much of the step the weights' dtype let through."""
+    """Stand at ``point`` inside the block; at θ', note how much of the step survived the weights' dtype."""
     distance, signs = point.value, None
     if point is Point.SIDEWAYS:  # a short step meets no curvature, but few bits round it away
         distance, signs = (1.0, plan.step) if first.is_low else (NEARBY, None)
@@ -168,10 +168,9 @@ def stand_at(
 
 
 def collect(storage: Storage, first: FirstGradient, point: Point, plan: Plan) -> None:
-    """Take in the gradients of ``point``; of those sideways their distance from g1 is all that is wanted."""
-    if (
-        point is plan.scheme.points[-1]
-    ):  # last of all, since it may reach parameters that no other point has reached
+    """Take in the gradients of ``point``; of the gradients sideways only the distance from g1 is kept."""
+    # Last of all, since it may reach parameters that no other point has reached.
+    if point is plan.scheme.points[-1]:
         first.further[point] = storage.last(first)
         first.further |= {other: storage.laid_out(first, taken) for other, taken in first.taken.items()}
         first.taken.clear()
@@ -185,7 +184,7 @@ def collect(storage: Storage, first: FirstGradient, point: Point, plan: Plan) ->
 def penalty(
     first: FirstGradient, delta: Difference, plan: Plan, check: Check | None
 ) -> tuple[list[Scalar], dict[str, Figure]]:
-    """The weight of Δ in each group, shrunk by its share of signal and bounded, and what is to be logged about it."""
+    """The weight of Δ in each group, shrunk by the share of signal and bounded; and the figures to log."""
     figures: dict[str, Figure] = {}
     g1_squared, total = first.g1_squared, first.g1_squared.sum()
     weights = [weight_of(group) for group in first.groups]
@@ -238,9 +237,10 @@ def _curvature(steps: list[Scalar], inner: Tensor, g1_squared: Tensor) -> Tensor
 def prove(
     first: FirstGradient, delta: Difference, losses: Losses, weights: list[Scalar], figures: dict[str, Figure]
 ) -> tuple[Evidence, bool]:
-    """Add ``loss_check`` to the figures, and let a step that disproves itself go without penalty; whether it does.
+    """Add ``loss_check`` to the figures, and drop the penalty of a step that disproves itself.
 
-    The latter happens where reading costs nothing; elsewhere the alarm is read some steps later.
+    Returns the evidence, and whether the penalty was dropped. That happens only where reading costs nothing
+    (CPU); elsewhere the alarm is read some steps later.
     """
     evidence = Evidence(
         eps=[group.eps for group in first.groups],

@@ -1,5 +1,6 @@
-"""Makes a pass repeatable: it starts from the same random numbers and module states, and leaves no trace of
-its own.
+"""Makes a pass repeatable.
+
+Each pass starts from the same random numbers and module states, and further passes leave no trace.
 
 Both gradients have to see the same dropout masks: otherwise (g2 − g1)/ε measures dropout noise divided by ε.
 What modules hold is put back as well (:mod:`gradreg_optim.core.module_state`). Clips of each gradient by
@@ -39,13 +40,14 @@ def same_start(
     clearing: Clearing,
     parameters: Callable[[], Iterable[Tensor]],
 ) -> Callable[[Point], AbstractContextManager[None]]:
-    """What is around each pass of one step: all start where the first did, and all but the first leave things
-    as they were.
+    """The context of each pass of one step.
 
-    ``devices`` are those whose random numbers a loss may draw. ``model`` is a module whose parts run; others
-    are found when they are called. ``note(tensors, grad_tensors)`` gets what each backward differentiates.
-    ``clips`` holds clips back. ``clearing`` checks that the first pass clears the gradients of
-    ``parameters()``.
+    All passes start from the state of the first one, and further passes restore what they found.
+
+    ``devices`` are those whose random numbers a loss may draw. ``model`` is a module whose parts run;
+    others are found when they are called. ``note(tensors, grad_tensors)`` gets what each backward
+    differentiates. ``clips`` holds clips back. ``clearing`` checks that the first pass clears the gradients
+    of ``parameters()``.
     """
     start = RandomState(devices)
 
@@ -88,7 +90,10 @@ def same_start(
 
 @contextmanager
 def backward_replaced(stand_in: Callable[..., None]) -> Iterator[None]:
-    """In the block each backward is ``stand_in(backward, …)``, but for those that it runs: reentrant checkpoints do."""
+    """Replace each backward in the block by ``stand_in(backward, …)``.
+
+    Backwards inside a backward, which reentrant checkpoints run, are left alone.
+    """
     backward = torch.autograd.backward
 
     def replaced(*args: Any, **kwargs: Any) -> None:
@@ -127,7 +132,7 @@ class HeldClips:
         return HeldClips, ()
 
     def held(self, pending: list[Callable[[], Any]]) -> AbstractContextManager[Any]:
-        """In the block clips are added to ``pending`` instead of being applied."""
+        """Add clips in the block to ``pending`` instead of applying them."""
 
         def note_norm(tensors: Any, norm_type: float = 2.0, *args: Any, **kwargs: Any) -> Any:
             self._norm_type = norm_type
@@ -167,7 +172,7 @@ def _listed(parameters: Any) -> list[Tensor]:
 
 
 class Clearing:
-    """Notices a first pass that adds to gradients from before instead of clearing them, until it has seen one clear.
+    """Notices a first pass that adds to old gradients instead of clearing them, until one has cleared them.
 
     Such a pass (of Lightning, with ``accumulate_grad_batches``) covers all of a step's micro-batches, and the
     second one only its own. A gradient from before must have gone, or been written, when the first backward
@@ -212,15 +217,15 @@ class Clearing:
         if was_open and not self._is_zero:
             self._probe = None
             raise RuntimeError(
-                "The closure added to gradients from before it was called: its second call would lack them. Clear gradients "
-                "in the closure and run all micro-batches of the step in it (in Lightning, by manual optimization instead "
-                "of accumulate_grad_batches)."
+                "The closure added to gradients from before it was called: its second call would lack them. "
+                "Clear gradients in the closure and run all micro-batches of the step in it (in Lightning, "
+                "by manual optimization instead of accumulate_grad_batches)."
             )
         self.is_seen, self._probe = True, None
 
 
 class RandomState:
-    """The state of every generator a loss may draw from: Python's, NumPy's (if loaded), torch's on CPU and devices."""
+    """The generators a loss may draw from: Python's, NumPy's (if loaded), torch's on CPU and devices."""
 
     def __init__(self, devices: Iterable[torch.device] = ()) -> None:
         """Record the generators of the host and of ``devices``."""
@@ -244,7 +249,7 @@ class RandomState:
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Run the block from the recorded state; afterwards the generators stand where they stood before it."""
+        """Run the block from the recorded state; afterwards put the generators back to where they were."""
         after = RandomState(self._devices)
         self.restore()
         try:

@@ -1,12 +1,11 @@
-"""Finite differences of two gradients: the schemes ``"forward"`` and ``"central"``, and the algebra of their
-moments.
+"""Finite differences of gradients: the schemes ``"forward"`` and ``"central"``, and the algebra of moments.
 
     forward     θ, θ + ε·d              Δ = c·g2 − g1              Δ/ε = H·d + O(ε·‖d‖²)
-    central     θ, θ − ε·d, θ + ε·d     Δ = (c₊·g₊ − c₋·g₋)/2      Δ/ε = H·d + O(ε²·‖d‖³), and rounding in g1
-    drops out
+    central     θ, θ − ε·d, θ + ε·d     Δ = (c₊·g₊ − c₋·g₋)/2      Δ/ε = H·d + O(ε²·‖d‖³)
 
-with g1 clipped already, and c the factors that clip the others. Both are exact on a quadratic at any ε.
-Scalars are 0-d tensors on the device of the data, so that nothing here waits for it.
+with g1 clipped already, and c the factors that clip the others. Rounding in g1 drops out of the central
+difference. Both are exact on a quadratic at any ε. Scalars are 0-d tensors on the device of the data, so that
+nothing here waits for it.
 """
 
 from __future__ import annotations
@@ -112,7 +111,7 @@ def _moments(first: FirstGradient, gradients: Gradients) -> list[tuple[Scalar, S
 def summed(
     storage: Storage, first: FirstGradient, pairs: list[tuple[Scalar, Scalar]]
 ) -> tuple[Tensor, Tensor, Tensor | None, Callable[[], Tensor]]:
-    """Two moments of gradients for each group, the losses, and the fidelity: over all ranks, without the loss scale."""
+    """Two moments of each group, the losses and the fidelity, over all ranks and without the loss scale."""
     groups, scale = first.groups, storage.loss_scale
     columns = [*zip(*pairs, strict=True), [g.moved_along for g in groups], [g.step_squared for g in groups]]
     flat = stack_scalars([value for column in columns for value in column] + first.losses)
@@ -126,7 +125,7 @@ def summed(
 
 
 def _fidelity(along: Tensor, squares: Tensor, eps: list[Scalar], clip: Scalar, scale: float) -> Tensor:
-    """⟨θ'_real − θ, ε·d⟩/‖ε·d‖² of d = clip·g1/scale: the share of the step that the weights' dtype let through."""
+    """⟨θ'_real − θ, ε·d⟩/‖ε·d‖² of d = clip·g1/scale: the share of the step that rounding left."""
     steps = stack_scalars(eps, along)
     wanted = (steps.square() * squares).sum() * clip / scale
     return torch.where(wanted == 0, 1.0, ratio((steps * along).sum(), wanted))
@@ -151,7 +150,7 @@ def _cosine(g1_squared: Tensor, ahead: Tensor, g2_norm: Tensor) -> Tensor:
 
 
 def stack_scalars(values: Sequence[Scalar], like: Tensor | None = None) -> Tensor:
-    """Python numbers and 0-d tensors as one vector, on the device and in the widest dtype of its tensors or of ``like``."""
+    """Numbers and 0-d tensors as one vector, on the device and in the widest dtype of tensors or ``like``."""
     tensors = [value for value in values if isinstance(value, Tensor)] if like is None else [like]
     dtype = max((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.itemsize, default=torch.float32)
     device = tensors[0].device if tensors else torch.device("cpu")
@@ -166,7 +165,7 @@ def stack_scalars(values: Sequence[Scalar], like: Tensor | None = None) -> Tenso
 
 
 def ratio(numerator: Scalar, denominator: Tensor) -> Tensor:
-    """``numerator / denominator``, and 0 where the denominator is 0 (a vanishing gradient has no direction)."""
+    """``numerator / denominator``; 0 where the denominator is 0 (a vanishing gradient has no direction)."""
     return numerator / denominator.masked_fill(denominator == 0, torch.inf)
 
 
@@ -176,7 +175,7 @@ def is_finite(norm: Tensor) -> Tensor:
 
 
 def clip_coefficient(norm: Tensor, max_norm: float | None) -> Tensor:
-    """The factor min(1, max_norm / (norm + 1e-6)) of :func:`torch.nn.utils.clip_grad_norm_`; 1 without a bound."""
+    """min(1, max_norm/(norm + 1e-6)), as in :func:`torch.nn.utils.clip_grad_norm_`; 1 without a bound."""
     if max_norm is None:
         return torch.ones_like(norm)
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -185,10 +184,10 @@ def clip_coefficient(norm: Tensor, max_norm: float | None) -> Tensor:
 def clipped_moments(
     inner: Tensor, squares: Tensor, g1_squared: Tensor, *, coefficient: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """⟨c·g2 − g1, g1⟩ and ‖c·g2 − g1‖² of a clipped g2, from those of g2 − g1 and without another pass over memory.
+    """⟨c·g2 − g1, g1⟩ and ‖c·g2 − g1‖² of a clipped g2, from the moments of g2 − g1; no pass over memory.
 
-    With δ = g2 − g1: c·g2 − g1 = c·δ − (1 − c)·g1. The square may cancel to less than 0 by rounding, and is
-    clamped.
+    With δ = g2 − g1: c·g2 − g1 = c·δ − (1 − c)·g1. The square may cancel to less than 0 by
+    rounding, and is clamped.
     """
     c, rest = coefficient, 1 - coefficient
     lost = rest * g1_squared
@@ -199,8 +198,8 @@ def clipped_moments(
 def length_of_sum(squares_of_first: Tensor, inner: Tensor, squares: Tensor) -> Tensor:
     """‖a + b‖ out of parts of ‖a‖², ⟨a, b⟩ and ‖b‖².
 
-    A sum that cancels may come out below 0, and its root as NaN: it is clamped, which lets a NaN of the parts
-    through.
+    A sum that cancels may come out below 0, and its root as NaN: it is clamped, which lets a NaN
+    of the parts through.
 
     >>> length_of_sum(torch.tensor([9.0]), torch.tensor([0.0]), torch.tensor([16.0]))
     tensor(5.)
@@ -209,5 +208,5 @@ def length_of_sum(squares_of_first: Tensor, inner: Tensor, squares: Tensor) -> T
 
 
 def item_on_cpu(value: Scalar) -> Scalar:
-    """A Python number where reading costs nothing (CPU), and the 0-d tensor itself where it would stall a device."""
+    """A Python number where reading costs nothing (CPU); the 0-d tensor where it would stall a device."""
     return value.item() if isinstance(value, Tensor) and value.device.type == "cpu" else value

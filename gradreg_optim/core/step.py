@@ -36,17 +36,17 @@ class Point(Enum):
     AHEAD = 1.0
     BEHIND = -1.0
     SIDEWAYS = "θ + ε·(±d)"
-    """As far as the step, but with the elements of d in other places: it is rounded as much, and meets little curvature."""
+    """θ + ε·d̃, where d̃ is d with its elements in other places: as much rounding, and little curvature."""
 
 
 @dataclass
 class GroupGradients:
     """One parameter group's regularized tensors, and what is known about them so far.
 
-    ``g1`` and ``weights`` are what the arithmetic runs on: flat or shaped, real, local to this process.
-    ``counts`` says which of them this rank adds to sums over ranks; ``None``: all. ``eps`` is ε in this step.
-    ``moved_along`` and ``step_squared`` are ⟨θ'_real − θ, g1⟩ and ‖g1‖² of g1 as it came, perhaps on a
-    sample.
+    ``g1`` and ``weights`` are what the arithmetic runs on: flat or shaped, real, local to this
+    process. ``counts`` says which of them this rank adds to sums over ranks; ``None``: all. ``eps`` is
+    ε in this step. ``moved_along`` and ``step_squared`` are ⟨θ'_real − θ, g1⟩ and ‖g1‖² of g1 as it
+    came, perhaps on a sample.
     """
 
     strength: float
@@ -117,9 +117,10 @@ class Difference:
 
 @dataclass
 class Check:
-    """What the step of a check measured: Python numbers. ``advice`` is what to tell the user if the self-check is low.
+    """What the step of a check measured, in Python numbers.
 
-    ``is_swallowed``: the arithmetic rounded the step away, so that ``floor`` is not that of later steps.
+    ``advice`` is the warning for the user if the self-check is low. ``is_swallowed``: the arithmetic rounded
+    the step away, so that ``floor`` is not that of later steps.
     """
 
     self_check: float

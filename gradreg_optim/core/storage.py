@@ -13,7 +13,10 @@ from gradreg_optim.core.step import FirstGradient, Gradients, Scalar
 
 
 class Storage(Protocol):
-    """Gradients and weights of this process: :mod:`gradreg_optim.core.local`, or :mod:`gradreg_optim.zero.storage`."""
+    """Gradients and weights of this process.
+
+    See :mod:`gradreg_optim.core.local` and :mod:`gradreg_optim.zero.storage`.
+    """
 
     @property
     def loss_scale(self) -> float:
@@ -21,7 +24,7 @@ class Storage(Protocol):
 
     @property
     def overflow_skips_step(self) -> bool:
-        """Whether whoever scales the loss skips a step whose gradient is not finite, which then has to show."""
+        """Whether the loss scaler skips steps with gradients that are not finite, which it then must see."""
 
     def check_first_pass(self) -> None:
         """Raise ``RuntimeError`` if something else has used the gradients that the first pass left."""
@@ -33,8 +36,8 @@ class Storage(Protocol):
     def take(self, strengths: Sequence[float], excluded: Sequence[frozenset[int]]) -> FirstGradient:
         """Take the gradients out of reach of the next backward; if that raises, they are as before.
 
-        g1 are those of the groups whose strength is not 0, but for the parameters at the positions in
-        ``excluded``.
+        g1 are those of the groups whose strength is not 0, but for the parameters at the
+        positions in ``excluded``.
         """
 
     @property
@@ -50,7 +53,7 @@ class Storage(Protocol):
 
     @property
     def loss_ranks(self) -> int:
-        """Over how many ranks :meth:`sum_over_ranks` adds up: each has a loss of its own, the step has their mean."""
+        """The number of ranks in :meth:`sum_over_ranks`; the loss of a step is the mean of their losses."""
 
     def moved(
         self,
@@ -61,19 +64,19 @@ class Storage(Protocol):
         measured: bool,
         signs: int | None = None,
     ) -> AbstractContextManager[None]:
-        """Inside the block the weights are at θ + step·g1, one step a group; after it they are at θ, or will be.
+        """Move the weights to θ + step·g1 inside the block, back to θ after it, at once or later.
 
-        ``seed`` is that of stochastic rounding, ``None`` rounds to nearest. ``measured``: note in the groups
-        how much of the step arrived. With ``signs`` the elements of g1 take random signs and places. These
-        depend on the seed, the tensor's place and its shape alone, so ranks that hold the same tensors draw
-        the same.
+        Each group has its own step. ``seed`` is that of stochastic rounding, ``None`` rounds to nearest.
+        ``measured``: note in the groups how much of the step arrived. With ``signs`` the elements of g1 take
+        random signs and places. These depend on the seed, the tensor's place and its shape alone, so ranks
+        that hold the same tensors draw the same.
         """
 
     def last(self, first: FirstGradient) -> Gradients:
         """The gradients of the last point, in the place from which the wrapped optimizer will step."""
 
     def laid_out(self, first: FirstGradient, gradients: Any) -> Gradients:
-        """What :meth:`take_sum` or :meth:`see_sum` returned, laid out like g1; 0 where there was no gradient."""
+        """The result of :meth:`take_sum` or :meth:`see_sum`, laid out like g1; 0 for a missing gradient."""
 
     def sum_over_ranks(self, sums: Tensor) -> Tensor:
         """Sums over this process's tensors, completed over all ranks that hold parts of them."""

@@ -4,10 +4,10 @@ The change of the loss proves that all passes are passes of one function. By the
 
     loss_check = (L(θ') − L(θ)) / (ε·⟨d, (g1 + g2)/2⟩) = 1 + O(ε²)
 
-A loss that draws another batch at each call, counts its calls or moves a teacher changes by more, and (g2 −
-g1)/ε is then the difference of two functions, divided by ε. ``loss_check`` is near 1 up to the spacing of the
-loss in these units,
-|L|·2⁻²⁴/(ε·⟨d, g⟩) in float32. It is an alarm if it is off by more than 0.25 + 8 spacings.
+A loss that draws another batch at each call, counts its calls or moves a teacher changes by more, and
+(g2 − g1)/ε is then the difference of two functions, divided by ε. ``loss_check`` is near 1 up to the
+spacing of the loss in these units, |L|·2⁻²⁴/(ε·⟨d, g⟩) in float32. It is an alarm if it is off by more
+than 0.25 + 8 spacings.
 
 A loss with stop-gradients (a ratio to the policy itself, a target network of the same weights) is not the
 integral of its gradient, and the formula does not hold. So in the first regularized step an alarm has the
@@ -37,25 +37,25 @@ from gradreg_optim.core.step import Figure, FirstGradient, Outcome, Scalar, comp
 from gradreg_optim.core.storage import Storage
 
 FAR, FAR_IF_LOW = 0.25, 1.0
-"""How far from 1 ``loss_check`` is an alarm, beside 8 spacings of the loss; in low precision its noise is larger,"""
+"""Alarming distance of ``loss_check`` from 1, beyond 8 spacings of the loss; low precision is noisier."""
 BEYOND = 2.0
-"""and how far it is one at once. Nearer ones have to last for ``STREAK`` steps."""
+"""Distance that is an alarm at once. A smaller one has to last for ``STREAK`` steps."""
 STREAK = 3
 MANY = 20
 """Steps over which the mean of ``penalty_ratio`` is taken."""
 LITTLE, MUCH = 0.01, 10.0
-"""Bounds of a ``penalty_ratio`` that needs no word."""
+"""Bounds of a ``penalty_ratio`` that causes no warning."""
 UNREAD = 10
 """Steps after which symptoms are read at the latest."""
 
 
 class Losses:
-    """Notes what the passes of a step differentiate: the arguments of ``backward``, or what a closure returns.
+    """Records what the passes of a step differentiate: the arguments of ``backward``, or a closure's result.
 
     ``passes`` holds the losses of each pass of the step so far. ``is_integral``: whether the loss is the
-    integral of its gradient; ``None`` until an informative step has told.
-    Communication: under DistributedDataParallel one all_reduce of two numbers a step; elsewhere the losses
-    join the sums of :meth:`~gradreg_optim.core.storage.Storage.sum_over_ranks`.
+    integral of its gradient; ``None`` until an informative step has told. Communication: under
+    DistributedDataParallel one all_reduce of two numbers a step; elsewhere the losses join the sums of
+    :meth:`~gradreg_optim.core.storage.Storage.sum_over_ranks`.
     """
 
     def __init__(self) -> None:
@@ -91,13 +91,13 @@ class Losses:
             yield
 
     def last_was_skipped(self) -> bool:
-        """Whether the last pass, which left no gradient, had a loss that is not finite, or stopped short of a backward."""
+        """Whether the last pass, which left no gradient, had a loss that is not finite or ran no backward."""
         return not math.isfinite(_sum(self.passes[-1])) and (
             bool(self.passes[-1]) or self.is_integral is not None
         )
 
     def change(self, storage: Storage) -> list[Scalar]:
-        """This rank's share of L(θ') − L(θ) and of |L(θ)|, in units of the loss; nothing if they are not known."""
+        """This rank's share of L(θ') − L(θ) and of |L(θ)|, in units of the loss; empty if unknown."""
         start, end = self.passes[0], self.passes[-1]
         groups = self._replicas(storage)
         if not start or not end or self.is_integral is False or groups is None:
@@ -111,7 +111,7 @@ class Losses:
         return list(both)
 
     def _replicas(self, storage: Storage) -> list[tuple[Any, torch.device]] | None:
-        """The process groups over which gradients have been averaged, beside the storage's; ``None`` if nobody knows."""
+        """Process groups over which gradients were averaged, besides the storage's; ``None`` if unknown."""
         models = (module for module in self._modules if isinstance(module, DistributedDataParallel))
         replicas = [
             *((model.process_group, model.device) for model in models),
@@ -133,7 +133,7 @@ class Losses:
         )
 
     def are_far(self, storage: Storage, first: FirstGradient) -> bool:
-        """In the first step, at θ': whether the change of the loss is far from what the gradients tell. Waits."""
+        """Whether the loss at θ' is far from what the gradients tell, in the first step. Waits."""
         if self.is_integral is not None or not (shares := self.change(storage)):
             return False
         second = storage.laid_out(first, storage.see_sum())
@@ -154,7 +154,7 @@ class Losses:
         return not self.is_integral
 
     def require_same(self, storage: Storage) -> None:
-        """Raise on every rank if on one the loss of the last pass is not that of the one before, at the same point."""
+        """Raise on every rank if on any rank the losses of the last two passes, at the same point, differ."""
         loss, again = _sum(self.passes[-2]), _sum(self.passes[-1])
         tolerance = 1e-6 if self.spacing < 1e-10 else max(1e-3, 8 * self.spacing)
         is_same = math.isclose(loss, again, rel_tol=tolerance, abs_tol=tolerance * storage.loss_scale / 100)
@@ -167,17 +167,18 @@ class Losses:
         if float(total):
             self.is_integral = None
             raise RuntimeError(
-                f"The loss is not a function of the weights: it was {loss!r} in the second pass and {again!r} when that was "
-                "repeated at the same weights, from the same random numbers and buffers"
-                f"{' (the losses differ on another rank)' if is_same else ''}. The difference of the two gradients would "
-                "measure this change. Draw the batch before the closure, or before the loop over passes(), and masks from "
-                "torch's global generators, or seed your own generator in each call."
+                f"The loss is not a function of the weights: it was {loss!r} in the second pass and "
+                f"{again!r} when that was repeated at the same weights, from the same random numbers and "
+                f"buffers{' (the losses differ on another rank)' if is_same else ''}. The difference of "
+                "the two gradients would measure this change. Draw the batch before the closure, or before "
+                "the loop over passes(), and masks from torch's global generators, or seed your own "
+                "generator in each call."
             )
 
 
 @dataclass
 class Evidence:
-    """The scalars of a step by which it proves itself, without its tensors; figures are computed if anybody asks.
+    """The scalars that test a step, without its tensors; figures are computed on request.
 
     ``losses`` are the change of the loss and its size, ``spacing`` that of its dtype; ``losses`` is ``None``
     if they tell nothing. The others are those of :class:`~gradreg_optim.core.step.FirstGradient` and
@@ -198,7 +199,7 @@ class Evidence:
     penalty_ratio: Figure
 
     def _changes(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The change of the loss, its size, and the change that gradients tell: ε·⟨d, (g1 + g2)/2⟩ over all groups."""
+        """The change of the loss, its size, and the change expected from gradients, ε·⟨d, (g1 + g2)/2⟩."""
         change, size = self.losses.to(self.ahead.device).unbind()  # type: ignore[union-attr]
         eps = stack_scalars(self.eps, self.ahead)
         return change, size, (eps * (self.g1_squared / self.clip + self.ahead)).sum() / 2
@@ -227,17 +228,16 @@ class Evidence:
 class Witnesses:
     """Reads the symptoms of the last steps, and tells the user once of each kind of trouble.
 
-    Symptoms are read every ``UNREAD`` steps, with the metrics, in the steps of a check, and of a step that
-    disproved itself.
+    Symptoms are read every ``UNREAD`` steps, with the metrics, in the steps of a check, and of a step
+    that disproved itself.
     """
 
     def __init__(self) -> None:
         self._unread: deque[Callable[[], Tensor]] = deque()
         self._streaks: dict[str, int] = {}
         self._ratios: list[float] = []
-        self._is_young = (
-            True  # whether the first ``MANY`` steps are not over: later, gradients and curvature vanish
-        )
+        # Whether the first ``MANY`` steps are not over: later, gradients and curvature vanish.
+        self._is_young = True
         self._told: set[str] = set()
 
     def note(self, outcome: Outcome) -> None:
@@ -259,18 +259,19 @@ class Witnesses:
             if off * FAR > BEYOND or self._lasts("loss", off > 1):
                 self.tell(
                     "loss",
-                    f"the loss changed between the passes by other than what the gradients tell (loss_check is off by "
-                    f"{off:.2g} times what noise explains)",
-                    "a teacher, memory bank or counter that moves in each forward; a batch that is drawn or changed in "
-                    "the pass; a generator of the loss's own; a loss with stop-gradients",
-                    "draw batches and masks before the passes, keep such state in buffers, or update it after step(); "
-                    "where the difference is meant, nothing is wrong",
+                    "the loss changed between the passes by other than what the gradients tell (loss_check "
+                    f"is off by {off:.2g} times what noise explains)",
+                    "a teacher, memory bank or counter that moves in each forward; a batch that is drawn or "
+                    "changed in the pass; a generator of the loss's own; a loss with stop-gradients",
+                    "draw batches and masks before the passes, keep such state in buffers, or update it "
+                    "after step(); where the difference is meant, nothing is wrong",
                 )
             if self._lasts("fidelity", fidelity < 0.5):
                 self.tell(
                     "fidelity",
                     f"{fidelity:.2g} of the step to θ' arrived in the weights (perturbation_fidelity)",
-                    "a step far below the spacing of the weights: small gradients times eps, or half-precision weights",
+                    "a step far below the spacing of the weights: small gradients times eps, or "
+                    "half-precision weights",
                     "set radius=0.005, or leave eps and radius out in half precision",
                 )
             if self._lasts("norms", are_equal):
@@ -278,7 +279,8 @@ class Witnesses:
                     "norms",
                     "‖g1‖ and ‖g2‖ are equal in each step although the gradients differ",
                     "gradients that are clipped or normalized inside each pass",
-                    "clip after the passes: `for _ in optimizer.passes(): …`, then clip, then optimizer.step()",
+                    "clip after the passes: `for _ in optimizer.passes(): …`, then clip, "
+                    "then optimizer.step()",
                 )
             self._ratios.append(penalty_ratio)
             if len(self._ratios) == MANY:
@@ -290,15 +292,19 @@ class Witnesses:
         if mean > MUCH:
             self.tell(
                 "much",
-                f"over {MANY} steps the penalty was {mean:.3g} times as long as the gradient (penalty_ratio), which it swamps",
+                f"over {MANY} steps the penalty was {mean:.3g} times as long as the gradient "
+                "(penalty_ratio), which it swamps",
                 "a strength for another loss, batch or model",
-                f"multiply strength by {0.3 / mean:.1g}, so that the ratio is near 0.3, or set max_penalty_ratio",
+                f"multiply strength by {0.3 / mean:.1g}, so that the ratio is near 0.3, or "
+                "set max_penalty_ratio",
             )
         elif mean < LITTLE and self._is_young:
             self.tell(
                 "little",
-                f"over {MANY} steps the penalty was {mean:.3g} of the gradient (penalty_ratio): it changes next to nothing",
-                "a strength for another loss or model, such as the published one with LoRA; gradients that vanish",
+                f"over {MANY} steps the penalty was {mean:.3g} of the gradient (penalty_ratio): it "
+                "changes next to nothing",
+                "a strength for another loss or model, such as the published one with LoRA; "
+                "gradients that vanish",
                 "raise strength until the ratio is near 0.3",
             )
 
@@ -330,9 +336,8 @@ def _differentiated(tensors: Any, grad_tensors: Any) -> Tensor:
             if hasattr(value, "to_local"):
                 value, factor = value.to_local(), None if factor is None else local_shard(factor)
             product = value if factor is None else value * factor
-            products.append(
-                product.sum() if product.ndim else product.clone()
-            )  # users add to losses in place
+            # Users add to losses in place.
+            products.append(product.sum() if product.ndim else product.clone())
     total = sum(products[1:], products[0])
     return total.real if total.is_complex() else total
 

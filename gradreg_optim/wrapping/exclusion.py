@@ -44,7 +44,7 @@ class Exclusion:
         self.__dict__.update(state, _is_excluded=WeakIdKeyDictionary())
 
     def update(self, groups: list[Group], model: nn.Module | None) -> list[list[int]]:
-        """For each of ``groups``, which may be others than before, the positions of the parameters that are left out."""
+        """The positions of excluded parameters in each of ``groups``, which may have changed since."""
         members = [[id(parameter) for parameter in group["params"]] for group in groups]
         if members == self._members:
             return self.positions
@@ -58,7 +58,7 @@ class Exclusion:
         return self._settle(groups)
 
     def leave_out(self, parameters: Iterable[Tensor], groups: list[Group]) -> None:
-        """Exclude ``parameters``; raise if no trainable parameter of ``groups`` would be left to regularize."""
+        """Exclude ``parameters``; raise if no trainable parameter of ``groups`` is left to regularize."""
         for parameter in parameters:
             self._is_excluded[parameter] = True
         self._settle(groups)
@@ -67,9 +67,9 @@ class Exclusion:
         ]
         if not trainable:
             raise ValueError(
-                "The optimizer has no trainable parameter: nothing would be trained. Build it on parameters with "
-                "requires_grad=True; if an adapter is created later, call peft.get_peft_model(model, config) first, or "
-                "let the trainer create the optimizer and call attach(trainer)."
+                "The optimizer has no trainable parameter: nothing would be trained. Build it on parameters "
+                "with requires_grad=True; if an adapter is created later, call peft.get_peft_model(model, "
+                "config) first, or let the trainer create the optimizer and call attach(trainer)."
             )
         if all(self._is_excluded.get(parameter) for parameter in trainable):
             raise ValueError(
@@ -99,7 +99,7 @@ class Exclusion:
 
 
 def parameter_names(groups: Iterable[Group], model: nn.Module | None) -> dict[int, list[str]]:
-    """Every name of every parameter, by ``id``: from the model, or from an optimizer built on named parameters.
+    """All names of each parameter, by ``id``: from the model, or from an optimizer built on named parameters.
 
     A tied parameter has several names. Empty if neither source has any.
     """
@@ -127,8 +127,8 @@ def excluded_positions(
     names = parameter_names(groups, model)
     if not names:
         raise ValueError(
-            f"exclude={patterns!r}: parameter names are not known. Pass model=<the module>, or build the optimizer on "
-            "model.named_parameters()."
+            f"exclude={patterns!r}: parameter names are not known. Pass model=<the module>, or build the "
+            "optimizer on model.named_parameters()."
         )
     known = [
         name for group in groups for parameter in group["params"] for name in names.get(id(parameter), ())
@@ -136,8 +136,8 @@ def excluded_positions(
     for pattern in patterns:
         if must_match and not any(pattern in name for name in known):
             raise ValueError(
-                f"exclude={patterns!r}: {pattern!r} is part of no parameter name, and a pattern has to match. "
-                f"Names look like {', '.join(map(repr, known[:3]))}."
+                f"exclude={patterns!r}: {pattern!r} is part of no parameter name, and a pattern has to "
+                f"match. Names look like {', '.join(map(repr, known[:3]))}."
             )
 
     def matches(parameter: Tensor) -> bool:

@@ -1,5 +1,4 @@
-"""What a parameter group knows about its regularization, the ``gradreg_*`` keys beside ``lr``, and the plan
-made of it.
+"""The ``gradreg_*`` keys of parameter groups, beside ``lr``, and the plan of a step made from them.
 
 Living there, hyperparameters are saved with the optimizer, can differ between groups and can be scheduled.
 ``strength``, ``eps`` and ``radius`` are read group by group; the other settings and the step count hold for
@@ -67,7 +66,7 @@ def check_keys(group: Group) -> None:
 
 
 def check_brought(group: Group, first: Group) -> None:
-    """Raise ``ValueError`` for keys that ``group`` brings and that would have no effect, and for values that break rules."""
+    """Raise ``ValueError`` if ``group`` brings keys that have no effect or values that break their rules."""
     check_keys(group)
     check_settings(
         **{key.removeprefix("gradreg_"): group[key] for key in SETTING_KEYS if group.get(key) is not None}
@@ -76,8 +75,9 @@ def check_brought(group: Group, first: Group) -> None:
         key = f"gradreg_{name}"
         if key in group and plain(group[key]) != plain(first.get(key, group[key])):
             raise ValueError(
-                f"{key}={group[key]!r} in one parameter group and {first[key]!r} in the first: it holds for the whole "
-                f"optimizer. Give it to the optimizer; groups may differ in {', '.join(PER_GROUP)}."
+                f"{key}={group[key]!r} in one parameter group and {first[key]!r} in the first: it holds for "
+                "the whole optimizer. Give it to the optimizer; groups may differ in "
+                f"{', '.join(PER_GROUP)}."
             )
 
 
@@ -107,9 +107,8 @@ def adopt_group(group: Group, settings: dict[str, Any], *, step: int) -> None:
 def modernize(group: Group) -> None:
     """Bring the keys of a checkpoint of an earlier version up to date."""
     drop_keys(group, DELETED_KEYS)
-    if (
-        group.get("gradreg_radius") == AUTO and group.get("gradreg_eps") is not None
-    ):  # "auto" was a default beside ε
+    # "auto" was a default beside ε.
+    if group.get("gradreg_radius") == AUTO and group.get("gradreg_eps") is not None:
         group["gradreg_eps"] = None if group["gradreg_eps"] == PUBLISHED_EPS else group["gradreg_eps"]
         group["gradreg_radius"] = None
     if group.get("gradreg_method") == "exact":
@@ -117,7 +116,7 @@ def modernize(group: Group) -> None:
 
 
 def warn_of_replaced(groups: list[Group], before: list[Group], settings: dict[str, Any]) -> None:
-    """Say which of the ``settings`` that were given, not left at their defaults, a loaded state has replaced."""
+    """Warn of explicitly given ``settings``, other than the defaults, that a loaded state has replaced."""
     given = [(s.name, f"gradreg_{s.name}") for s in SETTINGS if s.is_key and settings[s.name] != s.default]
     replaced = {
         f"{name}={own[key]!r} by {group[key]!r}": None
@@ -127,21 +126,22 @@ def warn_of_replaced(groups: list[Group], before: list[Group], settings: dict[st
     }
     if replaced:
         warnings.warn(
-            f"The loaded optimizer state replaces {', '.join(replaced)}: settings come from the checkpoint, as the learning "
-            "rate does. To train with others, write them into the gradreg_* keys of param_groups after loading.",
+            f"The loaded optimizer state replaces {', '.join(replaced)}: settings come from the checkpoint, "
+            "as the learning rate does. To train with others, write them into the gradreg_* keys of "
+            "param_groups after loading.",
             stacklevel=3,
         )
 
 
 def check_group(group: Group) -> None:
-    """Raise ``ValueError`` if the settings a user or a scheduler wrote into ``group`` since break their rules."""
+    """Raise ``ValueError`` if settings that a user or a scheduler wrote into ``group`` break their rules."""
     check_keys(group)
     group.update({key: plain(group[key]) for key in SETTING_KEYS})
     check_settings(**{key.removeprefix("gradreg_"): group[key] for key in SETTING_KEYS})
 
 
 def is_state_initialization(optimizer: Optimizer) -> bool:
-    """Whether this is torch.distributed.checkpoint creating state: no state yet, rates of 0, gradients of 0."""
+    """Whether torch.distributed.checkpoint is creating state: there is none; rates and gradients are 0."""
     groups = optimizer.param_groups
     return (
         not optimizer.state
@@ -213,8 +213,8 @@ def _settled_plan(groups: list[Group], excluded: list[list[int]]) -> Plan:
 def _check_is_due(group: Group, step: int, is_low: bool | None) -> bool:
     """Whether a check falls on this step: in the first regularized one, then every ``check_every`` steps.
 
-    Of ``gradreg_every`` steps in a row one is regularized: it is checked if a multiple of ``check_every``
-    falls within.
+    One of ``gradreg_every`` consecutive steps is regularized. It is checked if a multiple of ``check_every``
+    falls within these steps.
     """
     every = group["gradreg_check_every"]
     if every == 0:

@@ -17,9 +17,10 @@ from gradreg_optim.wrapping.settings import shown
 STEPS_IN_BACKWARD = re.compile(
     "(?i)lomo|layerwise|inbackward|gradientrelease|cpuoffloadoptimizer|^dummyoptimizer$"
 )
-"""Names of classes whose update, or whose copy of the gradient, is taken in hooks of the backward: LOMO and
-AdaLomo; what Transformers and LLaMA-Factory put in the place of layerwise GaLore and APOLLO; torchtitan's and
-torchao's.
+"""Names of classes that step, or copy gradients, in hooks of the backward.
+
+They are LOMO and AdaLomo; what Transformers and LLaMA-Factory put in the place of layerwise GaLore and
+APOLLO; torchtitan's and torchao's.
 """
 TAKES_GRADIENTS = re.compile("SAM$|^AliG$|^DPOptimizer$")
 """Names of classes that run the closure themselves, or that write ``.grad`` in their step (Opacus)."""
@@ -31,16 +32,21 @@ def check_wrappable(optimizer: Any) -> None:
     if not isinstance(optimizer, Optimizer):
         remedy = "Pass, for example, torch.optim.AdamW(model.parameters())."
         if type(optimizer).__module__.startswith("deepspeed."):
-            remedy = "The engine holds the parameters by now: use ZeroGradRegOptimizer(engine), or attach(trainer) earlier."
+            remedy = (
+                "The engine holds the parameters by now: use ZeroGradRegOptimizer(engine), or "
+                "attach(trainer) earlier."
+            )
         raise TypeError(
-            f"optimizer={shown(optimizer)} is a {name}: an instance of torch.optim.Optimizer is wrapped. {remedy}"
+            f"optimizer={shown(optimizer)} is a {name}: an instance of "
+            f"torch.optim.Optimizer is wrapped. {remedy}"
         )
     if any(TAKES_GRADIENTS.search(kind.__name__) for kind in type(optimizer).__mro__) or _needs_closure(
         optimizer
     ):
         raise ValueError(
-            f"optimizer={name}: its step needs a closure, or makes the gradient by itself, but the combined gradient "
-            "exists at one point only. Use an optimizer that steps on gradients, such as AdamW or SGD."
+            f"optimizer={name}: its step needs a closure, or makes the gradient by itself, but the "
+            "combined gradient exists at one point only. Use an optimizer that steps on gradients, "
+            "such as AdamW or SGD."
         )
     if (
         STEPS_IN_BACKWARD.search(name)
@@ -51,8 +57,9 @@ def check_wrappable(optimizer: Any) -> None:
         )
     ):
         raise ValueError(
-            f"optimizer={name}: it takes its steps in the backward, before there is a second gradient to combine with. "
-            "Use one that steps when it is called, such as AdamW, or GaLore without layerwise updates."
+            f"optimizer={name}: it takes its steps in the backward, before there is a second "
+            "gradient to combine with. Use one that steps when it is called, such as AdamW, or "
+            "GaLore without layerwise updates."
         )
 
 
@@ -60,13 +67,13 @@ def check_arguments(model: Any, scaler: Any) -> None:
     """Refuse what is no module, and what scales no losses."""
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(
-            f"model={shown(model)} is a {type(model).__name__}: names and buffers are those of a torch.nn.Module. "
-            "Pass the module."
+            f"model={shown(model)} is a {type(model).__name__}: names and buffers are those of a "
+            "torch.nn.Module. Pass the module."
         )
     if scaler is not None and not callable(getattr(scaler, "get_scale", None)):
         raise TypeError(
-            f"scaler={shown(scaler)} is a {type(scaler).__name__}: losses are scaled by a torch.amp.GradScaler. "
-            "Pass the one that your closure calls scale() of, or leave it out."
+            f"scaler={shown(scaler)} is a {type(scaler).__name__}: losses are scaled by a "
+            "torch.amp.GradScaler. Pass the one that your closure calls scale() of, or leave it out."
         )
 
 
@@ -74,14 +81,14 @@ def check_resample(resample: str) -> None:
     """Refuse completions to be reweighted in a loop of the user's own."""
     if resample != "reuse":
         raise RuntimeError(
-            f"resample={resample!r}: completions are reweighted in the losses of trainers, and this step got a closure, "
-            "which decides itself what its second call makes of them. Keep the log-probabilities of its first call there, "
-            "and leave resample out."
+            f"resample={resample!r}: completions are reweighted in the losses of trainers, and this step got "
+            "a closure, which decides itself what its second call makes of them. Keep the log-probabilities "
+            "of its first call there, and leave resample out."
         )
 
 
 def no_gradient(groups: list[dict[str, Any]], exclude: tuple[str, ...], excluded: list[list[int]]) -> str:
-    """The warning about a first pass that left no gradient where one is to be regularized; raises if all is excluded."""
+    """The warning for a first pass that left no gradient to regularize; raises if all is excluded."""
     parameters = [parameter for group in groups for parameter in group["params"]]
     trainable = sum(parameter.requires_grad for parameter in parameters)
     if len(parameters) == sum(map(len, excluded)):
@@ -91,11 +98,12 @@ def no_gradient(groups: list[dict[str, Any]], exclude: tuple[str, ...], excluded
         )
     reached = sum(parameter.grad is not None for parameter in parameters)
     return (
-        "Gradient regularization: the first pass left no gradient on any parameter that is to be regularized, and the step "
-        f"was taken without the penalty. Of the optimizer's {len(parameters)} parameters {trainable} require a gradient and "
-        f"{reached} have one, which exclude={exclude!r} or a strength of 0 leaves out. The closure has to call backward() "
-        "on a loss that depends on the optimizer's parameters. If the step was meant to have no gradient, nothing is wrong; "
-        "this is said once."
+        "Gradient regularization: the first pass left no gradient on any parameter that is to be "
+        "regularized, and the step was taken without the penalty. Of the optimizer's "
+        f"{len(parameters)} parameters {trainable} require a gradient and {reached} have one, which "
+        f"exclude={exclude!r} or a strength of 0 leaves out. The closure has to call backward() on a "
+        "loss that depends on the optimizer's parameters. If the step was meant to have no gradient, "
+        "nothing is wrong; this is said once."
     )
 
 
@@ -105,11 +113,11 @@ def _needs_closure(optimizer: Optimizer) -> bool:
 
 
 def check_engines(groups: list[dict[str, Any]]) -> None:
-    """Refuse what holds the parameters of ``groups`` if it would make a step wrong although each of its parts runs."""
+    """Refuse engines that hold the parameters of ``groups`` and would make a step wrong without an error."""
     parameters = {id(parameter): parameter for group in groups for parameter in group["params"]}
     if any(getattr(parameter, "_fsdp_flattened", False) for parameter in parameters.values()):
-        # Private, and imported already by whoever flattened the parameters: nothing on them says whether they
-        # are shards.
+        # Private, and imported already by whoever flattened the parameters: nothing on them says
+        # whether they are shards.
         from torch.distributed.fsdp._flat_param import FlatParamHandle
 
         for handle in _living(FlatParamHandle):
@@ -119,18 +127,18 @@ def check_engines(groups: list[dict[str, Any]]) -> None:
             )
             if handle.uses_sharded_strategy and any(id(part) in parameters for part in parts):
                 raise ValueError(
-                    "the parameters are shards of FSDP1 (FullyShardedDataParallel): norms would be those of this rank's "
-                    "shards alone. Use FSDP2 (torch.distributed.fsdp.fully_shard; fsdp_version=2 in Accelerate and "
-                    "Transformers)."
+                    "the parameters are shards of FSDP1 (FullyShardedDataParallel): norms would be those of "
+                    "this rank's shards alone. Use FSDP2 (torch.distributed.fsdp.fully_shard; fsdp_version=2 "
+                    "in Accelerate and Transformers)."
                 )
     for model in _living(DistributedDataParallel):
         states = [state for _, state in getattr(model, "_comm_hooks", ())]
         is_lossy = any(kind.__name__ == "PowerSGDState" for state in states for kind in type(state).__mro__)
         if is_lossy and any(id(parameter) in parameters for parameter in model.parameters()):
             raise ValueError(
-                "the communication hook PowerSGD compresses gradients and adds what it lost to the next ones: g2 − g1 "
-                "would be that error. Use DistributedDataParallel without it, or with fp16_compress_hook or "
-                "bf16_compress_hook."
+                "the communication hook PowerSGD compresses gradients and adds what it lost to the next "
+                "ones: g2 − g1 would be that error. Use DistributedDataParallel without it, or with "
+                "fp16_compress_hook or bf16_compress_hook."
             )
 
 

@@ -1,8 +1,8 @@
 """Strength over time: nothing during the warm-up, then a factor that multiplies every group's strength.
 
 Zhao et al. 2024 find that a penalty at full strength during the learning-rate warm-up of an adaptive
-optimizer can hurt, and that letting it grow repairs this: ``"linear"`` and ``"cosine"`` therefore *rise*,
-from 0 to 1.
+optimizer can hurt, and that letting it grow repairs this: ``"linear"`` and ``"cosine"`` therefore
+*rise*, from 0 to 1.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ def strength_factor(
         step: optimizer steps taken so far; the first step has number 0.
         warmup_steps: steps at the beginning during which the factor is 0.
         schedule: ``None`` or ``"constant"``: 1. ``"linear"``, ``"cosine"``: from 0 to 1 over the
-        ``schedule_steps`` steps
-            that follow the warm-up, then 1. A callable: its value at ``step`` (like ``LambdaLR``, it
-            multiplies).
+            ``schedule_steps`` steps that follow the warm-up, then 1. A callable: its value at ``step`` (like
+            ``LambdaLR``, it multiplies).
         schedule_steps: length of the rise, in optimizer steps; needed by ``"linear"`` and ``"cosine"``.
 
     Raises:

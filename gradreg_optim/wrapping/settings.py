@@ -1,7 +1,7 @@
 """The settings: one list, from which keys, checks and command-line flags are derived.
 
-A new setting is added here, to the signature of ``GradRegOptimizer``, which the tests compare with this list,
-and where it acts.
+A new setting is added here, to the signature of ``GradRegOptimizer``, which the tests compare with this
+list, and where it acts.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Settings(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Rule:
-    """What a value must be, in words for error messages and as a test; ``kind`` and ``choices`` are those of the flag."""
+    """What a value must be, in words and as a test; ``kind`` and ``choices`` are those of the flag."""
 
     text: str
     kind: Any
@@ -141,36 +141,45 @@ SETTINGS = (
     Setting("strength", DEFAULT_STRENGTH, NOT_NEGATIVE, "Published values are 1e-2 and 1e-3; 0 switches off.",
             "Weight γ of the penalty (γ/2)·‖∇L‖². 0 switches it off.", is_per_group=True),
     Setting("eps", None, POSITIVE, "The published value is 1e-3, the default in full precision.",
-            "Finite-difference step ε, in units of the gradient; default: 1e-3, in low precision radius auto.",
+            "Finite-difference step ε, in units of the gradient; default: 1e-3, in low "
+            "precision radius auto.",
             is_per_group=True),
-    Setting("radius", None, RADIUS, "Leave it out to use eps, or in low precision 'auto'; fp32 wants about 0.0025.",
-            "Length of the finite-difference step, instead of ε; `auto` adapts it, the default in low precision.",
+    Setting("radius", None, RADIUS,
+            "Leave it out to use eps, or in low precision 'auto'; fp32 wants about 0.0025.",
+            "Length of the finite-difference step, instead of ε; `auto` adapts it, the "
+            "default in low precision.",
             is_per_group=True),
     Setting("warmup_steps", 0, COUNT, "It counts optimizer steps without the penalty.",
             "Optimizer steps before the penalty starts.", flag="warmup"),
     Setting("schedule", None, SCHEDULE, "A callable returns the factor on the strength.",
             "Strength after the warm-up.", flag_default="constant"),
-    Setting("schedule_steps", None, PERIOD_OR_NONE, "It counts the optimizer steps over which the strength rises.",
+    Setting("schedule_steps", None, PERIOD_OR_NONE,
+            "It counts the optimizer steps over which the strength rises.",
             "Steps over which a linear or cosine schedule rises; default: all of training."),
-    Setting("g1_clip", 10.0, CLIP, "None switches the clip off.", "Norm bound on the first gradient; 0: none."),
-    Setting("g2_clip", 10.0, CLIP, "None switches the clip off.", "Norm bound on the second gradient; 0: none."),
+    Setting("g1_clip", 10.0, CLIP, "None switches the clip off.",
+            "Norm bound on the first gradient; 0: none."),
+    Setting("g2_clip", 10.0, CLIP, "None switches the clip off.",
+            "Norm bound on the second gradient; 0: none."),
     Setting("max_penalty_ratio", None, BOUND, "None leaves the penalty unbounded.",
             "Bound on ‖penalty‖/‖g1‖; does not bias the difference."),
     Setting("method", "forward", _one_of(Method),
-            "forward takes one further gradient, central two, which is as good as double backward was (0.98 to 0.995).",
+            "forward takes one further gradient, central two, which is as good as double "
+            "backward was (0.98 to 0.995).",
             "Estimate of H·d: by one further gradient, or by two."),
     Setting("rounding", "stochastic", _one_of(Rounding),
             "It says how bfloat16 weights take a step smaller than their spacing.",
             "How bfloat16 weights without fp32 masters take the step."),
     Setting("check_every", None, COUNT_OR_NONE,
-            "It counts optimizer steps between self-checks; 0 makes none, None one, and more in low precision.",
+            "It counts optimizer steps between self-checks; 0 makes none, None one, and "
+            "more in low precision.",
             "Steps between self-checks; 0: none. Default: one in the first step, each 100 in low precision."),
     Setting("shrink", True, SWITCH, "True scales the penalty by its share of signal.",
             "Scale the penalty by the share of the difference that is not rounding noise."),
     Setting("every", 1, PERIOD, "1 regularizes every step, k each k-th one.",
             "Regularize each k-th step; wants k times the strength."),
     Setting("resample", "reuse", _one_of(Resample),
-            "reuse is the published choice; sequence reweights completions in the second pass of GRPO and RLOO.",
+            "reuse is the published choice; sequence reweights completions in the second "
+            "pass of GRPO and RLOO.",
             "Completions in the second pass of GRPO and RLOO: as they are (reuse), or reweighted (sequence).",
             is_key=False),
 )
@@ -190,18 +199,18 @@ PLACES = {
 
 
 def plain(value: Any) -> Any:
-    """A NumPy scalar or 0-d tensor as the Python number that it holds, which checkpoints can keep; all else as it is."""
+    """The number in a NumPy scalar or 0-d tensor, which checkpoints can keep; anything else as it is."""
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
 def shown(value: Any) -> str:
-    """How an error message prints a wrong value: numbers and short words whole, anything larger by its type."""
+    """A wrong value as an error message prints it: numbers and short words whole, anything larger by type."""
     text = repr(value) if isinstance(value, (str, int, float, list, tuple, type, type(None))) else ""
     return text if 0 < len(text) <= 80 else f"<{type(value).__name__}>"
 
 
 def suggestion(name: str, known: Iterable[str], *, prefix: str = "") -> str:
-    """Which of the ``known`` names was meant, as the end of an error message; ``prefix`` belongs to each of them."""
+    """The end of an error message: which of the ``known`` names (each after ``prefix``) was meant."""
     bare, known = name.removeprefix("grad_reg_").removeprefix("gradreg_"), sorted(known)
     close = get_close_matches(bare, known, n=1)
     return (
@@ -226,7 +235,7 @@ def check_settings(**settings: Any) -> None:
 
 
 def check_names(where: str, names: Iterable[str]) -> None:
-    """Raise ``TypeError`` for the first of ``names`` that is no setting; it says which was meant, or what to use."""
+    """Raise ``TypeError`` for the first of ``names`` that is no setting; it says what to use instead."""
     for name in names:
         if name in DELETED:
             raise TypeError(
@@ -252,7 +261,7 @@ def exclude_patterns(exclude: str | Iterable[str] | None) -> tuple[str, ...]:
     for pattern in patterns:
         if not isinstance(pattern, str) or not pattern:
             raise ValueError(
-                f"exclude={shown(exclude)}: every pattern must be a non-empty string, a part of parameter names. "
-                "Pass, for example, exclude=('embed', 'lm_head')."
+                f"exclude={shown(exclude)}: every pattern must be a non-empty string, a part of parameter "
+                "names. Pass, for example, exclude=('embed', 'lm_head')."
             )
     return patterns

@@ -1,5 +1,4 @@
-"""The one arrow upwards: trainers have to use a wrapper that they are given, in a package that imports this
-one.
+"""The one call upwards: trainers, in a package that imports this one, have to use the wrapper they are given.
 
 That package is imported by name, and only once Transformers' trainer is there: ``import gradreg_optim`` needs
 torch alone. A scaler that calls the wrapper is found in the calling frames.
@@ -19,18 +18,16 @@ ATTACH = "gradreg_optim.trainers.attach"
 
 def announce() -> None:
     """There is a wrapper, and there are trainers: let them use those that they are given."""
-    if not getattr(
-        sys.modules[TRAINER].__spec__, "_initializing", False
-    ):  # else it is in the middle of its import
+    # Else it is in the middle of its import.
+    if not getattr(sys.modules[TRAINER].__spec__, "_initializing", False):
         import_module(ATTACH)
 
 
 def calling_scaler() -> Any:
     """The enabled ``GradScaler`` that calls the step; ``None`` if there is none."""
     frame, depth = sys._getframe(1), 0
-    while (
-        frame is not None and depth < 12
-    ):  # torch has two frames of hooks in between, and each LR scheduler one
+    # There are two frames of torch's hooks in between, and one of each LR scheduler.
+    while frame is not None and depth < 12:
         scaler = frame.f_locals.get("self")
         if isinstance(scaler, GradScaler) and scaler.is_enabled():
             return scaler
@@ -39,9 +36,10 @@ def calling_scaler() -> Any:
 
 
 def check_scaler(known: Any) -> None:
-    """Raise ``RuntimeError`` if a ``GradScaler`` calls the step and is not the one that is known: gradients were scaled."""
+    """Raise ``RuntimeError`` if an unknown ``GradScaler`` calls the step: the gradients were scaled."""
     if calling_scaler() not in (None, known):
         raise RuntimeError(
-            "scaler.step(optimizer): the optimizer does not know this scaler, and took scaled gradients for gradients. "
-            "Pass GradRegOptimizer(..., scaler=scaler), and call optimizer.step() and scaler.update()."
+            "scaler.step(optimizer): the optimizer does not know this scaler, and took scaled "
+            "gradients for gradients. Pass GradRegOptimizer(..., scaler=scaler), and call "
+            "optimizer.step() and scaler.update()."
         )

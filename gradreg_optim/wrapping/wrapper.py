@@ -16,10 +16,9 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import (
-    _global_optimizer_post_hooks,
-    _global_optimizer_pre_hooks,
-)  # private: test_wrapper.py
+
+# Private; test_wrapper.py fails when they disappear.
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from gradreg_optim.core.plan import Plan
 from gradreg_optim.core.step import Outcome
@@ -53,8 +52,8 @@ def shared(name: str, *default: Any) -> Any:
 
 def run_hooks_around(step: Callable[..., Any]) -> Callable[..., Any]:
     """Return the wrapper's ``step`` with hooks around it, as torch does, but without a profiler's range."""
-    # The update alone has a range, the wrapped optimizer's. Hooks on every optimizer see the wrapper, which
-    # the loop has.
+    # The update alone has a range, the wrapped optimizer's. Hooks on every optimizer see the wrapper,
+    # which the loop has.
 
     @functools.wraps(step)
     def hooked(*args: Any, **kwargs: Any) -> Any:
@@ -88,13 +87,12 @@ def without_global_hooks() -> Iterator[None]:
 
 
 class OptimizerWrapper(Optimizer):
-    """Delegation, hyperparameters in the groups, checkpoints and pickling; what a step does is left to the subclass."""
+    """Delegation, hyperparameters in the groups, checkpoints and pickling; subclasses define the step."""
 
     profile_hook_step = staticmethod(run_hooks_around)  # type: ignore[assignment]
     _is_state_initialization = is_state_initialization
-    _step_supports_amp_closure = (
-        True  # Composer's trainer (0.32) asks in fp16, and then unscales in the closure
-    )
+    # Composer's trainer (0.32) asks in fp16, and then unscales in the closure.
+    _step_supports_amp_closure = True
 
     def __init__(
         self,
@@ -110,7 +108,8 @@ class OptimizerWrapper(Optimizer):
         check_wrappable(optimizer)
         if isinstance(optimizer, OptimizerWrapper):
             raise ValueError(
-                "optimizer is a GradRegOptimizer already: one wrapper regularizes. Pass the optimizer inside it."
+                "optimizer is a GradRegOptimizer already: one wrapper regularizes. Pass "
+                "the optimizer inside it."
             )
         check_arguments(model, scaler)
         check_settings(**settings)
@@ -122,15 +121,13 @@ class OptimizerWrapper(Optimizer):
         self._model, self._scaler = model, scaler
         self._attachment: Any = None
         self._is_in_step = False
-        self.__setstate__(
-            {}
-        )  # Optimizer's step hooks, without Optimizer.__init__, which would build groups of its own
+        # Optimizer's step hooks, without Optimizer.__init__, which would build groups of its own.
+        self.__setstate__({})
         self._named_groups = named_groups
         exclusion = Exclusion(exclude, model, self._groups_with_names())
         for group in self.param_groups:
-            if (
-                "gradreg_step" in group
-            ):  # wrapped before, or loaded from a checkpoint: these settings count, and its step
+            # Wrapped before, or loaded from a checkpoint: these settings count, and its step.
+            if "gradreg_step" in group:
                 drop_keys(group, (*SETTING_KEYS, *DELETED_KEYS))
             check_brought(
                 group,
@@ -149,7 +146,8 @@ class OptimizerWrapper(Optimizer):
     def param_groups(self) -> list[dict[str, Any]]:
         """The wrapped optimizer's groups."""
         if upwards.TRAINER in sys.modules and upwards.ATTACH not in sys.modules:
-            upwards.announce()  # a trainer that is imported after the wrapper was built looks at them before it trains
+            # A trainer that is imported after the wrapper was built looks at them before it trains.
+            upwards.announce()
         return self.optimizer.param_groups
 
     @param_groups.setter
@@ -160,7 +158,7 @@ class OptimizerWrapper(Optimizer):
     defaults = shared("defaults", {})
 
     def __getattr__(self, name: str) -> Any:
-        """Attributes of the wrapped optimizer, such as the ``eval`` of schedule-free ones; private ones that are methods."""
+        """Forward attributes of the wrapped optimizer, such as ``eval``; private ones only if callable."""
         # Do not forward private flags: GradScaler reads ``_step_supports_amp_scaling`` and would assume that
         # the wrapper unscales by itself.
         if not name.startswith("__") and "optimizer" in self.__dict__:
@@ -187,7 +185,7 @@ class OptimizerWrapper(Optimizer):
         self._adopt_new_groups()
 
     def _adopt_new_groups(self) -> None:
-        """Complete groups that came without ``gradreg_*`` keys, as after ``add_param_group`` on the wrapped optimizer."""
+        """Complete groups without ``gradreg_*`` keys, as ``optimizer.add_param_group`` adds them."""
         excluded = self.exclusion.update(self._groups_with_names(), self._model)
         for group, positions in zip(self.param_groups, excluded, strict=False):
             if "gradreg_step" not in group:
@@ -203,7 +201,7 @@ class OptimizerWrapper(Optimizer):
         return self.exclusion.patterns
 
     def leave_out(self, parameters: Iterable[Tensor]) -> None:
-        """Exclude ``parameters`` as ``exclude`` does; raise if no trainable parameter would be left to regularize."""
+        """Exclude ``parameters`` as ``exclude`` does; raise if no trainable parameter would be left."""
         self._adopt_new_groups()
         self.exclusion.leave_out(parameters, self._groups_with_names())
         self._adopt_new_groups()
@@ -243,7 +241,7 @@ class OptimizerWrapper(Optimizer):
         return self.plan().regularizes
 
     def _step_wrapped(self, step: Callable[..., Any], *args: Any) -> None:
-        """Call ``step(*args)``, by which the wrapped optimizer steps; in the wrapper's step, without hooks on every one."""
+        """Step the wrapped optimizer by ``step(*args)``; inside the wrapper's step, without global hooks."""
         with without_global_hooks() if self._is_in_step else nullcontext():
             step(*args)
 
@@ -254,7 +252,7 @@ class OptimizerWrapper(Optimizer):
     # Checkpoints and pickling.
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state dict; its groups carry the ``gradreg_*`` keys. Loads into either of the two."""
+        """The wrapped optimizer's state dict, with ``gradreg_*`` keys in its groups; both can load it."""
         self._adopt_new_groups()
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
@@ -264,7 +262,7 @@ class OptimizerWrapper(Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of this wrapper, or of the bare optimizer; for the latter, warn and keep current settings."""
+        """Load a state dict of this wrapper, or of the bare optimizer with a warning and current settings."""
         self._adopt_new_groups()
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
@@ -275,14 +273,18 @@ class OptimizerWrapper(Optimizer):
             modernize(group)
         missing = sorted({key for group in self.param_groups for key in missing_keys(group)})
         if missing:
-            what = f"The loaded optimizer state has no {', '.join(missing)}: it was saved without GradRegOptimizer. "
+            what = (
+                f"The loaded optimizer state has no {', '.join(missing)}: it was saved without "
+                "GradRegOptimizer. "
+            )
             warnings.warn(
                 f"{what}Settings stay as constructed, and warm-up and schedule start at step 0.", stacklevel=2
             )
         for group, own in zip(self.param_groups, current, strict=True):
             for key, value in {**own, "gradreg_step": 0}.items():
                 group.setdefault(key, value)
-        self._adopt_new_groups()  # what is excluded is a matter of this model's parameters, not the saved run's
+        # What is excluded is a matter of this model's parameters, not the saved run's.
+        self._adopt_new_groups()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 

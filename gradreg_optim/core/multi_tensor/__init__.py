@@ -48,8 +48,8 @@ def _kernels() -> Any:
         return None
     except Exception as error:  # whatever a compiler may raise
         warnings.warn(
-            "Gradient regularization: Triton does not work here, so that each step takes more kernel launches: "
-            f"{type(error).__name__}: {error}",
+            "Gradient regularization: Triton does not work here, so that each step takes more kernel "
+            f"launches: {type(error).__name__}: {error}",
             stacklevel=2,
         )
         return None
@@ -57,7 +57,7 @@ def _kernels() -> Any:
 
 
 def _alike(*lists: Sequence[Tensor]) -> list[tuple[Any, list[Sequence[Tensor]]]]:
-    """The lists, divided so that tensors of one list have one dtype and device, and one back end: (back end, lists)."""
+    """The lists, divided by dtype and device, as pairs of a back end and lists for it."""
     if not lists[0]:
         return []
     if all(len({x.dtype for x in xs}) == 1 and len({x.device for x in xs}) == 1 for xs in lists):
@@ -85,7 +85,7 @@ def _kernels_for(tensors: Sequence[Tensor]) -> Any:
 
 
 def _added(sums: list[Tensor]) -> Scalar:
-    """In the widest dtype and on the device of the first; the number 0, which belongs to no device, if there are none."""
+    """The sum, in the widest dtype and on the device of the first; the number 0 for an empty list."""
     if len(sums) < 2:
         return sums[0] if sums else 0.0
     wide = max((x.dtype for x in sums), key=lambda dtype: dtype.itemsize)
@@ -132,9 +132,9 @@ def moments_along(delta: Sequence[Tensor], along: Sequence[Tensor]) -> Moments:
 
 
 def step_moments(start: Sequence[Tensor], end: Sequence[Tensor], direction: Sequence[Tensor]) -> Moments:
-    """⟨end − start, d⟩ and ‖d‖², from which to tell how much of a step along ``direction`` the weights' dtype let through.
+    """⟨end − start, d⟩ and ‖d‖²: how much of a step along ``direction`` survived the weights' dtype.
 
-    Of large tensors a sample is enough for that (:func:`eager.sampled`), and spares a pass over memory.
+    A sample of a large tensor is enough for that (:func:`eager.sampled`), and saves a pass over memory.
     """
     found = [eager.step_moments(*alike) for _, alike in _alike(start, end, direction)]
     return _added([along for along, _ in found]), _added([squares for _, squares in found])
@@ -165,7 +165,7 @@ def save_and_shift_(
     seed: int | None = None,
     signs: int | None = None,
 ) -> tuple[list[Tensor], Moments | None]:
-    """``θ ← θ + ε·d`` in place, rounded to the nearest values of the weights' dtype. If it raises, θ is whole.
+    """``θ ← θ + ε·d`` in place, rounded to nearest in the weights' dtype; θ is unchanged if it raises.
 
     With a ``seed``, bfloat16 weights are rounded up or down with the probability that is right on average: of
     steps shorter than half a spacing, which rounding to nearest drops altogether, the right share then
@@ -257,7 +257,7 @@ def combine_(
     clip: Scalar = 1.0,
     is_finite: Scalar = True,
 ) -> None:
-    """``g2 ← g1 + weight·(clip·g2 − g1)`` in place, or g1 where ``is_finite``, which nobody may have read yet, is false.
+    """``g2 ← g1 + weight·(clip·g2 − g1)`` in place, or g1 where ``is_finite`` (perhaps a tensor) is false.
 
     Written as g2 + (1 − weight)·(g1 − g2) near weight 1 (γ = ε, sharpness-aware minimization), which leaves
     exactly g2; weight 0 leaves exactly g1.

@@ -1,5 +1,6 @@
-"""The operations in torch alone, on any device and dtype: torch._foreach_*, and flat chunks for what that
-cannot do.
+"""The operations in torch alone, on any device and dtype.
+
+They use torch._foreach_*, and flat chunks for what that cannot do.
 
 Tensors of one list are alike: of one dtype, on one device. Small tensors share a chunk and large ones are
 cut, so that the number of kernel launches does not grow with the number of tensors.
@@ -16,7 +17,7 @@ from torch import Tensor
 Scalar = float | Tensor
 
 CHUNK = 2**27
-"""Elements a chunk on an accelerator. Larger chunks need fewer launches, and more memory for intermediate results."""
+"""Elements a chunk on an accelerator. Larger chunks need fewer launches, and more memory for temporaries."""
 CHUNK_ON_CPU = 2**17
 """Elements a chunk on a CPU: intermediate results stay in its cache."""
 SIGNED = 2**24
@@ -29,7 +30,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def chunks(*lists: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
-    """The same elements of each list, about a chunk at a time, as views; a tensor that is not contiguous stays whole.
+    """Views of the same elements of each list, a chunk at a time; non-contiguous tensors stay whole.
 
     >>> parts = list(chunks([torch.zeros(2), torch.zeros(10**6)], [torch.ones(2), torch.ones(10**6)]))
     >>> [x.numel() for x in parts[0][1]], sum(x.numel() for _, views in parts for x in views)
@@ -50,7 +51,7 @@ def chunks(*lists: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
 
 
 def _cut(tensors: Sequence[Tensor], size: int) -> Iterable[Sequence[Tensor]]:
-    """Flat views of ``size`` elements of each of the tensors, which have one shape; themselves if one is not contiguous."""
+    """Flat views of ``size`` elements of tensors of one shape; the tensors if one is not contiguous."""
     if not all(x.is_contiguous() for x in tensors):
         return [tensors]
     return zip(*(torch.split(x.view(-1), size) for x in tensors), strict=True)
@@ -59,7 +60,7 @@ def _cut(tensors: Sequence[Tensor], size: int) -> Iterable[Sequence[Tensor]]:
 def with_signs(
     direction: Sequence[Tensor], *others: Sequence[Tensor], seed: int
 ) -> Iterator[tuple[list[Tensor], int]]:
-    """A direction of the same length that leads elsewhere: pieces of the lists, those of the first from other places.
+    """A direction of the same length that leads elsewhere, in pieces of the lists.
 
     The elements of a tensor of ``direction`` are turned about, as in :func:`torch.roll`, and take random
     signs. In their own places they would still lead where the loss is curved most. Both depend on the seed,
@@ -97,9 +98,8 @@ class Room:
     def copy_of(self, views: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """A flat copy of ``views``."""
         if views[0].device.type != "cpu":
-            return torch.cat([x.flatten() for x in views]).to(
-                dtype
-            )  # in one launch; the allocator keeps the memory
+            # In one launch; the allocator keeps the memory.
+            return torch.cat([x.flatten() for x in views]).to(dtype)
         flat = self.flat(views, dtype)
         torch._foreach_copy_(_shaped(flat, views), list(views))
         return flat
@@ -159,7 +159,7 @@ def inner_of_differences(start: Sequence[Tensor], left: Sequence[Tensor], right:
 
 
 def sampled(tensor: Tensor, *, limit: int = 2**12, block: int = 64) -> Tensor:
-    """A view of about ``limit`` elements, in blocks spread evenly over ``tensor``; all of a tensor that is no larger.
+    """A view of about ``limit`` elements, in blocks spread evenly over ``tensor``; all of a smaller tensor.
 
     >>> sampled(torch.arange(100), limit=6, block=2)
     tensor([[ 0,  1],
@@ -177,7 +177,7 @@ def sampled(tensor: Tensor, *, limit: int = 2**12, block: int = 64) -> Tensor:
 def step_moments(
     start: Sequence[Tensor], end: Sequence[Tensor], direction: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """⟨end − start, d⟩ and ‖d‖² on samples, on the device of ``start``, which is rounded to the dtype of ``end``."""
+    """⟨end − start, d⟩ and ‖d‖² on samples, on the device of ``start``, rounded to the dtype of ``end``."""
     home, wide = start[0].device, accumulation_dtype(end[0].dtype)
     lists = (start, end, direction)
     origin, there, along = (torch.cat([sampled(x).reshape(-1) for x in xs]).to(home) for xs in lists)
@@ -232,10 +232,10 @@ def shift_(
     eps: Scalar,
     seed: int | None = None,
 ) -> tuple[Tensor, Tensor] | None:
-    """``weights ← start + ε·d`` (default: from where they are); with a ``seed``, bfloat16 is rounded stochastically.
+    """``weights ← start + ε·d`` (default: from ``weights``); a ``seed`` rounds bfloat16 stochastically.
 
-    On an accelerator also :func:`step_moments`, of each chunk: to take samples of each tensor is a launch a
-    tensor.
+    On an accelerator also :func:`step_moments`, of each chunk: to take samples of each tensor
+    is a launch a tensor.
     """
     is_on_cpu = weights[0].device.type == "cpu"
     rounding = None if seed is None or weights[0].dtype != torch.bfloat16 else StochasticRounding(seed)

@@ -4,8 +4,8 @@ A kernel gets a table: the sizes of the tensors in the first row, and their addr
 list. A second table tells each program which tensor is its own, and which block of it. Sums are written one a
 program and added afterwards in a fixed order: two runs give the same bits.
 
-Triton comes with torch's CUDA and ROCm builds. Tensors are contiguous, on one device, in bfloat16, float16 or
-float32.
+Triton comes with torch's CUDA and ROCm builds. Tensors are contiguous, on one device, in bfloat16,
+float16 or float32.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _tensor(table, row, count, tensor, DTYPE: tl.constexpr, IS_ALIGNED: tl.const
 
 @triton.jit
 def _cut(x, below):
-    """float32 as float32 with the lower half cut off, as in bfloat16, after ``below`` has been added to its bits."""
+    """Add ``below`` to the bits of a float32 and cut off the lower half, as in bfloat16."""
     cut = ((x.to(tl.uint32, bitcast=True) + below) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return tl.where(x == x, cut, x)  # NaN stays NaN
 
@@ -183,7 +183,7 @@ def fit(tensors: Sequence[Tensor]) -> bool:
 
 @lru_cache(maxsize=64)
 def _places(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, int]:
-    """The tensor and the block of each program, int32 [programs, 2] on the device; and the number of programs."""
+    """The tensor and block of each program, int32 [programs, 2] on the device; and the number of programs."""
     blocks = torch.tensor([-(-size // BLOCK) for size in sizes])
     tensors = torch.arange(len(sizes)).repeat_interleave(blocks)
     firsts = blocks.cumsum(0) - blocks
@@ -301,13 +301,13 @@ def shift_(
     sums = launch.sums(2).fill_(-1)
     try:
         launch(
-            _shift_kernel, sums, launch.programs, launch.scalar(eps), seed or 0, **_dtypes("WSD", weights, start, direction),
+            _shift_kernel, sums, launch.programs, launch.scalar(eps), seed or 0,
+            **_dtypes("WSD", weights, start, direction),
             SAVES=saved is not None, IS_STOCHASTIC=seed is not None and weights[0].dtype == torch.bfloat16,
         )  # fmt: skip
     except BaseException:
-        if saved is not None and bool(
-            (sums[1] != -1).all()
-        ):  # squares: the kernel has run, and an interrupt came after it
+        # These are squares: the kernel has run, and an interrupt came after it.
+        if saved is not None and bool((sums[1] != -1).all()):
             copy_(weights, saved)
         raise
     along, squares = sums.sum(1)
