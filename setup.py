@@ -1,4 +1,4 @@
-"""The one thing that pyproject.toml cannot say: on an index page, the README's links lead to the repository."""
+"""What pyproject.toml cannot say: on an index page, the README's links lead to the repository."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def readme_of_index(readme: str, project: str) -> str:
 
     Args:
         readme: Markdown with links relative to the root of the repository.
-        project: the text of pyproject.toml, which has the repository's address and the version. The release has the tag
-            ``v<version>``, so that the page of an old release goes on showing its own files.
+        project: the text of pyproject.toml, which has the repository's address and the version. The release
+            has the tag ``v<version>``, so that the page of an old release goes on showing its own files.
     """
     values = dict(re.findall(r'^(\w+) = "([^"]*)"', project, re.MULTILINE))
     address, tag = values["Repository"], f"v{values['version']}"

@@ -13,7 +13,7 @@ STRENGTH, EPS, LR = 1e-2, 1e-3, 0.1
 
 
 def check_contents() -> None:
-    """The package comes from the wheel, is marked as typed, carries its license, the command and nothing else."""
+    """The package comes from the wheel, is typed, carries its license, the command and nothing else."""
     installed = Path(gradreg_optim.__file__)
     assert installed.is_relative_to(sys.prefix), f"imported from {installed}, not from the wheel"
     assert resources.files(gradreg_optim).joinpath("py.typed").is_file(), "py.typed is not in the wheel"
@@ -22,7 +22,9 @@ def check_contents() -> None:
     assert any(file.name == "LICENSE" for file in files), "LICENSE is not in the wheel"
     command = {file for file in files if file.stem == "gradreg" and file.parent.name in ("bin", "Scripts")}
     assert command, "the command gradreg is not in the wheel"
-    strangers = {file.parts[0] for file in set(files) - command if not file.parts[0].startswith("gradreg_optim")}
+    strangers = {
+        file.parts[0] for file in set(files) - command if not file.parts[0].startswith("gradreg_optim")
+    }
     assert not strangers, f"the wheel also installs {sorted(strangers)}"
 
 
@@ -38,7 +40,9 @@ def check_step() -> None:
         torch.manual_seed(0)
         inputs = torch.randn(8, 4, dtype=torch.float64)
         layer = torch.nn.Linear(4, 3, bias=False, dtype=torch.float64)
-        optimizer = GradRegOptimizer(base(layer.parameters(), lr=LR), strength=STRENGTH, eps=EPS, g1_clip=None, g2_clip=None)
+        optimizer = GradRegOptimizer(
+            base(layer.parameters(), lr=LR), strength=STRENGTH, eps=EPS, g1_clip=None, g2_clip=None
+        )
 
         def closure(layer=layer, inputs=inputs, optimizer=optimizer):
             optimizer.zero_grad()

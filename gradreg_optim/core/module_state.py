@@ -92,7 +92,9 @@ class ModuleState:
         self._stores: list[tuple[dict[str, Any], dict[str, Any]]] = []  # dicts of modules, and what they held
         self._values: dict[int, _Value] = {}  # by the ``id`` of the tensor
         self._changed: list[tuple[dict[str, Any], str, Any, Any]] = []
-        self._hook_states: list[tuple[Any, dict[str, Any], dict[str, Any]]] = []  # before and after the first pass
+        self._hook_states: list[
+            tuple[Any, dict[str, Any], dict[str, Any]]
+        ] = []  # before and after the first pass
         self._foreign: list[tuple[Tensor, Tensor | None]] = []
         # By the ``id`` of a module: it and its buffers, if compiled code has noted them; ``None``
         # if it was looked at.
@@ -159,7 +161,9 @@ class ModuleState:
             if tensor is not None and id(tensor) not in self._values:
                 values[name] = self._values[id(tensor)] = self._noted(tensor, name, known)
         if isinstance(part, DistributedDataParallel):
-            self._hook_states += [(state, _numbers_of(state), {}) for _, state in getattr(part, "_comm_hooks", ())]
+            self._hook_states += [
+                (state, _numbers_of(state), {}) for _, state in getattr(part, "_comm_hooks", ())
+            ]
         self.modules[part] = values
 
     def _noted(self, tensor: Tensor, name: str, known: _Known) -> _Value:
@@ -258,7 +262,9 @@ class ModuleState:
 def _numbers_of(hook_state: Any) -> dict[str, Any]:
     """The plain numbers of the state of a communication hook, by which it counts backwards."""
     names = [*getattr(hook_state, "__dict__", ()), *getattr(hook_state, "__slots__", ())]
-    return {name: value for name in names if type(value := getattr(hook_state, name, _NOTHING)) in (int, float)}
+    return {
+        name: value for name in names if type(value := getattr(hook_state, name, _NOTHING)) in (int, float)
+    }
 
 
 def is_wrapped(value: Any) -> bool:

@@ -15,8 +15,8 @@ module skips it:
         self.at_theta = False
         return loss
 
-``gradient_clip_val`` acts inside Lightning's closure; it is held back for the combined gradient. With ``accumulate_grad_batches`` the closure covers the last micro-batch of a window alone; accumulation needs
-manual optimization, with a closure over all of them (``Module.training_step`` below, ``manual``). Neither does an fp16
+``gradient_clip_val`` acts inside Lightning's closure; it is held back for the combined gradient. With
+``accumulate_grad_batches`` the closure covers the last micro-batch of a window alone; accumulation needs manual optimization, with a closure over all of them (``Module.training_step`` below, ``manual``). Neither does an fp16
 scaler get along with closures ("16-mixed"); "bf16-mixed" has none.
 """
 

@@ -52,9 +52,7 @@ def main(module: str = "", *words: str) -> int:
     modules = [module] if module else sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
     with tempfile.TemporaryDirectory() as name:
         copy = Path(name) / "project"
-        shutil.copytree(
-            ROOT, copy, ignore=shutil.ignore_patterns(".*", "build", "results", "__pycache__", "*.egg-info")
-        )
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "build", "results", "__pycache__", "*.egg-info"))
         for planted in (importlib.import_module(f"tests.mutants.{name}") for name in modules):
             for title, file, old, new, *first in planted.MUTANTS:
                 if not all(word in title for word in words):
@@ -67,9 +65,7 @@ def main(module: str = "", *words: str) -> int:
                 else:
                     verdict = f"NOT PLANTED: its text is {original.count(old)} times in {file}"
                 missed += not verdict.startswith("found")
-                print(
-                    f"{planted.__name__}: {title}: {verdict} ({time.monotonic() - begin:.0f} s)", flush=True
-                )
+                print(f"{planted.__name__}: {title}: {verdict} ({time.monotonic() - begin:.0f} s)", flush=True)
     print(f"{missed} not found")
     return missed
 

@@ -2,8 +2,7 @@
 
 TESTS = ["tests/core"]
 LOCAL, PRECISION, REGULARIZE, SAME_START, SCHEMES, WITNESSES = (
-    f"gradreg_optim/core/{name}.py"
-    for name in ("local", "precision", "regularize", "same_start", "schemes", "witnesses")
+    f"gradreg_optim/core/{name}.py" for name in ("local", "precision", "regularize", "same_start", "schemes", "witnesses")
 )
 AUTO, BUFFERS, FAILURES, LOSSES, METHODS, MODELS, PASSES, PERTURBATION, PRECISE, QUADRATIC, SCALER, TWIN = (
     f"tests/core/test_{name}.py"

@@ -103,9 +103,7 @@ def test_modules_count_once(drive):
 
         def loss(start=start, names=names):
             other = copy.deepcopy(start)
-            return torch.func.functional_call(
-                other, dict(zip(names, start.parameters(), strict=True)), (inputs,)
-            )
+            return torch.func.functional_call(other, dict(zip(names, start.parameters(), strict=True)), (inputs,))
 
         expected = combined(gradient_of(list(start.parameters()), loss), strength=0.1, eps=1e-4)
         found = update_of(drive, optimizer, list(model.parameters()), lambda: model(inputs))
@@ -202,9 +200,7 @@ def test_clips_inside_a_pass_act_on_the_combined_gradient(drive, clip):
         "inf norm": lambda: nn.utils.clip_grad_norm_(parameters, 0.05, norm_type=float("inf")),
         "value": lambda: nn.utils.clip_grad_value_(parameters, 0.02),
     }
-    expected = combined(
-        gradient_of(parameters, lambda: layer(inputs).square().mean()), strength=0.1, eps=1e-2
-    )
+    expected = combined(gradient_of(parameters, lambda: layer(inputs).square().mean()), strength=0.1, eps=1e-2)
     others = [nn.Parameter(p.detach().clone()) for p in parameters]
     for other, gradient in zip(others, expected, strict=True):
         other.grad = gradient.clone()
