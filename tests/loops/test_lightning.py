@@ -16,8 +16,9 @@ module skips it:
         return loss
 
 ``gradient_clip_val`` acts inside Lightning's closure; it is held back for the combined gradient. With
-``accumulate_grad_batches`` the closure covers the last micro-batch of a window alone; accumulation needs manual optimization, with a closure over all of them (``Module.training_step`` below, ``manual``). Neither does an fp16
-scaler get along with closures ("16-mixed"); "bf16-mixed" has none.
+``accumulate_grad_batches`` the closure covers the last micro-batch of a window alone; accumulation needs manual
+optimization, with a closure over all of them (``Module.training_step`` below, ``manual``). An fp16 scaler does not get
+along with closures either ("16-mixed"); "bf16-mixed" has none.
 """
 
 import logging
