@@ -4,11 +4,12 @@
     accelerate launch --num_processes 2 examples/accelerate_loop.py      # on two GPUs
     torchrun --nproc_per_node 2 examples/accelerate_loop.py --cpu        # on two CPU processes
 
-Each optimizer step uses all the data, split into micro-batches and over processes. The loss is quadratic, so the regularized
-gradient has a closed form, ∇L + γ·H·∇L, and the script checks the weights after the last step against it.
+Each optimizer step uses all the data, split into micro-batches and over processes. The loss is quadratic,
+so the regularized gradient has a closed form, ∇L + γ·H·∇L, and the script checks the weights after the
+last step against it.
 
-In fp16, Accelerate scales the loss. Then leave the optimizer out of ``prepare``, give it ``scaler=accelerator.scaler``, and
-call ``accelerator.scaler.update()`` after each step.
+In fp16, Accelerate scales the loss. Then leave the optimizer out of ``prepare``, give it
+``scaler=accelerator.scaler``, and call ``accelerator.scaler.update()`` after each step.
 """
 
 from __future__ import annotations

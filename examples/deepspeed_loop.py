@@ -3,9 +3,9 @@
     torchrun --nproc_per_node 2 examples/deepspeed_loop.py --stage 2
     DS_ACCELERATOR=cpu torchrun --nproc_per_node 2 examples/deepspeed_loop.py --stage 2      # without GPUs
 
-The launcher ``deepspeed`` starts it as well. Each optimizer step uses all the data, split into micro-batches and over
-processes. The loss is quadratic, so the regularized gradient has a closed form, ∇L + γ·H·∇L, and the script checks the
-weights after the last step against it.
+The launcher ``deepspeed`` starts it as well. Each optimizer step uses all the data, split into micro-batches
+and over processes. The loss is quadratic, so the regularized gradient has a closed form, ∇L + γ·H·∇L, and the
+script checks the weights after the last step against it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import torch
 try:
     import deepspeed
 except ModuleNotFoundError as missing:
-    raise SystemExit(f"The package {missing.name!r} is not installed: pip install -e '.[deepspeed]'") from missing
+    raise SystemExit(
+        f"The package {missing.name!r} is not installed: pip install -e '.[deepspeed]'"
+    ) from missing
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss

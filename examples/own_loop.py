@@ -2,8 +2,8 @@
 
     python examples/own_loop.py
 
-Both loops fit a linear regression. Its loss is quadratic, so the regularized gradient has a closed form, ∇L + γ·H·∇L, and
-the script checks the weights after the last step against it.
+Both loops fit a linear regression. Its loss is quadratic, so the regularized gradient has a closed form,
+∇L + γ·H·∇L, and the script checks the weights after the last step against it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def train_with_passes(strength: float, steps: int) -> Tensor:
         nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)  # .grad holds the combined gradient here
         optimizer.step()
         if step % 10 == 0:
-            print(f"step {step}: loss {loss.item():.4f}, penalty ratio {float(optimizer.metrics['penalty_ratio']):.3f}")
+            print(
+                f"step {step}: loss {loss.item():.4f}, penalty ratio {float(optimizer.metrics['penalty_ratio']):.3f}"
+            )
     return model.weight.detach()
 
 
@@ -69,7 +71,8 @@ def train_in_closed_form(strength: float, steps: int, max_norm: float | None) ->
         g1 = 2 * (weight @ inputs.T - targets.T) @ inputs / len(inputs)
         combined = g1 + strength * g1 @ hessian
         if max_norm is not None:
-            combined = combined * min(1.0, max_norm / (float(combined.norm()) + 1e-6))  # as clip_grad_norm_ does
+            # As clip_grad_norm_ does.
+            combined = combined * min(1.0, max_norm / (float(combined.norm()) + 1e-6))
         weight = weight - LEARNING_RATE * combined
     return weight
 

@@ -19,21 +19,26 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
+    "'<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
 def write(folder: Path) -> Path:
     """Write ``model/`` and ``data/train.jsonl`` and ``.parquet``, 16 dialogues of unequal lengths, into ``folder``."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # one token a byte, as in Qwen's tokenizer without its merges
+    # One token a byte, as in Qwen's tokenizer without its merges.
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = Tokenizer(BPE({token: i for i, token in enumerate(letters + SPECIAL)}, []))
     words.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     words.decoder = decoders.ByteLevel()
     inputs = ["input_ids", "attention_mask"]
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token=SPECIAL[0], eos_token=SPECIAL[2], model_input_names=inputs, chat_template=TEMPLATE
+        tokenizer_object=words,
+        pad_token=SPECIAL[0],
+        eos_token=SPECIAL[2],
+        model_input_names=inputs,
+        chat_template=TEMPLATE,
     )
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -62,7 +67,10 @@ def write(folder: Path) -> Path:
 
 def _dialogue(chance: random.Random, length: int) -> list[dict[str, str]]:
     names = chance.choices(["ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen"], k=length)
-    return [{"role": "user", "content": " ".join(names)}, {"role": "assistant", "content": " ".join(reversed(names))}]
+    return [
+        {"role": "user", "content": " ".join(names)},
+        {"role": "assistant", "content": " ".join(reversed(names))},
+    ]
 
 
 if __name__ == "__main__":

@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gradreg_optim import GradRegOptimizer
 from torch import Tensor
 from tqdm import tqdm
 
@@ -47,6 +46,7 @@ from benchmarks.cost.rounds import measured
 from benchmarks.cost.step_tables import columns, table
 from benchmarks.cost.subject import Step, Subject
 from benchmarks.cost.variants import NAME, ours, variants
+from gradreg_optim import GradRegOptimizer
 
 PACKAGES = ("triton", "transformers", "trl", "accelerate", "pytorch_optimizer", "zij")
 NEAREST = f'{NAME}, rounding="nearest"'

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from gradreg_optim import GradRegOptimizer
-
 from benchmarks.cost.peers import PEERS, present
 from benchmarks.cost.subject import Step, Subject
+from gradreg_optim import GradRegOptimizer
 
 __all__ = ["GRADIENTS", "NAME", "OURS", "PERIODS", "ours", "variants"]
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from gradreg_optim import GradRegOptimizer
 from torch import nn
+
+from gradreg_optim import GradRegOptimizer
 
 Run = dict[str, Any]
 """The arm, the seed, the curve of measurements, and the seconds of a step without measuring."""

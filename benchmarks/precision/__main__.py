@@ -26,7 +26,6 @@ import warnings
 from typing import Any
 
 import torch
-from gradreg_optim import GradRegOptimizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -35,6 +34,7 @@ from benchmarks.common.results import stamp, todays, write_both
 from benchmarks.common.tables import markdown_table
 from benchmarks.precision.exact import exact, jittered, set_weights_
 from benchmarks.precision.language_models import ARITHMETICS, KINDS, MODELS, SHAPES, Batch, loss, make_batch
+from gradreg_optim import GradRegOptimizer
 
 LOSS_SCALE = 4096.0
 STEPS = 5

@@ -18,9 +18,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gradreg_optim import GradRegOptimizer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+
+from gradreg_optim import GradRegOptimizer
 
 STEPS, MICRO_BATCHES = 2, 2
 PLAIN = {"max_grad_norm": 0, "weight_decay": 0}

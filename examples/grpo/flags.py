@@ -45,5 +45,7 @@ def parse(script: str, argv: list[str], own: type, defaults: dict[str, Any]) -> 
     except (ValueError, OSError) as error:
         raise InputError(error) from error
     if unknown:
-        raise InputError(f"{unknown} must be flags of this script, of TRL or of GradRegConfig (--help lists them)")
+        raise InputError(
+            f"{unknown} must be flags of this script, of TRL or of GradRegConfig (--help lists them)"
+        )
     return cast(Arguments, tuple(arguments))

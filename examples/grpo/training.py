@@ -52,9 +52,9 @@ def train(
 ) -> None:
     """Read the command line, train, and report.
 
-    With an own flag ``compare`` that is true, the same run without the penalty comes first. Both start from the same weights
-    and seed, and see the same prompts. Where a comparison makes no sense there is none: under strength 0, on several
-    processes, and when a run is resumed.
+    With an own flag ``compare`` that is true, the same run without the penalty comes first. Both start from
+    the same weights and seed, and see the same prompts. Where a comparison makes no sense there is none:
+    under strength 0, on several processes, and when a run is resumed.
 
     Args:
         script: the name of the example's file.

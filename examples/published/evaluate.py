@@ -36,13 +36,19 @@ class EvaluationArguments:
     """The checkpoint, the prompts and the rewards."""
 
     model: str = field(metadata={"help": "The checkpoint: a folder, or a model of the Hub."})
-    output: str | None = field(default=None, metadata={"help": "The file to write. Default: evaluation.json in the folder."})
-    judge: str | None = field(default=None, metadata={"help": "A language model that grades, as in llm_judge.py."})
+    output: str | None = field(
+        default=None, metadata={"help": "The file to write. Default: evaluation.json in the folder."}
+    )
+    judge: str | None = field(
+        default=None, metadata={"help": "A language model that grades, as in llm_judge.py."}
+    )
     reward_models: list[str] = field(default_factory=list, metadata={"help": "Reward models, as in rlhf.py."})
     dataset_name: str = field(default="openai/gsm8k", metadata={"help": "As in llm_judge.py and rlhf.py."})
     dataset_config: str = field(default="main", metadata={"help": "Its configuration; empty for none."})
     dataset_split: str = field(default="test", metadata={"help": "The held-out split."})
-    prompt_column: str = field(default="prompt", metadata={"help": "The column of prompts, where there are no questions."})
+    prompt_column: str = field(
+        default="prompt", metadata={"help": "The column of prompts, where there are no questions."}
+    )
     limit: int = field(default=512, metadata={"help": "Prompts to use, from the beginning."})
     batch_size: int = field(default=16, metadata={"help": "Prompts at a time."})
     max_completion_length: int = field(default=768, metadata={"help": "Tokens to generate."})
@@ -61,13 +67,19 @@ def as_text(tokenizer: Any, prompt: Any) -> str:
 def complete(model: Any, tokenizer: Any, prompts: list[str], own: EvaluationArguments) -> list[str]:
     """One completion for each prompt."""
     completions: list[str] = []
-    sampling = {"do_sample": True, "temperature": own.temperature} if own.temperature else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": own.temperature} if own.temperature else {"do_sample": False}
+    )
     for start in tqdm(range(0, len(prompts), own.batch_size), desc="generate", disable=None):
-        inputs = tokenizer(prompts[start : start + own.batch_size], return_tensors="pt", padding=True).to(model.device)
+        inputs = tokenizer(prompts[start : start + own.batch_size], return_tensors="pt", padding=True).to(
+            model.device
+        )
         inputs.pop("token_type_ids", None)
         length = {"max_new_tokens": own.max_completion_length, "pad_token_id": tokenizer.pad_token_id}
         produced = model.generate(**inputs, **sampling, **length)
-        completions += tokenizer.batch_decode(produced[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        completions += tokenizer.batch_decode(
+            produced[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
     return completions
 
 
@@ -78,7 +90,9 @@ def scores(name: str, texts: list[str], own: EvaluationArguments, device: Any) -
     model.to(device).eval()
     found: list[float] = []
     for start in range(0, len(texts), own.batch_size):
-        inputs = tokenizer(texts[start : start + own.batch_size], return_tensors="pt", padding=True, truncation=True)
+        inputs = tokenizer(
+            texts[start : start + own.batch_size], return_tensors="pt", padding=True, truncation=True
+        )
         inputs.pop("token_type_ids", None)
         found += model(**inputs.to(device)).logits[:, 0].float().tolist()
     return found
@@ -91,21 +105,28 @@ def evaluate(own: EvaluationArguments) -> dict[str, list[float]]:
     is_mathematics = {"question", "answer"} <= set(rows.column_names)
     if not is_mathematics and own.prompt_column not in rows.column_names:
         raise InputError(
-            f"dataset_name={own.dataset_name!r} has the columns {rows.column_names}: it needs question and answer, or "
-            f"{own.prompt_column!r}. Name the column of prompts with --prompt_column"
+            f"dataset_name={own.dataset_name!r} has the columns {rows.column_names}: it needs question and "
+            f"answer, or {own.prompt_column!r}. Name the column of prompts with --prompt_column"
         )
     set_seed(own.seed)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = (
+        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    )
     try:
         tokenizer = AutoTokenizer.from_pretrained(own.model, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(own.model).to(device).eval()
     except (OSError, ValueError) as error:
-        raise InputError(f"model={own.model!r} must be a checkpoint. Transformers says: {str(error).strip()}") from error
+        raise InputError(
+            f"model={own.model!r} must be a checkpoint. Transformers says: {str(error).strip()}"
+        ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
 
     if is_mathematics:
-        chat = [[{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": q}] for q in rows["question"]]
+        chat = [
+            [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": q}]
+            for q in rows["question"]
+        ]
         plain = [f"{SYSTEM_PROMPT}\n\n{question}\n" for question in rows["question"]]
         prompts = [as_text(tokenizer, prompt) for prompt in (chat if tokenizer.chat_template else plain)]
     else:

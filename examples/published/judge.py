@@ -11,16 +11,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 __all__ = ["SYSTEM_PROMPT", "Judge", "correctness", "format_reward", "stated_answer"]
 
 SYSTEM_PROMPT = (
-    "Solve the problem. Think first, between <reasoning> and </reasoning>; then give the number alone, between <answer> and "
-    "</answer>."
+    "Solve the problem. Think first, between <reasoning> and </reasoning>; then give the number alone, "
+    "between <answer> and </answer>."
 )
 _FORMAT = re.compile(r"\s*<reasoning>.+?</reasoning>\s*<answer>.+?</answer>\s*", re.DOTALL)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _GRADE = re.compile(r"\b([1-5])\b")
 _QUESTION = (
-    "A student was given this problem:\n\n{question}\n\nThe student wrote:\n\n{completion}\n\n"
-    "How good is this solution, from 1 (wrong) to 5 (correct and well explained)? Answer with the number only."
+    "A student was given this problem:\n\n{question}\n\nThe student wrote:\n\n{completion}\n\nHow good is "
+    "this solution, from 1 (wrong) to 5 (correct and well explained)? Answer with the number only."
 )
 
 
@@ -65,7 +65,12 @@ class Judge:
     __name__ = "judge"
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, unparsable: float = -1.0, batch_size: int = 16
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        unparsable: float = -1.0,
+        batch_size: int = 16,
     ) -> None:
         self._model, self._tokenizer = model.eval(), tokenizer
         self._unparsable, self._batch_size = unparsable, batch_size
@@ -100,4 +105,6 @@ class Judge:
         # As published: temperature 0.7, top-p 0.8, top-k 20.
         sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "max_new_tokens": 8}
         produced = self._model.generate(**inputs, **sampling, pad_token_id=self._tokenizer.pad_token_id)
-        return self._tokenizer.batch_decode(produced[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return self._tokenizer.batch_decode(
+            produced[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )

@@ -1,14 +1,15 @@
 r"""GRPO on grade-school mathematics with a language model as the judge: the published LLM-judge experiment.
 
-The policy is rewarded for format and for the judge's grade. The script logs whether the answer is right beside them, but
-does not train on it: the grade and the truth come apart when the policy hacks the judge. Under ZeRO-2 on several GPUs::
+The policy is rewarded for format and for the judge's grade. The script logs whether the answer is right
+beside them, but does not train on it: the grade and the truth come apart when the policy hacks the judge.
+Under ZeRO-2 on several GPUs::
 
     accelerate launch --config_file examples/grpo/zero2.yaml -m examples.published.llm_judge \
         --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --judge Qwen/Qwen2.5-1.5B-Instruct \
         --bf16 True --grad_reg_radius auto
 
-``--use_vllm True`` generates with vLLM. Models and datasets may be local folders. ``--grad_reg_strength 0`` is the run
-without regularization. Every flag of TRL and every ``--grad_reg_*`` flag works.
+``--use_vllm True`` generates with vLLM. Models and datasets may be local folders. ``--grad_reg_strength 0``
+is the run without regularization. Every flag of TRL and every ``--grad_reg_*`` flag works.
 """
 
 from __future__ import annotations
@@ -49,15 +50,22 @@ class JudgeArguments:
     """The judge and the problems."""
 
     judge: str = field(
-        default="Qwen/Qwen2.5-1.5B-Instruct", metadata={"help": "A causal language model: a folder, or one of the Hub."}
+        default="Qwen/Qwen2.5-1.5B-Instruct",
+        metadata={"help": "A causal language model: a folder, or one of the Hub."},
     )
-    unparsable_reward: float = field(default=-1.0, metadata={"help": "The reward where the judge's reply has no grade."})
+    unparsable_reward: float = field(
+        default=-1.0, metadata={"help": "The reward where the judge's reply has no grade."}
+    )
     judge_batch_size: int = field(default=16, metadata={"help": "Solutions that the judge grades at a time."})
     dataset_name: str = field(
         default="openai/gsm8k",
-        metadata={"help": "Columns question and answer: a dataset of the Hub, a folder of save_to_disk, or a file."},
+        metadata={
+            "help": "Columns question and answer: a dataset of the Hub, a folder of save_to_disk, or a file."
+        },
     )
-    dataset_config: str | None = field(default="main", metadata={"help": "Its configuration, if it has several."})
+    dataset_config: str | None = field(
+        default="main", metadata={"help": "Its configuration, if it has several."}
+    )
     dataset_split: str = field(default="train", metadata={"help": "The split to train on."})
 
 
@@ -66,7 +74,10 @@ def problems(rows: Any, tokenizer: Any) -> Any:
 
     def prompt(row: dict[str, Any]) -> dict[str, Any]:
         if tokenizer.chat_template:
-            chat = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": row["question"]}]
+            chat = [
+                {"role": "system", "content": SYSTEM_PROMPT},
+                {"role": "user", "content": row["question"]},
+            ]
             return {"prompt": chat}
         return {"prompt": f"{SYSTEM_PROMPT}\n\n{row['question']}\n"}
 
@@ -84,10 +95,14 @@ def load_judge(own: JudgeArguments, device: Any) -> Judge:
         tokenizer = AutoTokenizer.from_pretrained(own.judge)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return Judge(model.to(device), tokenizer, unparsable=own.unparsable_reward, batch_size=own.judge_batch_size)
+    return Judge(
+        model.to(device), tokenizer, unparsable=own.unparsable_reward, batch_size=own.judge_batch_size
+    )
 
 
-def build_trainer(own: JudgeArguments, args: GRPOConfig, model_args: ModelConfig, grad_reg: GradRegConfig) -> GRPOTrainer:
+def build_trainer(
+    own: JudgeArguments, args: GRPOConfig, model_args: ModelConfig, grad_reg: GradRegConfig
+) -> GRPOTrainer:
     """Put problems, rewards, policy and regularized optimizer together."""
     rows = load_rows(own.dataset_name, own.dataset_config, own.dataset_split, ("question", "answer"))
     judge = load_judge(own, args.device)

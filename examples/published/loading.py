@@ -19,7 +19,8 @@ def load_rows(name: str, config: str | None, split: str, columns: tuple[str, ...
     """The rows of ``split``.
 
     Args:
-        name: a dataset of the Hub, a folder that ``Dataset.save_to_disk`` wrote, or a JSON, CSV or Parquet file.
+        name: a dataset of the Hub, a folder that ``Dataset.save_to_disk`` wrote, or a JSON,
+            CSV or Parquet file.
         config: the dataset's configuration, if it has several.
         split: the split; a file has only one.
         columns: the columns that the rows must have.
@@ -39,13 +40,15 @@ def load_rows(name: str, config: str | None, split: str, columns: tuple[str, ...
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"dataset_name={name!r} with split {split!r} must be a dataset of the Hub that can be reached from here, a "
-            f"folder written by save_to_disk, or a file ({', '.join(FORMATS)}). Check name, split and network. It says: "
-            f"{reason}"
+            f"dataset_name={name!r} with split {split!r} must be a dataset of the Hub that can be reached "
+            f"from here, a folder written by save_to_disk, or a file ({', '.join(FORMATS)}). Check name, "
+            f"split and network. It says: {reason}"
         ) from error
     missing = [column for column in columns if column not in rows.column_names]
     if missing:
-        raise InputError(f"dataset_name={name!r} has the columns {rows.column_names}, and needs {missing} as well")
+        raise InputError(
+            f"dataset_name={name!r} has the columns {rows.column_names}, and needs {missing} as well"
+        )
     return rows
 
 

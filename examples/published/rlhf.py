@@ -6,10 +6,10 @@ The published run trains a 0.5B model under ZeRO-2 on one machine with several G
         --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --bf16 True --grad_reg_radius auto \
         --reward_model Skywork/Skywork-Reward-V2-Qwen3-0.6B --dataset_name trl-lib/ultrafeedback-prompt
 
-``--grad_reg_radius`` is our addition: in bf16 the published step of eps = 1e-3 is mostly rounding, and ``auto`` finds a
-better one. ``--use_vllm True`` generates with vLLM. Models and datasets may be local folders. ``--grad_reg_strength 0`` is
-the run without regularization. Every flag of TRL and every ``--grad_reg_*`` flag works. Measure the checkpoint with
-:mod:`examples.published.evaluate`.
+``--grad_reg_radius`` is our addition: in bf16 the published step of eps = 1e-3 is mostly rounding, and
+``auto`` finds a better one. ``--use_vllm True`` generates with vLLM. Models and datasets may be local
+folders. ``--grad_reg_strength 0`` is the run without regularization. Every flag of TRL and every
+``--grad_reg_*`` flag works. Measure the checkpoint with :mod:`examples.published.evaluate`.
 """
 
 from __future__ import annotations
@@ -56,9 +56,13 @@ class RLHFArguments:
         default="trl-lib/ultrafeedback-prompt",
         metadata={"help": "A dataset of the Hub, a folder of save_to_disk, or a JSON, CSV or Parquet file."},
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration, if it has several."})
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Its configuration, if it has several."}
+    )
     dataset_split: str = field(default="train", metadata={"help": "The split to train on."})
-    prompt_column: str = field(default="prompt", metadata={"help": "The column of prompts: texts, or lists of messages."})
+    prompt_column: str = field(
+        default="prompt", metadata={"help": "The column of prompts: texts, or lists of messages."}
+    )
 
 
 def load_reward_model(name: str) -> tuple[Any, Any]:
@@ -72,13 +76,16 @@ def load_reward_model(name: str) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(name)
     if model.config.num_labels != 1:
         raise InputError(
-            f"reward_model={name!r} has {model.config.num_labels} outputs, a reward is one number: give a model with one"
+            f"reward_model={name!r} has {model.config.num_labels} outputs, a reward is one number: "
+            "give a model with one"
         )
     model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
 
 
-def build_trainer(own: RLHFArguments, args: GRPOConfig, model_args: ModelConfig, grad_reg: GradRegConfig) -> GRPOTrainer:
+def build_trainer(
+    own: RLHFArguments, args: GRPOConfig, model_args: ModelConfig, grad_reg: GradRegConfig
+) -> GRPOTrainer:
     """Put prompts, reward model, policy and regularized optimizer together."""
     rows = load_rows(own.dataset_name, own.dataset_config, own.dataset_split, (own.prompt_column,))
     prompts = rows.select_columns(own.prompt_column).rename_columns({own.prompt_column: "prompt"})

@@ -40,7 +40,9 @@ ANSWERS: dict[str, Any] = {
     "nvtx_range": lambda _self, _message: nullcontext(),
     "get_device_capability": lambda _self, _index=0: (None, None),
 }
-METHODS = {name: ANSWERS.get(name, lambda *_args, **_kwargs: None) for name in PlatformBase.__abstractmethods__}
+METHODS = {
+    name: ANSWERS.get(name, lambda *_args, **_kwargs: None) for name in PlatformBase.__abstractmethods__
+}
 PlatformRegistry.register(platform="cpu")(type("Cpu", (PlatformBase,), METHODS))
 
 

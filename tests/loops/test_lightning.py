@@ -1,8 +1,8 @@
 """Lightning and Fabric: both pass a closure to ``optimizer.step``, which is all that the wrapper needs.
 
-In a LightningModule, ``configure_optimizers`` returns the wrapper; its figures are in ``self.optimizers().metrics``.
-``training_step`` runs twice a step, the second time at θ'. What ``self.log`` is told there counts as well, unless the
-module skips it:
+In a LightningModule, ``configure_optimizers`` returns the wrapper; its figures are in
+``self.optimizers().metrics``. ``training_step`` runs twice a step, the second time at θ'. What ``self.log``
+is told there counts as well, unless the module skips it:
 
     def optimizer_step(self, *args, **kwargs):
         self.at_theta = True
@@ -15,10 +15,10 @@ module skips it:
         self.at_theta = False
         return loss
 
-``gradient_clip_val`` is part of Lightning's closure: it bounds g1 and g2 as ``g1_clip`` and ``g2_clip`` do, not what is
-made of them. With ``accumulate_grad_batches`` the closure covers the last micro-batch of a window alone; accumulation needs
-manual optimization, with a closure over all of them (``Module.training_step`` below, ``manual``). Neither does an fp16
-scaler get along with closures ("16-mixed"); "bf16-mixed" has none.
+``gradient_clip_val`` is part of Lightning's closure: it bounds g1 and g2 as ``g1_clip`` and ``g2_clip`` do,
+not what is made of them. With ``accumulate_grad_batches`` the closure covers the last micro-batch of a window
+alone; accumulation needs manual optimization, with a closure over all of them (``Module.training_step``
+below, ``manual``). Neither does an fp16 scaler get along with closures ("16-mixed"); "bf16-mixed" has none.
 """
 
 import logging
@@ -40,7 +40,8 @@ from gradreg_optim import GradRegOptimizer
 pytestmark = [
     # Advice about workers and logging intervals, which tiny runs do without.
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
-    # Lightning 2.6 asks torch 2.13's trees by the name of a class that goes. Goes when Lightning has followed.
+    # Lightning 2.6 asks torch 2.13's trees by the name of a class that goes. Goes when
+    # Lightning has followed.
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
 ]
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -149,7 +150,8 @@ def test_fits_by_the_method(manual):
     expected, losses = referenced(net, batches, manual or 1)
     module = Module(net, manual)
     trainer = fitted(module, batches)
-    torch.testing.assert_close(weights(net), expected, rtol=1e-11, atol=1e-12)  # float64 sums in another order
+    # float64 sums in another order.
+    torch.testing.assert_close(weights(net), expected, rtol=1e-11, atol=1e-12)
     assert len(module.losses) == 2 * len(batches)
     assert trainer.global_step == STEPS
     optimizer = module.optimizers()
@@ -167,7 +169,8 @@ def test_logged_values_are_those_at_theta_if_the_module_says_so(careful):
     module = Module(net, careful=careful)
     trainer = fitted(module, batches)
     counted = losses if careful else module.losses
-    assert trainer.callback_metrics["loss"].item() == pytest.approx(sum(counted) / len(counted), rel=1e-6)  # kept as float32
+    # Kept as float32.
+    assert trainer.callback_metrics["loss"].item() == pytest.approx(sum(counted) / len(counted), rel=1e-6)
     assert sum(losses) / len(losses) != pytest.approx(sum(module.losses) / len(module.losses), rel=1e-3)
 
 
@@ -177,7 +180,8 @@ def test_gradient_clip_val_bounds_both_gradients():
     expected, _ = referenced(net, batches, g1_clip=0.05, g2_clip=0.05)
     unclipped, _ = referenced(net, batches)
     fitted(Module(net), batches, gradient_clip_val=0.05)
-    torch.testing.assert_close(weights(net), expected, rtol=1e-11, atol=1e-12)  # float64 sums in another order
+    # float64 sums in another order.
+    torch.testing.assert_close(weights(net), expected, rtol=1e-11, atol=1e-12)
     assert (weights(net)[0] - unclipped[0]).abs().max() > 1e-3
 
 
@@ -221,7 +225,8 @@ def fabric_step(fabric, model, optimizer, window):
     return optimizer.step(closure)
 
 
-# "The strategy SingleDeviceStrategy does not support skipping the gradient synchronization": on one device, none is needed.
+# "The strategy SingleDeviceStrategy does not support skipping the gradient synchronization": on one
+# device, none is needed.
 @pytest.mark.filterwarnings("ignore:.*no_backward_sync:UserWarning")
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_fabric_takes_closures(accumulation):
@@ -237,7 +242,8 @@ def test_fabric_takes_closures(accumulation):
     for first in range(0, len(batches), accumulation):
         losses.append(fabric_step(fabric, wrapped, optimizer, batches[first : first + accumulation]))
         scheduler.step()
-    torch.testing.assert_close(weights(model), expected, rtol=1e-11, atol=1e-12)  # float64 sums in another order
+    # float64 sums in another order.
+    torch.testing.assert_close(weights(model), expected, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(losses[0], first_loss.detach(), rtol=1e-12, atol=0)  # float64
     assert optimizer.metrics == inner.metrics
     assert float(optimizer.metrics["penalty_ratio"]) > 0.01

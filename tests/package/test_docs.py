@@ -29,10 +29,14 @@ def text(page: str) -> str:
 def prose(page: str) -> str:
     """The sentences of a page, without code, tables, headings and what is made of results."""
     rest = re.sub(r"```.*?```|<!-- ([\w-]+) -->.*?<!-- end -->", "", text(page), flags=re.DOTALL)
-    return "\n".join(line for line in rest.splitlines() if not line.startswith(("|", "#", "    ", "!", "<!--")))
+    return "\n".join(
+        line for line in rest.splitlines() if not line.startswith(("|", "#", "    ", "!", "<!--"))
+    )
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page not in TRAINERS and any(run for _, run in blocks(page))])
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page not in TRAINERS and any(run for _, run in blocks(page))]
+)
 def test_blocks_run(page):
     """The blocks of a page run one after the other."""
     torch.manual_seed(0)
@@ -100,7 +104,10 @@ def test_every_metric_has_its_row():
 
 def test_every_public_name_is_in_the_reference():
     """And nothing else is."""
-    assert sorted(re.findall(r"^::: gradreg_optim\.(\w+)$", text("docs/api.md"), re.MULTILINE)) == gradreg_optim.__all__
+    assert (
+        sorted(re.findall(r"^::: gradreg_optim\.(\w+)$", text("docs/api.md"), re.MULTILINE))
+        == gradreg_optim.__all__
+    )
 
 
 def test_every_argument_of_the_published_code_has_its_row():

@@ -13,7 +13,8 @@ ROOT = pathlib.Path(gradreg_optim.__file__).parent
 MODULES = sorted(
     ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
     for path in ROOT.rglob("*.py")
-    if ">>> " in path.read_text(encoding="utf-8")  # modules without examples, and their libraries, are not loaded
+    # Modules without examples, and their libraries, are not loaded.
+    if ">>> " in path.read_text(encoding="utf-8")
 )
 
 
@@ -29,7 +30,9 @@ def test_examples_hold(name):
     if name.startswith("gradreg_optim.trainers."):
         pytest.importorskip("transformers", reason="trainers come with the extra [trl]")
     result = doctest.testmod(
-        importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS, raise_on_error=False
+        importlib.import_module(name),
+        optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS,
+        raise_on_error=False,
     )
     assert result.attempted > 0
     assert result.failed == 0

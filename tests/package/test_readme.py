@@ -53,7 +53,11 @@ def test_engine_example_says_what_the_example_does():
     """The block about DeepSpeed needs an engine: its loop is that of examples/deepspeed_loop.py, which runs as a test."""
     compile(ENGINE, "README.md", "exec")
     example = (ROOT / "examples/deepspeed_loop.py").read_text(encoding="utf-8")
-    for line in ("for _ in optimizer.passes():", "engine.step()", "optimizer = ZeroGradRegOptimizer(engine, strength="):
+    for line in (
+        "for _ in optimizer.passes():",
+        "engine.step()",
+        "optimizer = ZeroGradRegOptimizer(engine, strength=",
+    ):
         assert line in ENGINE
         assert line in example
 
@@ -61,7 +65,9 @@ def test_engine_example_says_what_the_example_does():
 def test_tables_name_what_there_is():
     """Six settings that the optimizer has, and five metrics that docs/metrics.md explains."""
     tables = re.findall(r"\n\n((?:\|.*\n)+)", README)
-    settings, metrics = ([re.findall(r"`(\w+)`", row.split("|")[1]) for row in table.splitlines()[2:]] for table in tables)
+    settings, metrics = (
+        [re.findall(r"`(\w+)`", row.split("|")[1]) for row in table.splitlines()[2:]] for table in tables
+    )
     assert len(settings) == 6
     assert {name for row in settings for name in row} <= set(inspect.signature(GradRegOptimizer).parameters)
     assert len(metrics) == 5

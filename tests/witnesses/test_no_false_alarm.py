@@ -1,6 +1,5 @@
 """Ordinary training raises no alarm: warnings are errors here, and ``loss_check`` stays near 1."""
 
-
 import pytest
 import torch
 from torch import nn
@@ -17,14 +16,21 @@ def perceptron(*more):
 
 def tied():
     """Its two embeddings are one parameter."""
-    model = nn.Sequential(nn.Embedding(11, 16), nn.Flatten(), nn.Linear(32, 16), nn.GELU(), nn.Linear(16, 11, bias=False))
+    model = nn.Sequential(
+        nn.Embedding(11, 16), nn.Flatten(), nn.Linear(32, 16), nn.GELU(), nn.Linear(16, 11, bias=False)
+    )
     model[4].weight = model[0].weight
     return model
 
 
 def convolutions():
     return nn.Sequential(
-        nn.Unflatten(1, (1, 4, 5)), nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(160, 5)
+        nn.Unflatten(1, (1, 4, 5)),
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(160, 5),
     )
 
 
@@ -35,7 +41,9 @@ def attention():
 
 MODELS = {
     "plain": perceptron,
-    "ReLU": lambda: nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 5)),
+    "ReLU": lambda: nn.Sequential(
+        nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 5)
+    ),
     "dropout": lambda: perceptron(nn.Dropout(0.2)),
     "BatchNorm": lambda: perceptron(nn.BatchNorm1d(32)),
     "spectral norm": lambda: perceptron(nn.utils.parametrizations.spectral_norm(nn.Linear(32, 32))),
@@ -59,7 +67,18 @@ def sgd(parameters, lr):
 PRECISIONS = ["float64", "float32", "bfloat16 autocast", "bfloat16"]
 
 
-def train(name, precision, *, steps=STEPS, scale=1.0, make=torch.optim.AdamW, batches=8, scaler=None, clip=None, **settings):
+def train(
+    name,
+    precision,
+    *,
+    steps=STEPS,
+    scale=1.0,
+    make=torch.optim.AdamW,
+    batches=8,
+    scaler=None,
+    clip=None,
+    **settings,
+):
     torch.manual_seed(0)
     model = MODELS[name]()
     if precision in ("float64", "bfloat16"):
@@ -118,7 +137,14 @@ def test_silence_with_settings(settings):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16 autocast", "bfloat16"])
 def test_silence_until_solved(precision):
     """The same batch until it is learnt by heart, and gradients vanish."""
-    _, _, losses = train("plain", precision, steps=600, batches=1, strength=0.5, make=lambda p, lr: torch.optim.AdamW(p, lr=1e-2))
+    _, _, losses = train(
+        "plain",
+        precision,
+        steps=600,
+        batches=1,
+        strength=0.5,
+        make=lambda p, lr: torch.optim.AdamW(p, lr=1e-2),
+    )
     assert losses[-1] < 0.05
 
 
