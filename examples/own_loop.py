@@ -42,7 +42,8 @@ def train_with_passes(strength: float, steps: int) -> Tensor:
         optimizer.step()
         if step % 10 == 0:
             print(
-                f"step {step}: loss {loss.item():.4f}, penalty ratio {float(optimizer.metrics['penalty_ratio']):.3f}"
+                f"step {step}: loss {loss.item():.4f}, penalty ratio "
+                f"{float(optimizer.metrics['penalty_ratio']):.3f}"
             )
     return model.weight.detach()
 

@@ -25,7 +25,7 @@ TEMPLATE = (
 
 
 def write(folder: Path) -> Path:
-    """Write ``model/`` and ``data/train.jsonl`` and ``.parquet``, 16 dialogues of unequal lengths, into ``folder``."""
+    """Write ``model/`` and ``data/train.jsonl`` and ``.parquet`` (16 dialogues) into ``folder``."""
     # One token a byte, as in Qwen's tokenizer without its merges.
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = Tokenizer(BPE({token: i for i, token in enumerate(letters + SPECIAL)}, []))

@@ -18,7 +18,7 @@ class InputError(ValueError):
 
 
 class Parser(TrlParser):
-    """A TrlParser that raises its errors; argparse would print them below a usage of several hundred flags."""
+    """A TrlParser that raises its errors; argparse would print them below several hundred flags."""
 
     def error(self, message: str) -> NoReturn:
         """Raise the message."""

@@ -1,4 +1,4 @@
-r"""GRPO on verifiable tasks, without and with a regularized optimizer: does the model still learn, and what does it cost?
+r"""GRPO on verifiable tasks, without and with a regularized optimizer: learning and cost.
 
 The only change to plain training with TRL's ``GRPOTrainer`` is the optimizer, which is wrapped in
 ``GradRegOptimizer``. Every flag of TRL and every ``--grad_reg_*`` flag works.
@@ -8,10 +8,11 @@ stop. Both runs take five minutes on two CPU cores and need no network::
 
     python -m examples.grpo
 
-A model of the Hub in bf16, where the length of the step finds itself::
+A model of the Hub in bf16, where the length of the step adapts::
 
     python -m examples.grpo --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dtype bfloat16 --bf16 True \
-        --learning_rate 1e-6 --max_completion_length 64 --system_prompt "Answer with a number." --task chain_sum
+        --learning_rate 1e-6 --max_completion_length 64 --system_prompt "Answer with a number." \
+        --task chain_sum
 
 On several GPUs, under ZeRO::
 

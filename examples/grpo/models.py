@@ -1,4 +1,4 @@
-"""The policy of the GRPO examples: SmolLM2-135M from a Python package, or any model that Transformers finds."""
+"""The policy of the GRPO examples: SmolLM2-135M from a Python package, or any Transformers model."""
 
 from __future__ import annotations
 

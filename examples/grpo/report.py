@@ -1,4 +1,4 @@
-"""The report of one training run or of two side by side, made from the trainers' logs: a table, a figure and the logs.
+"""The report of one or two training runs, made from the trainers' logs: a table, a figure and the logs.
 
 ``runs`` maps the name of a run, ``plain`` or ``regularized``, to its log, ``trainer.state.log_history``. If
 there are two, the plain one comes first.
@@ -41,7 +41,7 @@ PACKAGES = ("torch", "transformers", "trl", "reasoning-gym")
 
 
 def training_rows(history: list[Row]) -> list[Row]:
-    """The log rows of training steps. Evaluations and the summary at the end have no ``reward`` and are left out.
+    """The log rows of training steps; evaluations and the final summary have no ``reward`` and are left out.
 
     Where all answers to each task earned the same reward, the gradient is 0. Figures relative
     to it are left out.
@@ -59,7 +59,7 @@ def series(rows: list[Row], key: str) -> list[float]:
 
 
 def summarize(history: list[Row]) -> dict[str, dict[str, float]]:
-    """The average of each figure over the first quarter of the steps, over the last quarter, and over all of them.
+    """The average of each figure over the first quarter of the steps, the last quarter, and all steps.
 
     Rewards and times are averaged by the mean. The ``grad_reg`` figures are averaged by the median, because
     in single steps they reach a multiple of their usual value. Two figures exist for the whole run only: the

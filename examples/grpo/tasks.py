@@ -1,4 +1,4 @@
-"""Verifiable tasks: sums of two digits, or any dataset of reasoning-gym; their prompts, and the reward of an answer."""
+"""Verifiable tasks (sums of two digits, or any dataset of reasoning-gym): prompts and rewards."""
 
 from __future__ import annotations
 
@@ -71,13 +71,17 @@ class TaskArguments:
     system_prompt: str | None = field(
         default=None,
         metadata={
-            "help": "Ask in a chat that opens with this message. Default: plain text for the model to continue."
+            "help": (
+                "Ask in a chat that opens with this message. Default: plain text for the model to continue."
+            )
         },
     )
     compare: bool = field(
         default=True,
         metadata={
-            "help": "On one process: train without the penalty first, from the same seed, and report both runs."
+            "help": (
+                "On one process: train without the penalty first, from the same seed, and report both runs."
+            )
         },
     )
 

@@ -22,7 +22,7 @@ __all__ = ["regularized_adamw", "train"]
 
 
 def regularized_adamw(model: PreTrainedModel, args: GRPOConfig, grad_reg: GradRegConfig) -> GradRegOptimizer:
-    """The AdamW that Trainer would create, wrapped. Give it to the trainer as ``optimizers=(optimizer, None)``.
+    """Trainer's default AdamW, wrapped. Give it to the trainer as ``optimizers=(optimizer, None)``.
 
     Raises:
         InputError: a pattern of ``--grad_reg_exclude`` matches no parameter of the model.

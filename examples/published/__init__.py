@@ -1,4 +1,4 @@
-"""The published experiments: GRPO against a learned reward model, against an LLM judge, and their evaluation."""
+"""The published experiments: GRPO against a learned reward model and an LLM judge, and evaluation."""
 
 import sys
 from importlib.util import find_spec

@@ -1,4 +1,4 @@
-"""Rewards for grade-school mathematics: the format, the grade of a language model, and correctness, which is only logged."""
+"""Rewards for grade-school mathematics: format, a language model's grade, and correctness (only logged)."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ class JudgeArguments:
 
 
 def problems(rows: Any, tokenizer: Any) -> Any:
-    """Prompts for the policy beside question and answer. They are chats if the tokenizer has a chat template."""
+    """Prompts for the policy beside question and answer; chats if the tokenizer has a chat template."""
 
     def prompt(row: dict[str, Any]) -> dict[str, Any]:
         if tokenizer.chat_template:

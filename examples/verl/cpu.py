@@ -1,4 +1,4 @@
-"""Lets verl, which knows GPUs and NPUs alone, run on a CPU to try it out: for ``VERL_USE_EXTERNAL_MODULES``."""
+"""Lets verl, which knows only GPUs and NPUs, run on a CPU, by ``VERL_USE_EXTERNAL_MODULES``."""
 
 from __future__ import annotations
 

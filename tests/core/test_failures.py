@@ -277,7 +277,7 @@ def stepped(drive, settings, dtype, mode):
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_an_interrupt_at_any_place_leaves_theta(drive, settings, dtype):
-    """Wherever an interrupt hits before the wrapped optimizer steps, also in the restoring copy, θ is whole bit for bit.
+    """θ is whole, bit for bit, wherever an interrupt hits before the wrapped optimizer steps.
 
     A place is a stack of lines of the package. Its first operation and its last one are tried: those between
     run from the same state of the step.

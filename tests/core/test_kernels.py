@@ -322,7 +322,8 @@ def test_kernels_compile_for_a_gpu(tmp_path):
         from triton.compiler import ASTSource, compile
         from gradreg_optim.core.multi_tensor import triton_kernels as kernels
 
-        pointers = {"table": "*i64", "places": "*i32", "is_finite": "*i1", "count": "i32", "programs": "i32", "seed": "i64"}
+        pointers = {"table": "*i64", "places": "*i32", "is_finite": "*i1"}
+        pointers |= {"count": "i32", "programs": "i32", "seed": "i64"}
         half, single = tl.bfloat16, tl.float32
         for kernel, constants in [
             (kernels._norm_kernel, {"X": half}),
@@ -330,12 +331,16 @@ def test_kernels_compile_for_a_gpu(tmp_path):
             (kernels._moments_kernel, {"F": half, "S": half}),
             (kernels._combine_kernel, {"F": half, "S": single}),
             (kernels._shift_kernel, {"W": half, "S": half, "D": half, "SAVES": True, "IS_STOCHASTIC": True}),
-            (kernels._shift_kernel, {"W": tl.float16, "S": single, "D": single, "SAVES": False, "IS_STOCHASTIC": False}),
+            (
+                kernels._shift_kernel,
+                {"W": tl.float16, "S": single, "D": single, "SAVES": False, "IS_STOCHASTIC": False},
+            ),
         ]:
             constants |= {"BLOCK": kernels.BLOCK, "IS_ALIGNED": True}
             names = kernel.arg_names
             signature = {n: "constexpr" if n in constants else pointers.get(n, "*fp32") for n in names}
-            source = ASTSource(kernel, signature, {(names.index(n),): value for n, value in constants.items()})
+            values = {(names.index(n),): value for n, value in constants.items()}
+            source = ASTSource(kernel, signature, values)
             assembly = compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
             assert "ld.global.v4.b32" in assembly, kernel
             assert "ld.global.b16" not in assembly, kernel

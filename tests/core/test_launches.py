@@ -1,4 +1,4 @@
-"""What a step asks of a device: that it is never waited for, and how many kernels it launches. Nothing here needs one.
+"""A step never waits for the device, and launches few kernels. Nothing here needs a device.
 
 Parameters on the meta device stand for a model on a GPU: what would wait for the device raises, and every
 operation can be counted, at the size of a real model.

@@ -1,6 +1,6 @@
 """Accelerate in a loop of your own: what ``accelerator.prepare`` returns takes the usual closure.
 
-    accelerator = Accelerator()                       # accumulation belongs to the closure: leave its count at 1
+    accelerator = Accelerator()                       # the closure accumulates: leave its count at 1
     model, optimizer, loader = accelerator.prepare(model, GradRegOptimizer(base), loader)
 
     def closure():
@@ -10,7 +10,7 @@
             with nullcontext() if syncs else accelerator.no_sync(model):
                 accelerator.backward(loss_of(model, batch) / len(window))
 
-    optimizer.step(closure)                           # returns None; optimizer.optimizer is the GradRegOptimizer
+    optimizer.step(closure)                           # returns None; the wrapper is optimizer.optimizer
 
 ``Accelerator(gradient_accumulation_steps=N)`` with ``accelerator.accumulate(model)`` around each micro-batch
 *inside* the closure works too, for windows of exactly N. A closure inside ``accumulate`` does not: Accelerate

@@ -122,8 +122,10 @@ AMPLIFIES = {
     *(f"pytorch_optimizer.{name}" for name in ("Alice", "Conda", "DASH", "SOAP", "SPlus")),
     *("heavyball.SOAP", "pytorch_optimizer.Kate", "pytorch_optimizer.LoRARite"),
 }
-"""Optimizers whose steps on two gradients that differ by rounding differ by far more: of these, the weights are compared
-with those of the bare optimizer on the very same gradient alone."""
+"""Optimizers whose steps on two gradients that differ by rounding differ by far more.
+
+Their weights are compared only with those of the bare optimizer on the very same gradient.
+"""
 
 
 def of_pytorch_optimizer() -> list[Kind]:

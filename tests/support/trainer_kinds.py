@@ -128,7 +128,7 @@ def actors():
 
 @dataclass
 class Kind:
-    """A trainer's module, its dataset's columns, its settings, and what else it is given, made anew each time.
+    """A trainer's module, dataset columns, settings and other arguments, made anew each time.
 
     ``stored``: it loads a teacher, or the teacher's tokenizer, from where its models say that they came from.
     ``class_name``: the trainer's own name, where another one has the same.
@@ -224,7 +224,9 @@ KINDS = {
 ELSEWHERE = {"AsyncGRPOTrainer": "test_vllm_hooks.py"}
 """Trainers that run with stand-ins for what a CPU has not, in tests of their own."""
 NOT_RUN = {
-    "AsyncDistillationTrainer": "takes completions from a vLLM server of the student's and scores from one of the teacher's",
+    "AsyncDistillationTrainer": (
+        "takes completions from a vLLM server of the student's and scores from one of the teacher's"
+    ),
     "ServerDistillationTrainer": "takes the teacher's scores from a server",
     "GFPOTrainer": "fails by itself in trl 0.27.2: its generation unpacks fewer values than GRPO's returns",
     "PAPOTrainer": "trains vision-language models only; a GRPO loss",

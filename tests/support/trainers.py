@@ -49,9 +49,11 @@ PLAIN = {
 UNCLIPPED = {"g1_clip": None, "g2_clip": None}
 UNCHECKED = {"check_every": 0}  # else the first step has two passes more
 AT_THETA = {"strength": 1e-30, "eps": 1e-30, **UNCLIPPED, **UNCHECKED}
-"""A step too short to move a float32 weight, and γ = ε, which makes g2 the combined gradient: with the second pass at θ
-itself, training is plain training bit for bit, if that pass sees what the first one saw and
-leaves nothing behind."""
+"""A step too short to move a float32 weight, and γ = ε, which makes g2 the combined gradient.
+
+With the second pass at θ itself, training is plain training bit for bit, if that pass sees what the first one
+saw and leaves nothing behind.
+"""
 at_theta = pytest.mark.filterwarnings("ignore:Gradient regularization. 0 of the step to")
 """Of modules with such steps, of which nothing arrives in the weights."""
 REAL = {"strength": 0.05, "eps": 0.01, **UNCLIPPED, **UNCHECKED}

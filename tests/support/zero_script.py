@@ -1,7 +1,8 @@
-"""Trainers for ``accelerate launch``: what each one of them ends with, on rank 0, goes to the file named last.
+"""Trainers for ``accelerate launch``: rank 0 writes what each ends with to the file named last.
 
-accelerate launch --config_file zero2.yaml zero_script.py CASE... FILE        CASE: sft:optimizers:4,
-sft:optimizers:1:bf16
+    accelerate launch --config_file zero2.yaml zero_script.py CASE... FILE
+
+A CASE is, for example, sft:optimizers:4 or sft:optimizers:1:bf16.
 """
 
 import gc
