@@ -11,9 +11,10 @@ pytest.importorskip("trl", reason="trainers come with the extra [trl]")
 pytest.importorskip("matplotlib", reason="matplotlib belongs to the demo extra")
 
 import trl
-from examples.published import evaluate, judge, llm_judge, rlhf
 from trainers import llama, sentence, tokenizer
 from transformers import LlamaForSequenceClassification
+
+from examples.published import evaluate, judge, llm_judge, rlhf
 
 SMALL = [
     "--max_steps",

@@ -8,9 +8,10 @@ import numpy
 import pytest
 import torch
 import trl
-from gradreg_optim import attach
 from trainer_kinds import ELSEWHERE, KINDS, NOT_RUN, build_kind, find
 from trainers import AT_THETA, REAL, assert_same, own_figures, penalties, weights
+
+from gradreg_optim import attach
 
 REFUSED = ["PPOTrainer"]
 """Trainers with a loop of their own."""

@@ -25,7 +25,11 @@ def problem(dtype=torch.float32, autocast=None, seed=0):
 
     def loss():
         with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
-            return (model(inputs.to(dtype if autocast is None else torch.float32)).float() - targets).square().mean()
+            return (
+                (model(inputs.to(dtype if autocast is None else torch.float32)).float() - targets)
+                .square()
+                .mean()
+            )
 
     return model, loss
 
@@ -71,7 +75,11 @@ def test_default_in_low_precision(low, drive):
 
 
 FULL = {"fp32": ({}, {})}
-GIVEN = {f"{low}, {name}": (LOW[low], {name: value}) for low in LOW for name, value in (("eps", 1e-3), ("radius", 0.01))}
+GIVEN = {
+    f"{low}, {name}": (LOW[low], {name: value})
+    for low in LOW
+    for name, value in (("eps", 1e-3), ("radius", 0.01))
+}
 
 
 @pytest.mark.parametrize(("low", "settings"), [*FULL.values(), *GIVEN.values()], ids=[*FULL, *GIVEN])
@@ -161,7 +169,10 @@ def test_eps_written_into_a_group_counts():
 def test_groups_with_lengths_of_their_own():
     """One group's radius finds itself, and the other keeps its ε."""
     model, loss = problem(torch.bfloat16)
-    groups = [{"params": list(model[0].parameters())}, {"params": list(model[2].parameters()), "gradreg_eps": 0.02}]
+    groups = [
+        {"params": list(model[0].parameters())},
+        {"params": list(model[2].parameters()), "gradreg_eps": 0.02},
+    ]
     optimizer = GradRegOptimizer(torch.optim.SGD(groups, lr=0.0), strength=0.1)
     for _ in range(3):
         optimizer.step(closure_of(optimizer, loss))
@@ -191,7 +202,8 @@ def test_what_is_said():
     assert "fp16 in place of bf16 in the passes, or method='central'" in message
     assert "set radius" not in message
     assert advice(0.1, 0.01, 0.5, 1e-3, 0.01, is_settled=True) is None
-    assert "the self-check is -0.90" in advice(-0.9, 0.01, 0.5, 1e-3, 0.01, is_settled=True)  # both sides disagree
+    # Both sides disagree.
+    assert "the self-check is -0.90" in advice(-0.9, 0.01, 0.5, 1e-3, 0.01, is_settled=True)
     assert too_short("", 1e-3, 0.01, False) is None
     assert "A step 1 long" in too_short("", 1e-3, MOST, True)
 

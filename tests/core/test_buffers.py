@@ -96,7 +96,9 @@ LAYERS = {
     "replaced, a plain attribute": lambda: Moving(replaced, scale=0.0),
     "resized": lambda: Moving(resized, scale=torch.zeros(0), count=torch.tensor(0)),
     "registered in a forward": lambda: Moving(registered),
-    "initialized by the first batch": lambda: Moving(first_batch, scale=zeros.clone(), begun=torch.tensor(False)),
+    "initialized by the first batch": lambda: Moving(
+        first_batch, scale=zeros.clone(), begun=torch.tensor(False)
+    ),
     "a counter in an attribute": lambda: Moving(counted, calls=0),
     "a frozen parameter": lambda: Moving(in_place, scale=nn.Parameter(zeros.double(), requires_grad=False)),
     "a codebook": lambda: Moving(codebook, book=torch.randn(4, SIZE), count=torch.zeros(4)),
@@ -116,7 +118,8 @@ def trained(model):
 
 def gradient_at(model, loss, direction=None, distance=0.0):
     """The gradient of ``loss`` of a copy of ``model``, moved along ``direction``, and the copy as the pass left it."""
-    weight = vars(model[2]).get("weight")  # of a spectral norm: the result of an operation, which cannot be copied
+    # Of a spectral norm: the result of an operation, which cannot be copied.
+    weight = vars(model[2]).get("weight")
     if weight is not None:
         vars(model[2])["weight"] = weight.detach()
     other = copy.deepcopy(model)
@@ -128,7 +131,9 @@ def gradient_at(model, loss, direction=None, distance=0.0):
 
 def formula(model, loss, method):
     """g1 + γ·Δ from passes that all start from the buffers of ``model``, and the model after the pass at θ."""
-    expected = combined(lambda *step: gradient_at(model, loss, *step)[0], strength=0.01, eps=1e-3, method=method)
+    expected = combined(
+        lambda *step: gradient_at(model, loss, *step)[0], strength=0.01, eps=1e-3, method=method
+    )
     return expected, gradient_at(model, loss)[1]
 
 
@@ -145,14 +150,24 @@ def by_loop(optimizer, model, loss):
 
 def state_of(model):
     plain = {name: value for name, value in vars(model[2]).items() if name in ("scale", "calls")}
-    return [dict(model.named_buffers()), plain, [p.detach() for p in model.parameters() if not p.requires_grad]]
+    return [
+        dict(model.named_buffers()),
+        plain,
+        [p.detach() for p in model.parameters() if not p.requires_grad],
+    ]
 
 
 MANY = [(layer, "forward", by_closure) for layer in LAYERS]
-MANY += [(layer, method, by_loop) for layer in ("BatchNorm", "replaced", "a codebook") for method in ("forward", "central")]
+MANY += [
+    (layer, method, by_loop)
+    for layer in ("BatchNorm", "replaced", "a codebook")
+    for method in ("forward", "central")
+]
 
 
-@pytest.mark.parametrize(("layer", "method", "driver"), MANY, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize(
+    ("layer", "method", "driver"), MANY, ids=lambda value: getattr(value, "__name__", value)
+)
 def test_all_passes_start_from_the_same_buffers(layer, method, driver):
     """The update is the formula's, by passes from the same buffers; after the step they are as after one pass at θ."""
     model, loss = network(layer)
@@ -162,7 +177,8 @@ def test_all_passes_start_from_the_same_buffers(layer, method, driver):
         expected, after = formula(model, loss, method)
         driver(optimizer, model, loss)
         got = [start - parameter.detach() for start, parameter in zip(before, trained(model), strict=True)]
-        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)  # g2 − g1 rounds before it is divided by eps
+        # g2 − g1 rounds before it is divided by eps.
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
         assert_same(state_of(model), state_of(after))
 
 
@@ -243,7 +259,9 @@ def test_a_module_within_a_transform():
 
     outputs(expected)
     optimizer = unchecked(torch.optim.SGD(parameters.values(), lr=0.1))
-    optimizer.step(closure_of(optimizer, lambda: outputs(buffers).square().mean() + parameters["weight"].square().sum()))
+    optimizer.step(
+        closure_of(optimizer, lambda: outputs(buffers).square().mean() + parameters["weight"].square().sum())
+    )
     assert_same(buffers, expected)
 
 

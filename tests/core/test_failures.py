@@ -29,7 +29,9 @@ def failing(closure, error, in_call, before_backward=False):
     return wrapped
 
 
-@pytest.mark.parametrize("error", [RuntimeError("stop"), KeyboardInterrupt(), SystemExit(), StopIteration()], ids=repr)
+@pytest.mark.parametrize(
+    "error", [RuntimeError("stop"), KeyboardInterrupt(), SystemExit(), StopIteration()], ids=repr
+)
 @pytest.mark.parametrize("early", [True, False], ids=["before backward", "after backward"])
 def test_an_exception_in_the_second_pass(error, early):
     """The exception goes on; weights, ``.grad``, state, step count and random numbers are those after one pass."""
@@ -275,10 +277,10 @@ def stepped(drive, settings, dtype, mode):
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_an_interrupt_at_any_place_leaves_theta(drive, settings, dtype):
-    """Wherever an interrupt hits before the wrapped optimizer steps, also in the restoring copy, θ is whole bit for bit.
+    """θ is whole, bit for bit, wherever an interrupt hits before the wrapped optimizer steps.
 
-    A place is a stack of lines of the package. Its first operation and its last one are tried: those between run from the
-    same state of the step.
+    A place is a stack of lines of the package. Its first operation and its last one are tried: those between
+    run from the same state of the step.
     """
     found = Places()
     stepped(drive, settings, dtype, found)

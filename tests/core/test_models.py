@@ -30,7 +30,9 @@ def test_a_compiled_model_takes_the_same_steps(way, known):
     names = {"model": compiled if known else None}
     for current, its_loss, extra in ((model, lambda: loss(compiled), names), (other, other_loss, {})):
         parameters = current.named_parameters() if not extra.get("model") else current.parameters()
-        optimizer = unchecked(torch.optim.SGD(parameters, lr=0.1), strength=0.1, eps=0.1, exclude="0.", **extra)
+        optimizer = unchecked(
+            torch.optim.SGD(parameters, lr=0.1), strength=0.1, eps=0.1, exclude="0.", **extra
+        )
         for _ in range(2):
             closure = closure_of(optimizer, its_loss)
             optimizer.step(closure)
@@ -75,9 +77,16 @@ def test_distributed_data_parallel(one_process_group, as_view):
     model, loss = regression()
     other, other_loss = twin_of(model, loss)
     wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=as_view)
-    for current, its_model, its_loss in ((wrapped, wrapped, lambda: loss(wrapped)), (other, other, other_loss)):
+    for current, its_model, its_loss in (
+        (wrapped, wrapped, lambda: loss(wrapped)),
+        (other, other, other_loss),
+    ):
         optimizer = unchecked(
-            torch.optim.SGD(current.parameters(), lr=0.1), strength=0.1, eps=0.1, exclude="2.bias", model=its_model
+            torch.optim.SGD(current.parameters(), lr=0.1),
+            strength=0.1,
+            eps=0.1,
+            exclude="2.bias",
+            model=its_model,
         )
         assert optimizer.param_groups[0]["gradreg_excluded"] == [3]
         for _ in range(3):

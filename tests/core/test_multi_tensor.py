@@ -38,7 +38,8 @@ def test_norm_squared_is_that_of_the_concatenation(shapes, seed):
     """A list of tensors of any shapes, empty ones too, has the norm of one long vector."""
     (tensors,) = random_lists(shapes, seed, 1)
     expected = torch.cat([tensor.flatten() for tensor in tensors]).square().sum()
-    torch.testing.assert_close(norm_squared(tensors), expected, rtol=1e-14, atol=0)  # another order of summation
+    # Another order of summation.
+    torch.testing.assert_close(norm_squared(tensors), expected, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -46,13 +47,15 @@ def test_half_precision_is_summed_in_float32(dtype):
     """The squares of 1000 elements of 300 exceed float16's range, and 1000 steps of bfloat16 would stop adding."""
     total = norm_squared([torch.full((1000,), 300.0, dtype=dtype)])
     assert total.dtype == torch.float32
-    torch.testing.assert_close(total, torch.tensor(9e7), rtol=1e-6, atol=0)  # float32 takes a root and squares it again
+    # float32 takes a root and squares it again.
+    torch.testing.assert_close(total, torch.tensor(9e7), rtol=1e-6, atol=0)
 
 
 def test_norm_of_mixed_precisions_is_taken_in_the_widest():
     """One float64 tensor makes the sum float64; each tensor's own part is as precise as the tensor."""
     total = norm_squared([torch.full((2,), 3.0), torch.full((1,), 4.0, dtype=torch.float64)])
-    torch.testing.assert_close(total, torch.tensor(34.0, dtype=torch.float64), rtol=1e-7, atol=0)  # a root, squared again
+    # A root, squared again.
+    torch.testing.assert_close(total, torch.tensor(34.0, dtype=torch.float64), rtol=1e-7, atol=0)
 
 
 def test_empty_lists_sum_to_zero():
@@ -96,7 +99,9 @@ def test_moments_of_half_precision_are_taken_in_float32(dtype):
 
 def test_ratio_of_a_vanishing_denominator_is_zero():
     """0/0 and 1/0 are 0: a vanishing gradient has no direction."""
-    assert_same(ratio(torch.tensor([0.0, 1.0, 6.0]), torch.tensor([0.0, 0.0, 3.0])), torch.tensor([0.0, 0.0, 2.0]))
+    assert_same(
+        ratio(torch.tensor([0.0, 1.0, 6.0]), torch.tensor([0.0, 0.0, 3.0])), torch.tensor([0.0, 0.0, 2.0])
+    )
 
 
 @pytest.mark.parametrize("max_norm", [1e-3, 1.0, 100.0])
@@ -204,7 +209,9 @@ def network_gradient(direction=None, eps=0.0):
     """∇L at θ, or at θ + ε·direction, of a small non-quadratic loss in float64, and H·g1 by double backward."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(5, 3), (5,), (1, 5)]
-    theta = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    theta = [
+        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes
+    ]
     x = torch.randn(20, 3, generator=generator, dtype=torch.float64)
     if direction is not None:
         with torch.no_grad():

@@ -51,7 +51,14 @@ def outcome(model, optimizer):
     """Everything that a step leaves behind."""
     state = [dict(entry) for entry in optimizer.state.values()]
     metrics = {name: float(value) for name, value in optimizer.metrics.items()}
-    return weights(model), gradients(model), list(model.buffers()), copy.deepcopy(state), metrics, optimizer.step_count
+    return (
+        weights(model),
+        gradients(model),
+        list(model.buffers()),
+        copy.deepcopy(state),
+        metrics,
+        optimizer.step_count,
+    )
 
 
 @pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
@@ -92,7 +99,10 @@ def test_passes_stand_at_their_points():
     assert_same(weights(model), start)
     assert optimizer.step_count == 0
     optimizer.step()
-    assert_same(weights(model), [torch.add(w, p.grad, alpha=-0.1) for w, p in zip(start, model.parameters(), strict=True)])
+    assert_same(
+        weights(model),
+        [torch.add(w, p.grad, alpha=-0.1) for w, p in zip(start, model.parameters(), strict=True)],
+    )
     assert optimizer.step_count == 1
 
 
@@ -107,7 +117,8 @@ def test_clipping_before_the_step_is_that_of_the_combined_gradient():
     assert float(length) == pytest.approx(norm(regularized), rel=1e-10)
     optimizer.step()
     expected = [w - 0.1 * 0.01 / (length + 1e-6) * g for w, g in zip(start, regularized, strict=True)]
-    torch.testing.assert_close(weights(model), expected, rtol=1e-10, atol=1e-14)  # g2 − g1 rounds before it is multiplied
+    # g2 − g1 rounds before it is multiplied.
+    torch.testing.assert_close(weights(model), expected, rtol=1e-10, atol=1e-14)
 
 
 def test_the_loop_clears_what_the_last_step_left():
@@ -417,7 +428,8 @@ def test_unscaling_and_clipping_by_the_caller():
         with torch.no_grad():
             for parameter, g in zip(parameters, expected, strict=True):
                 parameter -= 0.1 * 0.05 / (length + 1e-6) * g
-        torch.testing.assert_close(weights(model), weights(other), rtol=1e-11, atol=1e-13)  # the order of operations
+        # The order of operations.
+        torch.testing.assert_close(weights(model), weights(other), rtol=1e-11, atol=1e-13)
         assert optimizer.step_count == step + 1
     assert scaler.get_scale() == SCALE
 

@@ -5,7 +5,16 @@ import copy
 import pytest
 import pytorch_optimizer
 import torch
-from problems import DENSE_OPTIMIZERS, Quadratic, assert_same, closure_of, regression, twin_of, unchecked, weights
+from problems import (
+    DENSE_OPTIMIZERS,
+    Quadratic,
+    assert_same,
+    closure_of,
+    regression,
+    twin_of,
+    unchecked,
+    weights,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -76,7 +85,9 @@ def test_strength_equal_to_eps_is_sam(optimizer_class):
     """γ = ε leaves exactly g2, and ten steps are those of un-normalised SAM, bit for bit."""
     model, loss = regression(dtype=torch.float32)
     other, other_loss = twin_of(model, loss)
-    optimizer = unchecked(optimizer_class(model.parameters(), lr=0.05), strength=0.3, eps=0.3, g1_clip=None, g2_clip=None)
+    optimizer = unchecked(
+        optimizer_class(model.parameters(), lr=0.05), strength=0.3, eps=0.3, g1_clip=None, g2_clip=None
+    )
     sam = Sam(optimizer_class(other.parameters(), lr=0.05), rho=0.3)
     for _ in range(10):
         closure = closure_of(optimizer, loss)
@@ -92,7 +103,11 @@ def test_radius_form_is_sam_of_pytorch_optimizer():
     other, other_loss = twin_of(model, loss)
     radius = 0.05
     optimizer = unchecked(
-        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), strength=1.0, radius=radius, g1_clip=None, g2_clip=None
+        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        strength=1.0,
+        radius=radius,
+        g1_clip=None,
+        g2_clip=None,
     )
     sam = pytorch_optimizer.SAM(other.parameters(), torch.optim.SGD, rho=radius, lr=0.1, momentum=0.9)
     for _ in range(10):
@@ -121,11 +136,16 @@ def test_radius_form_is_the_gradient_norm_penalty():
     g2 = torch.autograd.grad(other_loss(), list(other.parameters()))
     expected = [(1 - alpha) * a + alpha * b for a, b in zip(g1, g2, strict=True)]
     optimizer = unchecked(
-        torch.optim.SGD(parameters, lr=0.1), strength=alpha * radius / length, radius=radius, g1_clip=None, g2_clip=None
+        torch.optim.SGD(parameters, lr=0.1),
+        strength=alpha * radius / length,
+        radius=radius,
+        g1_clip=None,
+        g2_clip=None,
     )
     optimizer.step(closure_of(optimizer, loss))
     actual = [parameter.grad for parameter in parameters]
-    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)  # the order of a few float64 operations
+    # The order of a few float64 operations.
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
 
 
 SWITCHES = {

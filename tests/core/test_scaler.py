@@ -31,7 +31,8 @@ def test_scaling_leaves_no_trace(base):
         assert_same(value, plain.step(closure_of(plain, other_loss)))  # the unscaled loss
         assert_same(weights(model), weights(other))
         for name, figure in plain.metrics.items():
-            assert float(optimizer.metrics[name]) == pytest.approx(float(figure), rel=1e-14)  # roots of scaled squares
+            # Roots of scaled squares.
+            assert float(optimizer.metrics[name]) == pytest.approx(float(figure), rel=1e-14)
     assert scaler.get_scale() == SCALE
 
 
@@ -85,7 +86,8 @@ def test_an_overflow_in_either_pass_skips_the_step_and_lowers_the_scale(overflow
 
 
 @pytest.mark.parametrize(
-    "settings", [{"g2_clip": 1.0}, {"max_penalty_ratio": 0.5}, {"radius": 0.1, "eps": None}, {"strength": 0.0625}]
+    "settings",
+    [{"g2_clip": 1.0}, {"max_penalty_ratio": 0.5}, {"radius": 0.1, "eps": None}, {"strength": 0.0625}],
 )
 def test_nothing_hides_an_overflow_of_the_second_pass(settings):
     """Clip, bound, radius, and γ = ε let the overflow of g2 through to the scaler."""
@@ -155,7 +157,9 @@ def test_clipping_after_a_loop_over_passes(by):
     clipped_steps(plain, other, other_loss, torch.amp.GradScaler("cpu", enabled=False), "optimizer")
     assert_same(weights(model), weights(other))
     assert optimizer.step_count == 3
-    moved = sum(((a - b).square().sum() for a, b in zip(weights(model), before, strict=True)), torch.zeros(())).sqrt()
+    moved = sum(
+        ((a - b).square().sum() for a, b in zip(weights(model), before, strict=True)), torch.zeros(())
+    ).sqrt()
     assert 0.1 * 0.05 < moved.item() <= 3 * 0.1 * 0.05 * 1.001
 
 
@@ -191,7 +195,9 @@ def test_unscaling_within_a_pass_names_the_way_that_works(how, of):
             for _ in optimizer.passes():
                 unscaling()
 
-    with pytest.raises(RuntimeError, match=r"unscale_\(optimizer\) was called within a pass.*after the loop call"):
+    with pytest.raises(
+        RuntimeError, match=r"unscale_\(optimizer\) was called within a pass.*after the loop call"
+    ):
         run()
     assert closure.calls == 1
     assert_same(weights(model), before)
@@ -230,7 +236,10 @@ def test_without_penalty_the_scaler_steps_too():
     model, loss = regression()
     other, other_loss = twin_of(model, loss)
     optimizer, scaler = scaled(model, warmup_steps=3)
-    bare, bare_scaler = torch.optim.SGD(other.parameters(), lr=0.1), torch.amp.GradScaler("cpu", init_scale=SCALE)
+    bare, bare_scaler = (
+        torch.optim.SGD(other.parameters(), lr=0.1),
+        torch.amp.GradScaler("cpu", init_scale=SCALE),
+    )
     for _ in range(2):
         optimizer.step(closure_of(optimizer, loss, scaler.scale))
         scaler.update()

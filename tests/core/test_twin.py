@@ -13,12 +13,14 @@ from torch import nn
 
 # (γ/ε) times the rounding of g2 − g1; ε is never below 1e-3 here, and steps compound it.
 CLOSE = {"rtol": 1e-8, "atol": 1e-9}
-# ‖c·g2 − g1‖ of two clipped gradients that are nearly the same: √(rounding of ‖g1‖²), times γ/ε = 100 at most.
+# ‖c·g2 − g1‖ of two clipped gradients that are nearly the same: √(rounding of ‖g1‖²), times γ/ε = 100 at
+# most.
 CANCELLED = 5e-6
 
 BASES = {
     "SGD": lambda groups: torch.optim.SGD(groups, lr=0.05, momentum=0.9, weight_decay=0.01),
-    "AdamW": lambda groups: torch.optim.AdamW(groups, lr=0.01, eps=1e-3),  # eps: no blown up rounding of tiny gradients
+    # eps: no blown up rounding of tiny gradients.
+    "AdamW": lambda groups: torch.optim.AdamW(groups, lr=0.01, eps=1e-3),
     "RMSprop": lambda groups: torch.optim.RMSprop(groups, lr=0.01, eps=1e-3),
 }
 
@@ -60,8 +62,12 @@ def build(descriptions):
     torch.manual_seed(0)
     groups, excluded = [], []
     for description in descriptions:
-        parameters = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in description["shapes"]]
-        own = {"gradreg_strength": description["gradreg_strength"]} if "gradreg_strength" in description else {}
+        parameters = [
+            nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in description["shapes"]
+        ]
+        own = (
+            {"gradreg_strength": description["gradreg_strength"]} if "gradreg_strength" in description else {}
+        )
         own |= dict([description["step"]]) if "step" in description else {}
         groups.append({"params": parameters, **own})
         excluded += parameters[description["excluded"] :]
@@ -82,10 +88,14 @@ def named(groups, excluded):
     def name(parameter):
         return f"{'frozen' if any(parameter is other for other in excluded) else 'layer'}.{next(number)}"
 
-    return [{**group, "params": [(name(parameter), parameter) for parameter in group["params"]]} for group in groups]
+    return [
+        {**group, "params": [(name(parameter), parameter) for parameter in group["params"]]}
+        for group in groups
+    ]
 
 
-@pytest.mark.filterwarnings("ignore:Gradient regularization. the first pass left no gradient:UserWarning")  # strength 0
+# Strength 0.
+@pytest.mark.filterwarnings("ignore:Gradient regularization. the first pass left no gradient:UserWarning")
 @pytest.mark.parametrize("base", BASES.values(), ids=BASES)
 @given(st.lists(GROUP, min_size=1, max_size=3), SETTINGS)
 def test_every_step_is_that_of_the_twin(base, descriptions, settings):
@@ -125,7 +135,9 @@ def test_gradients_that_come_and_go(seed):
 
     def problem():
         generator = torch.Generator().manual_seed(seed)
-        parameters = [nn.Parameter(torch.randn(2, dtype=torch.float64, generator=generator)) for _ in range(4)]
+        parameters = [
+            nn.Parameter(torch.randn(2, dtype=torch.float64, generator=generator)) for _ in range(4)
+        ]
         present = torch.rand(5, 2, 4, generator=generator) < 0.7
         present[..., 0] = True
         spoiled = torch.rand(5, 2, generator=generator) < 0.2
@@ -138,7 +150,11 @@ def test_gradients_that_come_and_go(seed):
             optimizer.zero_grad()
             call = next(calls)
             used = [parameter for parameter, here in zip(parameters, present[call], strict=True) if here]
-            loss = torch.stack([(parameter.square() + parameter.prod()).sum() for parameter in used]).sum().square()
+            loss = (
+                torch.stack([(parameter.square() + parameter.prod()).sum() for parameter in used])
+                .sum()
+                .square()
+            )
             loss.backward()
             if spoiled[call]:
                 parameters[0].grad[0] = math.nan
@@ -177,7 +193,9 @@ def test_complex_parameters_are_pairs_of_reals():
         return lambda: torch.view_as_real(mixing @ value()).square().square().mean()
 
     complex_loss, real_loss = loss_of(lambda: as_complex), loss_of(lambda: torch.view_as_complex(as_real))
-    optimizer = unchecked(torch.optim.AdamW([as_complex], lr=0.1), strength=0.1, radius=0.1, max_penalty_ratio=0.3)
+    optimizer = unchecked(
+        torch.optim.AdamW([as_complex], lr=0.1), strength=0.1, radius=0.1, max_penalty_ratio=0.3
+    )
     twin = Reference(torch.optim.AdamW([as_real], lr=0.1), strength=0.1, radius=0.1, max_penalty_ratio=0.3)
     for _ in range(4):
         optimizer.step(closure_of(optimizer, complex_loss))
@@ -200,10 +218,14 @@ def test_lower_precision_follows_the_twin(dtype, tolerance):
 
     def problem():
         parameters = [nn.Parameter(value.clone()) for value in start]
-        return parameters, lambda: (torch.tanh(inputs @ parameters[0].T + parameters[1]) @ parameters[2].T).square().mean()
+        return (
+            parameters,
+            lambda: (torch.tanh(inputs @ parameters[0].T + parameters[1]) @ parameters[2].T).square().mean(),
+        )
 
     (parameters, loss), (twin_parameters, twin_loss) = problem(), problem()
-    # The twin does not shrink. In a network this small a step this long meets changing curvature, which counts as noise.
+    # The twin does not shrink. In a network this small a step this long meets changing curvature,
+    # which counts as noise.
     optimizer = unchecked(torch.optim.SGD(parameters, lr=0.1), strength=0.5, eps=0.25, shrink=False)
     twin = Reference(torch.optim.SGD(twin_parameters, lr=0.1), strength=0.5, eps=0.25)
     optimizer.step(closure_of(optimizer, loss))
@@ -246,7 +268,8 @@ def test_unread_scalars_take_the_same_steps(monkeypatch):
         results.append((parameters, {name: float(value) for name, value in optimizer.metrics.items()}))
     (read, metrics), (unread, unread_metrics) = results
     assert metrics["skipped"] == 1
-    torch.testing.assert_close(read, unread, rtol=1e-12, atol=1e-13)  # three passes over memory instead of one fused
+    # Three passes over memory instead of one fused.
+    torch.testing.assert_close(read, unread, rtol=1e-12, atol=1e-13)
     assert unread_metrics == pytest.approx(metrics, rel=1e-10)  # the same reason
 
 
@@ -264,7 +287,8 @@ def test_unread_scalars_are_not_read(monkeypatch):
     leave_unread(monkeypatch)
     groups, _, _, loss = build([{"shapes": [(3, 2)], "excluded": 9}, {"shapes": [(2,)], "excluded": 9}])
     optimizer = unchecked(torch.optim.SGD(groups, lr=0.05), radius=0.1, max_penalty_ratio=0.1)
-    for _ in range(2):  # the first step compares the losses of its passes, the second one sees gradients cleared
+    # The first step compares the losses of its passes, the second one sees gradients cleared.
+    for _ in range(2):
         optimizer.step(closure_of(optimizer, loss))
     with Reads():
         optimizer.step(closure_of(optimizer, loss))

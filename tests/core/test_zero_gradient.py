@@ -28,7 +28,11 @@ SETTINGS = {
 }
 
 
-CASES = [("bf16", name) for name in SETTINGS] + [("fp32", "default"), ("fp32", "radius"), ("bf16 autocast", "default")]
+CASES = [("bf16", name) for name in SETTINGS] + [
+    ("fp32", "default"),
+    ("fp32", "radius"),
+    ("bf16 autocast", "default"),
+]
 
 
 @pytest.mark.parametrize(("precision", "name"), CASES)

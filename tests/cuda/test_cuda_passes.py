@@ -8,9 +8,10 @@ import math
 import pytest
 import torch
 from devices import LOW_AND_FULL, PENALTY, every_device, fused, network, on_devices
-from gradreg_optim import GradRegOptimizer
 from problems import assert_same, closure_of, weights
 from torch import nn
+
+from gradreg_optim import GradRegOptimizer
 
 
 class OwnError(Exception):

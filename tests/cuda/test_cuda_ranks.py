@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from devices import on_devices
 from distributed import World
-from gradreg_optim import GradRegOptimizer
 from torch import nn
+
+from gradreg_optim import GradRegOptimizer
 
 ROWS, FEATURES, OUTPUTS, STEPS, RATE = 16, 5, 3, 3, 0.1
 SETTINGS = {"strength": 0.5, "eps": 0.1, "g1_clip": None, "g2_clip": None, "check_every": 0}
@@ -108,6 +109,7 @@ def zero_engine(device, stage, precision, offload):
     prepare(device)
     import deepspeed
     from deepspeed.utils import logger, safe_get_full_fp32_param
+
     from gradreg_optim import ZeroGradRegOptimizer
 
     logger.setLevel("ERROR")

@@ -9,10 +9,11 @@ from functools import partial
 import pytest
 import torch
 from devices import LOW_AND_FULL, PENALTY, UNCLIPPED, every_device, fused, network, on_devices
-from gradreg_optim import GradRegOptimizer
 from problems import assert_same, closure_of, weights
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
+
+from gradreg_optim import GradRegOptimizer
 
 BASES = {
     "SGD, fused": partial(SGD, lr=0.01, momentum=0.9, fused=True),

@@ -9,7 +9,13 @@ from gradreg_optim.integrations.arguments import NAMES, parted
 def test_arguments_are_parted():
     """Settings, as text or as numbers, make a configuration; what is not ours stays, in its order."""
     config, rest = parted(
-        {"lr": 1, "grad_reg_strength": "5e-2", "eps": 1e-8, "grad_reg_every": "4", "grad_reg_exclude": ["norm"]}
+        {
+            "lr": 1,
+            "grad_reg_strength": "5e-2",
+            "eps": 1e-8,
+            "grad_reg_every": "4",
+            "grad_reg_exclude": ["norm"],
+        }
     )
     assert config == GradRegConfig(grad_reg_strength=5e-2, grad_reg_every=4, grad_reg_exclude=["norm"])
     assert list(rest.items()) == [("lr", 1), ("eps", 1e-8)]

@@ -10,7 +10,12 @@ from gradreg_optim import attach
 
 pydantic = pytest.importorskip("pydantic", reason="Axolotl's configuration is one of pydantic's")
 
-SETTINGS = {"grad_reg_strength": "5e-2", "grad_reg_eps": 1e-2, "grad_reg_g1_clip": 0, "grad_reg_g2_clip": None}
+SETTINGS = {
+    "grad_reg_strength": "5e-2",
+    "grad_reg_eps": 1e-2,
+    "grad_reg_g1_clip": 0,
+    "grad_reg_g2_clip": None,
+}
 """``REAL``, as YAML has it."""
 
 
@@ -46,12 +51,18 @@ def test_settings_survive_validation(loaded):
     """Axolotl validates twice, and drops what is None: what was given is there, and defaults are not taken for given."""
     _, validated = loaded
     once = validated(grad_reg_radius=0.1, grad_reg_exclude=["norm"], grad_reg_g1_clip=None)
-    assert once == {"learning_rate": 1.0, "grad_reg_radius": 0.1, "grad_reg_exclude": ["norm"], "grad_reg_g1_clip": 0}
+    assert once == {
+        "learning_rate": 1.0,
+        "grad_reg_radius": 0.1,
+        "grad_reg_exclude": ["norm"],
+        "grad_reg_g1_clip": 0,
+    }
     assert validated(**once) == once
 
 
 @pytest.mark.parametrize(
-    ("keys", "message"), [({"grad_reg_strenght": 1}, "Did you mean 'grad_reg_strength'"), ({"grad_reg_eps": -1}, "eps=-1")]
+    ("keys", "message"),
+    [({"grad_reg_strenght": 1}, "Did you mean 'grad_reg_strength'"), ({"grad_reg_eps": -1}, "eps=-1")],
 )
 def test_mistakes_are_refused(keys, message, loaded):
     """When the file is read, although Axolotl passes over keys that it does not know."""

@@ -6,9 +6,22 @@ from trainers import REAL, assert_same, build, weights
 
 from gradreg_optim import attach
 
-SETTINGS = {"grad_reg_strength": "5e-2", "grad_reg_eps": 1e-2, "grad_reg_g1_clip": 0, "grad_reg_g2_clip": None}
+SETTINGS = {
+    "grad_reg_strength": "5e-2",
+    "grad_reg_eps": 1e-2,
+    "grad_reg_g1_clip": 0,
+    "grad_reg_g2_clip": None,
+}
 """``REAL``, as YAML has it."""
-FLAGS = ["--grad_reg_strength", "5e-2", "--grad_reg_eps=1e-2", "--grad_reg_g1_clip", "0", "--grad_reg_g2_clip", "0"]
+FLAGS = [
+    "--grad_reg_strength",
+    "5e-2",
+    "--grad_reg_eps=1e-2",
+    "--grad_reg_g1_clip",
+    "0",
+    "--grad_reg_g2_clip",
+    "0",
+]
 
 
 @pytest.fixture

@@ -81,8 +81,16 @@ def engine_of(monkeypatch):
 def by_hand(steps):
     """The same steps with ``passes()``; yields the losses of the first pass and the norm of the combined gradient."""
     model = copy.deepcopy(MODEL)
-    settings = {"strength": 5e-2, "eps": 1e-2, "g1_clip": None, "g2_clip": None, "exclude": ("embed_tokens", "lm_head")}
-    optimizer = GradRegOptimizer(build_optimizer(model.parameters(), OptimizerConfig()), **settings, model=model)
+    settings = {
+        "strength": 5e-2,
+        "eps": 1e-2,
+        "g1_clip": None,
+        "g2_clip": None,
+        "exclude": ("embed_tokens", "lm_head"),
+    }
+    optimizer = GradRegOptimizer(
+        build_optimizer(model.parameters(), OptimizerConfig()), **settings, model=model
+    )
     for _ in range(steps):
         losses = []
         for _ in optimizer.passes():
@@ -111,7 +119,9 @@ def test_the_engine_takes_regularized_steps(engine_of):
     plain = engine_of()
     for _ in range(2):
         plain.train_batch(BATCH, loss_of)
-    assert any(not a.equal(b) for a, b in zip(engine.module.parameters(), plain.module.parameters(), strict=True))
+    assert any(
+        not a.equal(b) for a, b in zip(engine.module.parameters(), plain.module.parameters(), strict=True)
+    )
 
 
 def test_engines_without_settings_are_left_alone(engine_of):
@@ -139,7 +149,11 @@ def test_what_is_excluded(engine_of):
         return [names[position] for position in group["gradreg_excluded"]]
 
     assert excluded() == ["model.embed_tokens.weight", "lm_head.weight"]
-    assert excluded(grad_reg_exclude=["model.norm"]) == ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    assert excluded(grad_reg_exclude=["model.norm"]) == [
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    ]
     assert excluded(grad_reg_exclude=["none"]) == []
 
 

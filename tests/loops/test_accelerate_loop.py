@@ -1,6 +1,6 @@
 """Accelerate in a loop of your own: what ``accelerator.prepare`` returns takes the usual closure.
 
-    accelerator = Accelerator()                       # accumulation belongs to the closure: leave its count at 1
+    accelerator = Accelerator()                       # the closure accumulates: leave its count at 1
     model, optimizer, loader = accelerator.prepare(model, GradRegOptimizer(base), loader)
 
     def closure():
@@ -10,12 +10,13 @@
             with nullcontext() if syncs else accelerator.no_sync(model):
                 accelerator.backward(loss_of(model, batch) / len(window))
 
-    optimizer.step(closure)                           # returns None; optimizer.optimizer is the GradRegOptimizer
+    optimizer.step(closure)                           # returns None; the wrapper is optimizer.optimizer
 
-``Accelerator(gradient_accumulation_steps=N)`` with ``accelerator.accumulate(model)`` around each micro-batch *inside* the
-closure works too, for windows of exactly N. A closure inside ``accumulate`` does not: Accelerate calls it for the last
-micro-batch of a window alone, whatever the optimizer. Under an fp16 scaler the optimizer stays out of ``prepare``:
-Accelerate hands closures to ``GradScaler.step``, which unscales before any of them has run.
+``Accelerator(gradient_accumulation_steps=N)`` with ``accelerator.accumulate(model)`` around each micro-batch
+*inside* the closure works too, for windows of exactly N. A closure inside ``accumulate`` does not: Accelerate
+calls it for the last micro-batch of a window alone, whatever the optimizer. Under an fp16 scaler the
+optimizer stays out of ``prepare``: Accelerate hands closures to ``GradScaler.step``, which unscales before
+any of them has run.
 """
 
 import os
@@ -123,7 +124,8 @@ def test_prepared_optimizer_takes_closures(closure_of, accumulation):
     losses = []
     for window, after in zip(windows, expected, strict=True):
         optimizer.step(closure_of(accelerator, model, optimizer, window, losses))
-        torch.testing.assert_close(weights(model), after, rtol=1e-11, atol=1e-12)  # float64 sums in another order
+        # float64 sums in another order.
+        torch.testing.assert_close(weights(model), after, rtol=1e-11, atol=1e-12)
     assert len(losses) == 2 * sum(map(len, windows))
     metrics = optimizer.optimizer.metrics
     assert float(metrics["penalty_ratio"]) == pytest.approx(reference.metrics["penalty_ratio"], rel=1e-9)
@@ -151,7 +153,9 @@ def test_clipping_the_combined_gradient():
     model, windows = regression()[0], data([1, 1])
     accelerator = accelerate.Accelerator(cpu=True)
     base, norms = sgd(model), []
-    base.register_step_pre_hook(lambda *_: norms.append(accelerator.clip_grad_norm_(model.parameters(), 1e-3).item()))
+    base.register_step_pre_hook(
+        lambda *_: norms.append(accelerator.clip_grad_norm_(model.parameters(), 1e-3).item())
+    )
     (plain,), _ = referenced(model, windows[:1])
     start = weights(model)
     model, optimizer = accelerator.prepare(model, GradRegOptimizer(base, **SETTINGS))
@@ -159,7 +163,8 @@ def test_clipping_the_combined_gradient():
     combined = torch.cat([((a - b) / 0.1).flatten() for a, b in zip(start, plain, strict=True)])  # rate 0.1
     moved = torch.cat([(a - b).flatten() for a, b in zip(start, weights(model), strict=True)])
     assert norms == [pytest.approx(combined.norm().item(), rel=1e-9)]
-    torch.testing.assert_close(moved, 0.1 * combined * 1e-3 / combined.norm(), rtol=1e-4, atol=0)  # clip adds 1e-6
+    # Clip adds 1e-6.
+    torch.testing.assert_close(moved, 0.1 * combined * 1e-3 / combined.norm(), rtol=1e-4, atol=0)
 
 
 SCALE = 2.0**10

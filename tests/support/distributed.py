@@ -26,8 +26,8 @@ COLLECTIVE_TIMEOUT = 600.0
 class World:
     """``size`` processes that run the same function and hand back what each rank returned.
 
-    A case that raises on any rank raises here, with that rank's traceback; so does one that hangs, or whose process dies.
-    The processes then end, for their connections may be broken; the next case starts new ones.
+    A case that raises on any rank raises here, with that rank's traceback; so does one that hangs, or whose
+    process dies. The processes then end, for their connections may be broken; the next case starts new ones.
     """
 
     def __init__(self, size: int) -> None:
@@ -52,7 +52,9 @@ class World:
             connection.send((case, args, kwargs))
         deadline = time.monotonic() + CASE_TIMEOUT
         answers = [self._answer(rank, deadline) for rank in range(self.size)]
-        failures = [f"rank {rank} {how}:\n{what}" for rank, (how, what) in enumerate(answers) if how != "returned"]
+        failures = [
+            f"rank {rank} {how}:\n{what}" for rank, (how, what) in enumerate(answers) if how != "returned"
+        ]
         if failures:
             self.close()
             raise AssertionError("\n".join(failures))

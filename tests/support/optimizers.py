@@ -52,9 +52,13 @@ def on_matrices(**kwargs: Any) -> Callable[[Any, nn.Module], Optimizer]:
     return lambda cls, model: cls(matrices(model), **{"lr": 1e-2, **kwargs})
 
 
-def in_two_groups(key: dict[str, Any], rest: dict[str, Any], **kwargs: Any) -> Callable[[Any, nn.Module], Optimizer]:
+def in_two_groups(
+    key: dict[str, Any], rest: dict[str, Any], **kwargs: Any
+) -> Callable[[Any, nn.Module], Optimizer]:
     """Matrices in a group with the keys of ``key``, the other parameters in one with those of ``rest``."""
-    return lambda cls, model: cls([{"params": matrices(model), **key}, {"params": others(model), **rest}], **kwargs)
+    return lambda cls, model: cls(
+        [{"params": matrices(model), **key}, {"params": others(model), **rest}], **kwargs
+    )
 
 
 LOW_RANK = {"rank": 4, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
@@ -112,12 +116,16 @@ NOT_WRAPPED = {
 }
 
 AMPLIFIES = {
-    *("muon.SingleDeviceMuon", "pytorch_optimizer.SCION", "pytorch_optimizer.SpectralSphere"),  # orthogonalize in bfloat16
-    *(f"pytorch_optimizer.{name}" for name in ("Alice", "Conda", "DASH", "SOAP", "SPlus")),  # eigenvectors, directions
+    # Orthogonalize in bfloat16.
+    *("muon.SingleDeviceMuon", "pytorch_optimizer.SCION", "pytorch_optimizer.SpectralSphere"),
+    # Eigenvectors, directions.
+    *(f"pytorch_optimizer.{name}" for name in ("Alice", "Conda", "DASH", "SOAP", "SPlus")),
     *("heavyball.SOAP", "pytorch_optimizer.Kate", "pytorch_optimizer.LoRARite"),
 }
-"""Optimizers whose steps on two gradients that differ by rounding differ by far more: of these, the weights are compared
-with those of the bare optimizer on the very same gradient alone."""
+"""Optimizers whose steps on two gradients that differ by rounding differ by far more.
+
+Their weights are compared only with those of the bare optimizer on the very same gradient.
+"""
 
 
 def of_pytorch_optimizer() -> list[Kind]:
@@ -126,7 +134,10 @@ def of_pytorch_optimizer() -> list[Kind]:
         return [Kind("pytorch_optimizer.SOAP", on_all())]
     import pytorch_optimizer
 
-    classes = {pytorch_optimizer.load_optimizer(name).__name__ for name in pytorch_optimizer.get_supported_optimizers()}
+    classes = {
+        pytorch_optimizer.load_optimizer(name).__name__
+        for name in pytorch_optimizer.get_supported_optimizers()
+    }
     own = sorted(name for name in classes - set(NOT_WRAPPED) if hasattr(pytorch_optimizer, name))
     return [Kind(f"pytorch_optimizer.{name}", OF_PYTORCH_OPTIMIZER.get(name, on_all())) for name in own]
 
@@ -155,4 +166,8 @@ def is_common(kind: Kind) -> bool:
     return kind.module != "pytorch_optimizer" or kind.path.split(".")[1] in REPRESENTATIVE
 
 
-KINDS = [*map(of_torch, DENSE_OPTIMIZERS), *(Kind(path, build) for path, build in OTHERS.items()), *of_pytorch_optimizer()]
+KINDS = [
+    *map(of_torch, DENSE_OPTIMIZERS),
+    *(Kind(path, build) for path, build in OTHERS.items()),
+    *of_pytorch_optimizer(),
+]

@@ -10,7 +10,10 @@ from trainers import REAL, Spy, adamw, llama
 
 from gradreg_optim.trainers.adoption import find_wrapper
 
-SCHEDULED = {"optimizers": {**REAL, "warmup_steps": 1, "schedule": "linear"}, "attach": {**REAL, "schedule": "linear"}}
+SCHEDULED = {
+    "optimizers": {**REAL, "warmup_steps": 1, "schedule": "linear"},
+    "attach": {**REAL, "schedule": "linear"},
+}
 RUN = {"max_steps": 4, "learning_rate": 1e-2, "lr_scheduler_type": "linear", "gradient_accumulation_steps": 2}
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 
@@ -31,13 +34,16 @@ def outcome(trainer):
     for kind in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
         tensors |= {f"master {i}": local(master) for i, master in enumerate(getattr(zero, kind, []))}
     tensors["random numbers"] = torch.get_rng_state()
-    groups = [{name: value for name, value in group.items() if name != "params"} for group in wrapper.param_groups]
+    groups = [
+        {name: value for name, value in group.items() if name != "params"} for group in wrapper.param_groups
+    ]
     for group in groups:  # a list in FSDP's checkpoints
         group["betas"] = tuple(group["betas"])
     counted = {"steps": wrapper.step_count, "scheduler": trainer.lr_scheduler.state_dict()["last_epoch"]}
     if trainer.is_deepspeed_enabled:
         counted |= {name: getattr(trainer.model_wrapped, name) for name in ("global_steps", "global_samples")}
-    return {"tensors": tensors, "groups": groups, "counted": counted, "log": numbers(trainer)[:-1]}  # the last entry sums up
+    # The last entry sums up.
+    return {"tensors": tensors, "groups": groups, "counted": counted, "log": numbers(trainer)[:-1]}
 
 
 def interrupted(folder, name, how):

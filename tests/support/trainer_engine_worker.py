@@ -54,8 +54,9 @@ FSDP = {
 def fsdp_on_cpus():
     """Let Accelerate take FSDP for CPU ranks; everything behind that choice is its own and the Trainer's.
 
-    ``AcceleratorState.__init__`` (accelerate 1.12 to 1.15) starts FSDP for ``MULTI_GPU`` and other accelerators, not for
-    ``MULTI_CPU``, and the Trainer then silently trains under DDP. Goes when that list contains ``MULTI_CPU``.
+    ``AcceleratorState.__init__`` (accelerate 1.12 to 1.15) starts FSDP for ``MULTI_GPU`` and other
+    accelerators, not for ``MULTI_CPU``, and the Trainer then silently trains under DDP. Goes when that list
+    contains ``MULTI_CPU``.
     """
     original = AcceleratorState.__init__
 
@@ -97,7 +98,9 @@ def engine(name, folder):
 
 def token_dataset(count=16):
     """Rows of equal length, as a collator that does not pad wants them."""
-    ids = torch.randint(len(SPECIAL), len(SPECIAL + WORDS), (count, 6), generator=torch.Generator().manual_seed(3)).tolist()
+    ids = torch.randint(
+        len(SPECIAL), len(SPECIAL + WORDS), (count, 6), generator=torch.Generator().manual_seed(3)
+    ).tolist()
     return Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * 6] * count, "labels": ids})
 
 
@@ -153,7 +156,9 @@ class Reductions:
 
     def __init__(self, trainer, spied):
         self.total, self.before = 0, []
-        collective = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+        collective = (
+            "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+        )
         compute_loss, reduce_scatter, hooked = trainer.compute_loss, getattr(dist, collective), []
 
         def counting(state, bucket):
@@ -172,7 +177,8 @@ class Reductions:
             return compute_loss(model, *args, **kwargs)
 
         trainer.compute_loss = spy
-        self.patched = mock.patch.object(dist, collective, scattering)  # its name before torch 2.13 ends in "tensor"
+        # Its name before torch 2.13 ends in "tensor".
+        self.patched = mock.patch.object(dist, collective, scattering)
 
     def of_each(self):
         """Reductions in the backward of each micro-batch, first and second pass."""
@@ -181,15 +187,21 @@ class Reductions:
 
 
 def numbers(trainer):
-    return [{k: v for k, v in entry.items() if isinstance(v, (int, float))} for entry in trainer.state.log_history]
+    return [
+        {k: v for k, v in entry.items() if isinstance(v, (int, float))} for entry in trainer.state.log_history
+    ]
 
 
 def engine_counters(trainer):
     """What DeepSpeed's engine has counted, its throughput timer included."""
     engine = trainer.model_wrapped
-    timer = {name: getattr(engine.tput_timer, name) for name in ("micro_step_count", "global_step_count", "started")}
+    timer = {
+        name: getattr(engine.tput_timer, name)
+        for name in ("micro_step_count", "global_step_count", "started")
+    }
     return {
-        name: getattr(engine, name) for name in ("global_steps", "micro_steps", "global_samples", "skipped_steps")
+        name: getattr(engine, name)
+        for name in ("global_steps", "micro_steps", "global_samples", "skipped_steps")
     } | timer
 
 
@@ -198,7 +210,9 @@ def train(folder, name, kind="sft", how="optimizers", accumulation=1, dropout=0.
     with engine(name, folder) as settings, ExitStack() as patches:
         settings |= {"max_steps": 2, "learning_rate": 1.0, "optim": "sgd", "max_grad_norm": 1e9, **arguments}
         settings |= {"gradient_accumulation_steps": accumulation, "model": llama(attention_dropout=dropout)}
-        trainer = make(kind, folder, how, REAL, optimizer=lambda model: SGD(model.parameters(), lr=1.0), **settings)
+        trainer = make(
+            kind, folder, how, REAL, optimizer=lambda model: SGD(model.parameters(), lr=1.0), **settings
+        )
         weights, spy, forwards = Weights(trainer), Spy(trainer), []
         reductions, compute_loss = Reductions(trainer, spy), trainer.compute_loss
 
@@ -255,7 +269,14 @@ def train_with_given_optimizer(folder, name):
     """What the Trainer says to ``optimizers=``."""
     with engine(name, folder) as settings:
         try:
-            make("sft", folder, "optimizers", REAL, optimizer=lambda model: SGD(model.parameters(), lr=1.0), **settings)
+            make(
+                "sft",
+                folder,
+                "optimizers",
+                REAL,
+                optimizer=lambda model: SGD(model.parameters(), lr=1.0),
+                **settings,
+            )
         except RuntimeError as error:
             return str(error)
 
@@ -291,7 +312,12 @@ class Counting(SFTTrainer):
 def count_losses(folder, name, how):
     """How often two steps of two micro-batches counted their losses, in each place, with the penalty and without."""
     with engine(name, folder) as settings:
-        settings |= {"gradient_accumulation_steps": 2, "max_steps": 2, "optim": "sgd", "trainer_class": Counting}
+        settings |= {
+            "gradient_accumulation_steps": 2,
+            "max_steps": 2,
+            "optim": "sgd",
+            "trainer_class": Counting,
+        }
         trainer = make("sft", folder, how, REAL, **settings)
         trainer.meter, trainer.array, trainer.tensor = Counting.Meter(), numpy.zeros(1), torch.zeros(1)
         trainer.train()
@@ -304,4 +330,6 @@ def train_created(folder, name):
         settings |= {"max_steps": 2, "learning_rate": 1.0, "max_grad_norm": 1e9, "trainer_class": Creating}
         trainer = make("sft", folder, "created", REAL, **settings)
         trainer.train()
-        return whole_weights(trainer), [entry for entry in numbers(trainer) if "grad_reg/penalty_ratio" in entry]
+        return whole_weights(trainer), [
+            entry for entry in numbers(trainer) if "grad_reg/penalty_ratio" in entry
+        ]

@@ -18,7 +18,8 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOO
 
 from gradreg_optim import GradRegOptimizer
 
-# Accelerate collects garbage at the beginning of every train(); what was imported once need not be looked at each time.
+# Accelerate collects garbage at the beginning of every train(); what was imported once need not be
+# looked at each time.
 gc.collect()
 gc.freeze()
 
@@ -48,8 +49,11 @@ PLAIN = {
 UNCLIPPED = {"g1_clip": None, "g2_clip": None}
 UNCHECKED = {"check_every": 0}  # else the first step has two passes more
 AT_THETA = {"strength": 1e-30, "eps": 1e-30, **UNCLIPPED, **UNCHECKED}
-"""A step too short to move a float32 weight, and γ = ε, which makes g2 the combined gradient: with the second pass at θ
-itself, training is plain training bit for bit, if that pass sees what the first one saw and leaves nothing behind."""
+"""A step too short to move a float32 weight, and γ = ε, which makes g2 the combined gradient.
+
+With the second pass at θ itself, training is plain training bit for bit, if that pass sees what the first one
+saw and leaves nothing behind.
+"""
 at_theta = pytest.mark.filterwarnings("ignore:Gradient regularization. 0 of the step to")
 """Of modules with such steps, of which nothing arrives in the weights."""
 REAL = {"strength": 0.05, "eps": 0.01, **UNCLIPPED, **UNCHECKED}
@@ -123,7 +127,16 @@ def adamw(model):
 
 
 def build(
-    kind, folder, *, model=None, base=adamw, wrapped=None, trainer_class=None, count=16, eval_dataset=None, **arguments
+    kind,
+    folder,
+    *,
+    model=None,
+    base=adamw,
+    wrapped=None,
+    trainer_class=None,
+    count=16,
+    eval_dataset=None,
+    **arguments,
 ):
     """A trainer with ``base(model)`` as its optimizer, inside a ``GradRegOptimizer(**wrapped)`` if that is given."""
     # Transformers 4.57 leaves the precision of a bf16 run in the environment, where the next run finds it.
@@ -149,7 +162,8 @@ def build(
         optimizers=(optimizer, None),
         **extra,
     )
-    torch.manual_seed(11)  # training starts from the same random numbers, however much building the trainer drew
+    # Training starts from the same random numbers, however much building the trainer drew.
+    torch.manual_seed(11)
     return trainer
 
 
@@ -167,7 +181,11 @@ def own_figures(trainer):
     """The trainer's log without what depends on the clock or comes from the attachment."""
     clocks = ("runtime", "per_second", "step_time")
     return [
-        {key: value for key, value in entry.items() if not key.startswith("grad_reg/") and not key.endswith(clocks)}
+        {
+            key: value
+            for key, value in entry.items()
+            if not key.startswith("grad_reg/") and not key.endswith(clocks)
+        }
         for entry in trainer.state.log_history
     ]
 
@@ -187,7 +205,8 @@ class Spy:
         compute_loss = trainer.compute_loss
 
         def spy(model, inputs, *args, **kwargs):
-            if self.is_paused or not torch.is_grad_enabled():  # evaluation, and the check that a loss can be repeated
+            # Evaluation, and the check that a loss can be repeated.
+            if self.is_paused or not torch.is_grad_enabled():
                 return compute_loss(model, inputs, *args, **kwargs)
             tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
             self.inputs.append({name: value.clone() for name, value in tensors.items()})

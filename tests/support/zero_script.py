@@ -1,6 +1,8 @@
-"""Trainers for ``accelerate launch``: what each one of them ends with, on rank 0, goes to the file named last.
+"""Trainers for ``accelerate launch``: rank 0 writes what each ends with to the file named last.
 
-accelerate launch --config_file zero2.yaml zero_script.py CASE... FILE        CASE: sft:optimizers:4, sft:optimizers:1:bf16
+    accelerate launch --config_file zero2.yaml zero_script.py CASE... FILE
+
+A CASE is, for example, sft:optimizers:4 or sft:optimizers:1:bf16.
 """
 
 import gc
@@ -14,7 +16,8 @@ from torch.optim import SGD
 
 import gradreg_optim
 
-# Before any trainer is imported, as a program may build its optimizer: trainers have to learn of wrappers nevertheless.
+# Before any trainer is imported, as a program may build its optimizer: trainers have to learn of
+# wrappers nevertheless.
 gradreg_optim.GradRegOptimizer(SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1))
 
 import trainers  # noqa: E402
@@ -26,21 +29,36 @@ warnings.simplefilter("ignore")
 def run(kind, how, accumulation, precision="fp32"):
     """Train ``kind`` with the penalty given ``how``: the weights at the end, and the log."""
     use_cpu = "ACCELERATE_USE_DEEPSPEED" not in os.environ  # use_cpu would switch DeepSpeed off
-    options = {"gradient_accumulation_steps": accumulation, "max_grad_norm": 0.5, "ddp_backend": "gloo", "use_cpu": use_cpu}
+    options = {
+        "gradient_accumulation_steps": accumulation,
+        "max_grad_norm": 0.5,
+        "ddp_backend": "gloo",
+        "use_cpu": use_cpu,
+    }
     if precision == "bf16":
-        # Transformers refuses bf16 without a GPU that has it, but for use_cpu, and use_cpu switches DeepSpeed off.
+        # Transformers refuses bf16 without a GPU that has it, but for use_cpu, and use_cpu
+        # switches DeepSpeed off.
         training_args.is_torch_bf16_gpu_available = lambda: True
         options["bf16"] = True
     given = trainers.REAL if how == "optimizers" else None
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trainers.build(kind, folder, base=lambda m: SGD(m.parameters(), lr=0.1), wrapped=given, **options)
+        trainer = trainers.build(
+            kind, folder, base=lambda m: SGD(m.parameters(), lr=0.1), wrapped=given, **options
+        )
         if how == "attach":
             gradreg_optim.attach(trainer, **trainers.REAL)
         trainer.train()
         engine = type(trainer.model_wrapped).__name__
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-        log = [{k: v for k, v in entry.items() if isinstance(v, (int, float))} for entry in trainer.state.log_history]
-    return {"weights": {name: value.float().clone() for name, value in (state or {}).items()}, "log": log, "engine": engine}
+        log = [
+            {k: v for k, v in entry.items() if isinstance(v, (int, float))}
+            for entry in trainer.state.log_history
+        ]
+    return {
+        "weights": {name: value.float().clone() for name, value in (state or {}).items()},
+        "log": log,
+        "engine": engine,
+    }
 
 
 if __name__ == "__main__":

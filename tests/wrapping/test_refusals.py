@@ -36,7 +36,10 @@ def refuse(optimizer, match):
 @pytest.mark.parametrize("name", IN_BACKWARD)
 def test_optimizers_known_to_step_in_the_backward(name):
     """By the names under which LOMO, layerwise updates, gradient release and offloading optimizers go."""
-    refuse(type(name, (torch.optim.SGD,), {})(parameters(), lr=0.1), f"optimizer={name}: it takes its steps in the backward")
+    refuse(
+        type(name, (torch.optim.SGD,), {})(parameters(), lr=0.1),
+        f"optimizer={name}: it takes its steps in the backward",
+    )
 
 
 def test_gradient_release():
@@ -77,7 +80,10 @@ class AliG(torch.optim.SGD):
 @pytest.mark.parametrize("cls", [Required, RequiredUnderAnotherName, SAM, AliG], ids=lambda cls: cls.__name__)
 def test_optimizers_that_insist_on_a_closure(cls):
     """By signature, by how their step begins, and by name: at construction, not in the first step."""
-    refuse(cls(parameters(), lr=0.1), f"optimizer={cls.__name__}: its step needs a closure, or makes the gradient by itself")
+    refuse(
+        cls(parameters(), lr=0.1),
+        f"optimizer={cls.__name__}: its step needs a closure, or makes the gradient by itself",
+    )
 
 
 class Optional(torch.optim.SGD):
@@ -106,7 +112,9 @@ class Anything(torch.optim.SGD):
         return super().step()
 
 
-@pytest.mark.parametrize("cls", [Optional, WithoutClosures, NoArgument, Anything], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize(
+    "cls", [Optional, WithoutClosures, NoArgument, Anything], ids=lambda cls: cls.__name__
+)
 def test_optimizers_that_step_on_gradients(cls):
     """Whatever can be called without a closure is wrapped, and steps."""
     model, loss = regression()

@@ -18,7 +18,8 @@ WARMUPS = st.integers(0, 50)
 def test_nothing_during_the_warmup(schedule, warmup, length):
     """Exactly the first ``warmup_steps`` steps have the factor 0, whatever the schedule."""
     factors = [
-        strength_factor(step, warmup_steps=warmup, schedule=schedule, schedule_steps=length) for step in range(warmup + 3)
+        strength_factor(step, warmup_steps=warmup, schedule=schedule, schedule_steps=length)
+        for step in range(warmup + 3)
     ]
     assert factors[:warmup] == [0.0] * warmup
     assert all(factor > 0 for factor in factors[warmup:])
@@ -32,7 +33,13 @@ def test_constant_is_one(schedule):
 
 def test_linear_by_hand():
     """A rise over four steps takes a quarter at a time."""
-    assert [strength_factor(step, schedule="linear", schedule_steps=4) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert [strength_factor(step, schedule="linear", schedule_steps=4) for step in range(5)] == [
+        0.25,
+        0.5,
+        0.75,
+        1.0,
+        1.0,
+    ]
 
 
 def test_cosine_by_hand():
@@ -46,14 +53,21 @@ def test_cosine_by_hand():
 def test_named_schedules_rise_to_one_and_stay(schedule, warmup, length):
     """Both rise monotonically over ``schedule_steps`` steps after the warm-up and end at exactly 1."""
     steps = range(warmup, warmup + length + 2)
-    factors = [strength_factor(step, warmup_steps=warmup, schedule=schedule, schedule_steps=length) for step in steps]
+    factors = [
+        strength_factor(step, warmup_steps=warmup, schedule=schedule, schedule_steps=length) for step in steps
+    ]
     assert all(0 < a < b for a, b in itertools.pairwise(factors[:length]))
     assert factors[length - 1 :] == [1.0, 1.0, 1.0]
 
 
 def test_a_callable_gets_the_step_counted_from_the_very_first():
     """The warm-up does not shift the number that a callable sees."""
-    assert [strength_factor(step, warmup_steps=2, schedule=lambda step: 10 * step) for step in range(4)] == [0, 0, 20, 30]
+    assert [strength_factor(step, warmup_steps=2, schedule=lambda step: 10 * step) for step in range(4)] == [
+        0,
+        0,
+        20,
+        30,
+    ]
 
 
 @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
