@@ -38,9 +38,7 @@ def test_gradients_are_counted(toy: dict[str, Any]) -> None:
     assert toy["rows"]["base"]["copies_beyond_base"] == 0.0
 
 
-@pytest.mark.filterwarnings(
-    "ignore:Gradient regularization. the self-check"
-)  # in bf16, on random tokens, it is right
+@pytest.mark.filterwarnings("ignore:Gradient regularization. the self-check")  # in bf16, on random tokens, it is right
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_shared_state_is_used_as_it_was(dtype: str) -> None:
     """Every variant moves the shared weights, leaves them finite, and steps AdamW once."""
@@ -60,9 +58,7 @@ def test_shared_state_is_used_as_it_was(dtype: str) -> None:
 def test_a_peer_has_a_row_or_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """By whether its package is installed."""
     away = {"SAM", "WSAM", "LookSAM, k=4"}
-    monkeypatch.setattr(
-        peers, "version_of", lambda package: None if package == "pytorch_optimizer" else "1.2"
-    )
+    monkeypatch.setattr(peers, "version_of", lambda package: None if package == "pytorch_optimizer" else "1.2")
     assert peers.missing() == dict.fromkeys(away, "pytorch_optimizer is not installed here")
     assert peers.present().keys() == peers.PEERS.keys() - away
     assert peers.described("Composer SAM") == "Composer SAM (mosaicml 1.2)"
@@ -86,9 +82,7 @@ def test_kinds_of_steps_count_by_their_share() -> None:
     assert rounds.over_kinds([3.0, 1.0], [2, 2]) == pytest.approx((1.5, 2.0, 2.5))
 
 
-def test_a_part_that_is_measured_is_not_measured_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_part_that_is_measured_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless its settings or the commit are others; a tree that is dirty by the results does not count."""
     file = tmp_path / "new" / "result.json"
     monkeypatch.setattr(common_results, "commit", lambda: "one")

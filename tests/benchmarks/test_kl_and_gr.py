@@ -36,9 +36,7 @@ def test_both_sides_have_the_same_budget() -> None:
     assert not set(study.TUNING_SEEDS) & set(study.REPORTED_SEEDS)
 
 
-def test_tuning_takes_the_best_of_those_that_were_best_at_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tuning_takes_the_best_of_those_that_were_best_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All settings run on one seed and few on the others; the best mean wins; all runs are kept."""
     study = module("hacking.kl_and_gr")
     grid = [study.arm(beta=beta) for beta in (0.1, 0.2, 0.3, 0.4, 0.5)]
@@ -59,9 +57,7 @@ def test_tuning_takes_the_best_of_those_that_were_best_at_first(
     monkeypatch.setattr(study, "prepare", lambda *_: None)
 
     def laboratory() -> Any:
-        return study.Laboratory(
-            tmp_path / "result.jsonl", tmp_path / "worlds", module("hacking.world").Scale()
-        )
+        return study.Laboratory(tmp_path / "result.jsonl", tmp_path / "worlds", module("hacking.world").Scale())
 
     assert laboratory().tuned("learned", grid) is grid[2]
     kept = {grid[i].name for i in (0, 2)}
@@ -87,8 +83,7 @@ def test_a_pair_trains_with_both_from_the_policy_of_its_seed(tmp_path: Path) -> 
     assert len({run["curve"][-1]["kl"] for run in (one, both, other)}) == 3
     assert one["curve"][0]["gold"] == lab.runs("loophole", arms[:1], [0], "reported")[0]["curve"][0]["gold"]
     weights = [
-        (tmp_path / "worlds" / f"{problem}-0" / "policy" / "model.safetensors")
-        for problem in ("learned", "loophole")
+        (tmp_path / "worlds" / f"{problem}-0" / "policy" / "model.safetensors") for problem in ("learned", "loophole")
     ]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     fresh = world.prepare(world.Scale(**SIZES, reward="loophole"), 0, tmp_path / "fresh").folder / "policy"
@@ -99,9 +94,7 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
     """Seeds that lie far apart do not widen the interval of a difference that is the same on each."""
     tables = module("hacking.kl_and_gr_tables")
     pair = "kl-0.3-gr-sequence-1"
-    runs = [
-        ended(name, seed, seed + gain) for name, gain in (("kl-0.2", 0.0), (pair, 0.125)) for seed in range(3)
-    ]
+    runs = [ended(name, seed, seed + gain) for name, gain in (("kl-0.2", 0.0), (pair, 0.125)) for seed in range(3)]
     runs += [ended("kl-0.2", 0, 0.5, stage="tuning"), ended("kl-0.3", 0, 0.25, stage=tables.SAME_KL)]
     tables.report(runs, tmp_path)
     text = (tmp_path / "result.md").read_text()

@@ -22,9 +22,7 @@ def test_the_exact_product_is_that_of_float64_differences(monkeypatch: pytest.Mo
     weights = exact.jittered(model)
     exact.set_weights_(model, weights, torch.float32)
     batch = language_models.make_batch(model, "policy", 80, 0)
-    monkeypatch.setattr(
-        language_models.Batch, "size", 4 * 128
-    )  # so large that micro-batches have two sequences
+    monkeypatch.setattr(language_models.Batch, "size", 4 * 128)  # so large that micro-batches have two sequences
     gradient, product = exact.exact(model, batch)
     wide = language_models.Arithmetic(weights=torch.float64)
     sides = []
@@ -34,9 +32,7 @@ def test_the_exact_product_is_that_of_float64_differences(monkeypatch: pytest.Mo
         language_models.loss(model, batch, wide).backward()
         sides.append([parameter.grad for parameter in model.parameters()])
     difference = [(a - b) / 2e-5 for a, b in zip(*sides, strict=True)]
-    error = (
-        sum(float((x.double() - y).square().sum()) for x, y in zip(product, difference, strict=True)) ** 0.5
-    )
+    error = sum(float((x.double() - y).square().sum()) for x, y in zip(product, difference, strict=True)) ** 0.5
     length = sum(float(y.square().sum()) for y in difference) ** 0.5
     assert error / length < 1e-3  # float32, whose rounding the sharp curvature magnifies
 

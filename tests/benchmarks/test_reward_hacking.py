@@ -82,9 +82,7 @@ def test_a_study_leaves_curves_a_table_and_a_picture(toy: Path) -> None:
         "self_check",
     }
     assert all(measured <= point.keys() for curve in (plain, regularized) for point in curve[1:])
-    assert (
-        max(point["penalty_ratio"] for point in plain[1:]) < 1e-8
-    )  # the plain run is measured, not regularized
+    assert max(point["penalty_ratio"] for point in plain[1:]) < 1e-8  # the plain run is measured, not regularized
     assert min(point["penalty_ratio"] for point in regularized[1:]) > 1e-3
     table = (toy / "results.md").read_text()
     assert "| none | none |" in table
@@ -109,31 +107,21 @@ def test_a_finished_run_is_not_run_again(toy: Path, monkeypatch: pytest.MonkeyPa
     study(toy)
     assert trained == ["none"]
     after = json.loads((toy / "results.json").read_text())["runs"]
-    assert [run["curve"] for run in after["none"]] == [
-        run["curve"] for run in before["none"]
-    ]  # a seed is a run
+    assert [run["curve"] for run in after["none"]] == [run["curve"] for run in before["none"]]  # a seed is a run
 
 
 def test_a_tuned_study_reports_other_seeds_than_it_tunes_on(tmp_path: Path) -> None:
     """Strengths, then rates of the best strength, on seed 0; what was best, and its ablations, on seed 10."""
-    study(
-        tmp_path, "--study=full", "--arms", "GR sequence", "--ablations", "--tuning-seeds=1", **{"steps": 2}
-    )
+    study(tmp_path, "--study=full", "--arms", "GR sequence", "--ablations", "--tuning-seeds=1", **{"steps": 2})
     results = json.loads((tmp_path / "results.json").read_text())
     ends = {name: by_seed["0"] for name, by_seed in results["final gold while tuning"].items()}
     strengths = {name: gold for name, gold in ends.items() if name.startswith("gr") and "rate" not in name}
     assert len(strengths) == 4
     best = max(strengths, key=strengths.__getitem__)
-    rates = {
-        name: gold
-        for name, gold in ends.items()
-        if name.startswith(best) and (name == best or "-rate-" in name)
-    }
+    rates = {name: gold for name, gold in ends.items() if name.startswith(best) and (name == best or "-rate-" in name)}
     assert len(rates) == 4
     tables = results["summary"]
-    assert tables["With the learning rate tuned"]["GR sequence"]["setting"] == max(
-        rates, key=rates.__getitem__
-    )
+    assert tables["With the learning rate tuned"]["GR sequence"]["setting"] == max(rates, key=rates.__getitem__)
     assert tables["At the full learning rate"]["GR sequence"]["setting"] == best
     ablations = tables["Ablations, at the full learning rate"]
     assert len(ablations) == 3 + 6  # none, stopped, GR sequence, and what differs from it
@@ -192,16 +180,12 @@ def test_checks_leave_training_alone(toy: Path) -> None:
 def test_measuring_leaves_training_alone(toy: Path) -> None:
     """Measured at the end only, the run ends where it ends when it is measured at every step."""
     arms, run, world = module("hacking.arms"), module("hacking.run"), module("hacking.world")
-    scale = world.Scale(
-        **{name.replace("-", "_"): value for name, value in TOY.items()} | {"measure_every": 3}
-    )
+    scale = world.Scale(**{name.replace("-", "_"): value for name, value in TOY.items()} | {"measure_every": 3})
     start = world.prepare(scale, 10, toy / "runs" / "world-10")
     often = json.loads((toy / "runs" / "none-10.json").read_text())["curve"]
     seldom = run.train(arms.Arm("none"), start, scale, 10, toy / "seldom")["curve"]
     assert [point["step"] for point in seldom] == [0, 3]
-    assert {name: seldom[-1][name] for name in ("proxy", "kl")} == {
-        name: often[-1][name] for name in ("proxy", "kl")
-    }
+    assert {name: seldom[-1][name] for name in ("proxy", "kl")} == {name: often[-1][name] for name in ("proxy", "kl")}
 
 
 @pytest.mark.parametrize(
@@ -238,18 +222,12 @@ def test_the_corpus_hides_where_gold_falls() -> None:
 def test_divergence_is_that_of_the_samples(toy: Path) -> None:
     """The exact KL of each token, summed, is the mean log-ratio of many answers, end token included."""
     run, world = module("hacking.run"), module("hacking.world")
-    scale = world.Scale(
-        answer_tokens=4, measured_prompts=400, measured_answers=25, policy_width=16, policy_layers=1
-    )
+    scale = world.Scale(answer_tokens=4, measured_prompts=400, measured_answers=25, policy_width=16, policy_layers=1)
     start = world.prepare(scale, 10, toy / "runs" / "world-10")
     meter = run.PolicyMeter(start, scale, 0)
     policy = start.policy()
     with torch.no_grad():  # another policy, which ends after every third token or so
-        states = (
-            policy.model(**world.tokenizer()(meter.prompts, return_tensors="pt"))
-            .last_hidden_state[:, -1]
-            .mean(0)
-        )
+        states = policy.model(**world.tokenizer()(meter.prompts, return_tensors="pt")).last_hidden_state[:, -1].mean(0)
         policy.lm_head.weight[1] = 2.5 * states / states.square().sum()
     torch.manual_seed(0)
     ids, _ = world.sample(policy, meter.prompts, 4)
@@ -291,17 +269,13 @@ def test_figures_of_a_curve_by_hand() -> None:
     assert figures["at_proxy"] == pytest.approx(1 - 3 * (0.7 - 0.5) / 0.5)
     assert figures["at_kl"] is None
     assert summary.gold_at(one, "kl", 1.0) == pytest.approx(0.5)
-    assert (
-        summary.gold_at(one, "proxy_accuracy", 0.6) is None
-    )  # above it from the start: never reached from below
+    assert summary.gold_at(one, "proxy_accuracy", 0.6) is None  # above it from the start: never reached from below
 
 
 def test_the_mechanism_is_a_rank_correlation() -> None:
     """−1 where the gradient grows as accuracy falls, whatever their sizes; None where one stands still."""
     summary = module("hacking.summary")
-    assert summary.mechanism(
-        curve(g1_norm=[1, 2, 9, 10], proxy_accuracy=[0.8, 0.7, 0.69, 0.1])
-    ) == pytest.approx(-1)
+    assert summary.mechanism(curve(g1_norm=[1, 2, 9, 10], proxy_accuracy=[0.8, 0.7, 0.69, 0.1])) == pytest.approx(-1)
     assert summary.mechanism(curve(g1_norm=[1, 2, 3], proxy_accuracy=[0.5, 0.5, 0.5])) is None
 
 

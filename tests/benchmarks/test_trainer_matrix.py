@@ -46,8 +46,7 @@ TRAINED = [name for name in KINDS if name not in REFUSED]
 def test_trains(name, accumulation, tmp_path):
     """With the second pass at θ a run is the plain one bit for bit, logs included; with a penalty another."""
     plain, at_theta = (
-        trained(name, tmp_path, wrapped=wrapped, gradient_accumulation_steps=accumulation)
-        for wrapped in (None, AT_THETA)
+        trained(name, tmp_path, wrapped=wrapped, gradient_accumulation_steps=accumulation) for wrapped in (None, AT_THETA)
     )
     assert own_figures(at_theta) == own_figures(plain)
     assert_same(weights(at_theta.model), weights(plain.model))
@@ -95,9 +94,7 @@ def test_whole_steps_generate_and_score_once(name, tmp_path):
         if wrapped:
             attach(trainer)
         generations, generate = [], trainer.model.generate
-        trainer.model.generate = lambda *args, f=generate, n=generations, **kwargs: (
-            n.append(1) or f(*args, **kwargs)
-        )
+        trainer.model.generate = lambda *args, f=generate, n=generations, **kwargs: n.append(1) or f(*args, **kwargs)
         trainer.train()
         opinions = trainer.judge.judged if getattr(trainer, "judge", None) else trainer.reward_funcs[0].scored
         counts.append((len(generations), opinions))

@@ -25,11 +25,7 @@ def problem(dtype=torch.float32, autocast=None, seed=0):
 
     def loss():
         with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
-            return (
-                (model(inputs.to(dtype if autocast is None else torch.float32)).float() - targets)
-                .square()
-                .mean()
-            )
+            return (model(inputs.to(dtype if autocast is None else torch.float32)).float() - targets).square().mean()
 
     return model, loss
 
@@ -75,11 +71,7 @@ def test_default_in_low_precision(low, drive):
 
 
 FULL = {"fp32": ({}, {})}
-GIVEN = {
-    f"{low}, {name}": (LOW[low], {name: value})
-    for low in LOW
-    for name, value in (("eps", 1e-3), ("radius", 0.01))
-}
+GIVEN = {f"{low}, {name}": (LOW[low], {name: value}) for low in LOW for name, value in (("eps", 1e-3), ("radius", 0.01))}
 
 
 @pytest.mark.parametrize(("low", "settings"), [*FULL.values(), *GIVEN.values()], ids=[*FULL, *GIVEN])

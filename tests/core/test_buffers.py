@@ -96,9 +96,7 @@ LAYERS = {
     "replaced, a plain attribute": lambda: Moving(replaced, scale=0.0),
     "resized": lambda: Moving(resized, scale=torch.zeros(0), count=torch.tensor(0)),
     "registered in a forward": lambda: Moving(registered),
-    "initialized by the first batch": lambda: Moving(
-        first_batch, scale=zeros.clone(), begun=torch.tensor(False)
-    ),
+    "initialized by the first batch": lambda: Moving(first_batch, scale=zeros.clone(), begun=torch.tensor(False)),
     "a counter in an attribute": lambda: Moving(counted, calls=0),
     "a frozen parameter": lambda: Moving(in_place, scale=nn.Parameter(zeros.double(), requires_grad=False)),
     "a codebook": lambda: Moving(codebook, book=torch.randn(4, SIZE), count=torch.zeros(4)),
@@ -131,9 +129,7 @@ def gradient_at(model, loss, direction=None, distance=0.0):
 
 def formula(model, loss, method):
     """g1 + γ·Δ from passes that all start from the buffers of ``model``, and the model after the pass at θ."""
-    expected = combined(
-        lambda *step: gradient_at(model, loss, *step)[0], strength=0.01, eps=1e-3, method=method
-    )
+    expected = combined(lambda *step: gradient_at(model, loss, *step)[0], strength=0.01, eps=1e-3, method=method)
     return expected, gradient_at(model, loss)[1]
 
 
@@ -158,16 +154,10 @@ def state_of(model):
 
 
 MANY = [(layer, "forward", by_closure) for layer in LAYERS]
-MANY += [
-    (layer, method, by_loop)
-    for layer in ("BatchNorm", "replaced", "a codebook")
-    for method in ("forward", "central")
-]
+MANY += [(layer, method, by_loop) for layer in ("BatchNorm", "replaced", "a codebook") for method in ("forward", "central")]
 
 
-@pytest.mark.parametrize(
-    ("layer", "method", "driver"), MANY, ids=lambda value: getattr(value, "__name__", value)
-)
+@pytest.mark.parametrize(("layer", "method", "driver"), MANY, ids=lambda value: getattr(value, "__name__", value))
 def test_all_passes_start_from_the_same_buffers(layer, method, driver):
     """The update is the formula's, by passes from the same buffers; after the step they are as after one pass at θ."""
     model, loss = network(layer)
@@ -259,9 +249,7 @@ def test_a_module_within_a_transform():
 
     outputs(expected)
     optimizer = unchecked(torch.optim.SGD(parameters.values(), lr=0.1))
-    optimizer.step(
-        closure_of(optimizer, lambda: outputs(buffers).square().mean() + parameters["weight"].square().sum())
-    )
+    optimizer.step(closure_of(optimizer, lambda: outputs(buffers).square().mean() + parameters["weight"].square().sum()))
     assert_same(buffers, expected)
 
 

@@ -23,9 +23,7 @@ def test_it_descends_the_penalised_objective():
     """Small steps end where the gradient of L + (γ/2)‖∇L‖², by double backward, vanishes."""
     model, loss = regression()
     strength = 0.05
-    optimizer = unchecked(
-        torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9), strength=strength, eps=1e-4
-    )
+    optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9), strength=strength, eps=1e-4)
 
     def objective_gradient():
         parameters = list(model.parameters())

@@ -29,9 +29,7 @@ def failing(closure, error, in_call, before_backward=False):
     return wrapped
 
 
-@pytest.mark.parametrize(
-    "error", [RuntimeError("stop"), KeyboardInterrupt(), SystemExit(), StopIteration()], ids=repr
-)
+@pytest.mark.parametrize("error", [RuntimeError("stop"), KeyboardInterrupt(), SystemExit(), StopIteration()], ids=repr)
 @pytest.mark.parametrize("early", [True, False], ids=["before backward", "after backward"])
 def test_an_exception_in_the_second_pass(error, early):
     """The exception goes on; weights, ``.grad``, state, step count and random numbers are those after one pass."""

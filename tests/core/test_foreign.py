@@ -133,9 +133,7 @@ def test_weights_that_the_forward_writes_are_welcome():
     torch.manual_seed(1)
     embedding, layer = nn.Embedding(5, 3, max_norm=0.5), nn.Linear(3, 1)
     codebook = nn.Parameter(torch.ones(2))
-    optimizer = unchecked(
-        torch.optim.SGD([*embedding.parameters(), *layer.parameters(), codebook], lr=0.1), **SETTINGS
-    )
+    optimizer = unchecked(torch.optim.SGD([*embedding.parameters(), *layer.parameters(), codebook], lr=0.1), **SETTINGS)
     embedding.weight.register_hook(lambda gradient: gradient * 0.5)  # a mask, as for new tokens
 
     def loss():
@@ -215,9 +213,7 @@ def test_excluded_gradients_are_noticed_too():
     """A parameter that is left out gets g1 back, which has to be there."""
     problem = Static()
     layer = nn.Linear(2, 1, bias=False)
-    optimizer = unchecked(
-        torch.optim.SGD([("layer", layer.weight), ("static", problem.weight)], lr=0.1), exclude="static"
-    )
+    optimizer = unchecked(torch.optim.SGD([("layer", layer.weight), ("static", problem.weight)], lr=0.1), exclude="static")
 
     def closure():
         layer.weight.grad = None
@@ -234,9 +230,7 @@ def test_gradients_of_their_own_are_right(layout):
     """A copy in every pass, or views into a larger buffer, of which g1 is copied: the closed form."""
     problem = Static()
     flat = torch.zeros(4)
-    optimizer = unchecked(
-        torch.optim.SGD([problem.weight], lr=0.1), strength=0.5, eps=1e-2, g1_clip=None, g2_clip=None
-    )
+    optimizer = unchecked(torch.optim.SGD([problem.weight], lr=0.1), strength=0.5, eps=1e-2, g1_clip=None, g2_clip=None)
 
     def closure():
         problem.refill()

@@ -16,9 +16,7 @@ from torch import nn
 from gradreg_optim.core import multi_tensor
 from gradreg_optim.core.multi_tensor import eager
 
-pytest.importorskip(
-    "triton", reason="triton, which torch brings along for CUDA and ROCm, has no package for this platform"
-)
+pytest.importorskip("triton", reason="triton, which torch brings along for CUDA and ROCm, has no package for this platform")
 
 BLOCK = 64
 HALVES = [torch.bfloat16, torch.float16]
@@ -56,10 +54,7 @@ def interpreted(kernels, monkeypatch):
 def random_lists(sizes, seed, *dtypes, offset=0):
     """A list of tensors a dtype; with an offset they are views that begin at odd addresses."""
     generator = torch.Generator().manual_seed(seed)
-    return [
-        [torch.randn(size + offset, generator=generator).to(dtype)[offset:] for size in sizes]
-        for dtype in dtypes
-    ]
+    return [[torch.randn(size + offset, generator=generator).to(dtype)[offset:] for size in sizes] for dtype in dtypes]
 
 
 def copies(*lists):
@@ -91,9 +86,7 @@ def test_weights_go_and_come_back(kernels, sizes, seed, of_weights, of_direction
     moved, saved = copies(start, start)
     along, squares = kernels.save_and_shift_(moved, saved, direction, eps=eps, seed=None)
     assert_same(saved, start)
-    expected = [
-        (w.float() + float(eps) * d.float()).to(of_weights) for w, d in zip(start, direction, strict=True)
-    ]
+    expected = [(w.float() + float(eps) * d.float()).to(of_weights) for w, d in zip(start, direction, strict=True)]
     assert_near(moved, expected, of_weights)
     flat = [torch.cat([x.float() for x in xs]) for xs in (start, moved, direction)]
     torch.testing.assert_close(along, torch.dot(flat[1] - flat[0], flat[2]), rtol=1e-4, atol=1e-4)
@@ -126,14 +119,9 @@ def test_combination(kernels, sizes, seed, first, second, weight, is_finite):
     kernels.combine_(g1, combined, weight=torch.tensor(weight), clip=0.5, is_finite=torch.tensor(is_finite))
     wide = [(a.double(), 0.5 * b.double()) for a, b in zip(g1, g2, strict=True)]
     expected = [(a + weight * (b - a) if is_finite else a).to(second) for a, b in wide]
-    torch.testing.assert_close(
-        combined, expected, rtol=2 * torch.finfo(second).eps, atol=2e-6 * max(1.0, weight)
-    )
+    torch.testing.assert_close(combined, expected, rtol=2 * torch.finfo(second).eps, atol=2e-6 * max(1.0, weight))
     if weight in (0.0, 1.0) and first == second:
-        exact = [
-            a if weight == 0 or not is_finite else (0.5 * b.float()).to(second)
-            for a, b in zip(g1, g2, strict=True)
-        ]
+        exact = [a if weight == 0 or not is_finite else (0.5 * b.float()).to(second) for a, b in zip(g1, g2, strict=True)]
         assert_same(combined, exact)
 
 
@@ -161,9 +149,7 @@ def test_stochastic_rounding(kernels):
         moved, saved = weight.clone(), torch.empty_like(weight)
         back_end.save_and_shift_([moved], [saved], [direction], eps=1.0, seed=5 << 40)
         assert moved.unique().tolist() == [1.0, 1.0 + 2**-7]
-        assert float((moved > 1).double().mean()) == pytest.approx(
-            share, abs=5 * math.sqrt(share * (1 - share) / count)
-        )
+        assert float((moved > 1).double().mean()) == pytest.approx(share, abs=5 * math.sqrt(share * (1 - share) / count))
         neighbours = (moved[1:] > 1).double() * (moved[:-1] > 1).double()  # independent of each other
         assert float(neighbours.mean()) == pytest.approx(share**2, abs=0.02)
     zeros = torch.zeros(100).bfloat16()
@@ -177,9 +163,7 @@ def test_random_bits_belong_to_step_and_tensor(kernels):
     def moved(seed):
         tensors = [torch.ones(4 * BLOCK).bfloat16() for _ in range(2)]
         saved = [torch.empty_like(x) for x in tensors]
-        kernels.save_and_shift_(
-            tensors, saved, [torch.full_like(x, 2**-8) for x in tensors], eps=1.0, seed=seed
-        )
+        kernels.save_and_shift_(tensors, saved, [torch.full_like(x, 2**-8) for x in tensors], eps=1.0, seed=seed)
         return tensors
 
     first, again, other = moved(1 << 40), moved(1 << 40), moved(2 << 40)
@@ -201,9 +185,7 @@ def step_of(dtype, **settings):
     """Three steps on a small network, the last of which raises in its second pass; weights, gradients and metrics."""
     torch.manual_seed(0)
     model, loss = regression(dtype=dtype)
-    optimizer = unchecked(
-        torch.optim.SGD(model.parameters(), lr=0.05), strength=0.1, check_every=0, **settings
-    )
+    optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.05), strength=0.1, check_every=0, **settings)
     for _ in range(2):
         optimizer.step(closure_of(optimizer, loss))
     return (
@@ -256,13 +238,9 @@ def test_what_the_kernels_cannot_take_goes_elsewhere(interpreted):
     torch.testing.assert_close(multi_tensor.norm_squared(tensors).double(), expected, rtol=1e-6, atol=0)
     assert interpreted == ["_norm_kernel", "_norm_kernel"]
     moved, start = copies(tensors, tensors)
-    saved, _ = multi_tensor.save_and_shift_(
-        moved, [torch.ones_like(x) for x in tensors], eps=torch.tensor(0.5)
-    )
+    saved, _ = multi_tensor.save_and_shift_(moved, [torch.ones_like(x) for x in tensors], eps=torch.tensor(0.5))
     assert_same(saved, start)
-    torch.testing.assert_close(
-        [m.double() for m in moved], [s.double() + 0.5 for s in start], rtol=0.01, atol=0.01
-    )
+    torch.testing.assert_close([m.double() for m in moved], [s.double() + 0.5 for s in start], rtol=0.01, atol=0.01)
     multi_tensor.restore_(moved, saved)
     assert_same(moved, start)
 
@@ -348,9 +326,7 @@ def test_kernels_compile_for_a_gpu(tmp_path):
     """
     folders = {"HOME": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
     command = [sys.executable, "-c", textwrap.dedent(script)]
-    run = subprocess.run(
-        command, capture_output=True, text=True, timeout=250, env={"PATH": os.environ["PATH"], **folders}
-    )
+    run = subprocess.run(command, capture_output=True, text=True, timeout=250, env={"PATH": os.environ["PATH"], **folders})
     if "Constants keys must be string" in run.stderr:
         pytest.skip("triton before 3.3 describes a source otherwise")
     assert "compiled" in run.stdout, run.stderr

@@ -41,9 +41,7 @@ class Device(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.removeprefix("aten::")
-        assert name not in ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero"), (
-            f"{name} reads the device"
-        )
+        assert name not in ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero"), f"{name} reads the device"
         out = func(*args, **(kwargs or {}))
         if name in ("copy_", "_to_copy"):
             ends = {x.device.type for x in (args[0], args[1] if name == "copy_" else out)}
@@ -135,18 +133,14 @@ SETTINGS = [
 )
 def test_nothing_waits(settings, dtype, driver):
     """In steps without a check, whatever is set: also with groups of several kinds, one of them without gradients."""
-    first, second, third, unused = (
-        nn.Parameter(torch.empty(3, 5, dtype=dtype, device="meta")) for _ in range(4)
-    )
+    first, second, third, unused = (nn.Parameter(torch.empty(3, 5, dtype=dtype, device="meta")) for _ in range(4))
     groups = [
         {"params": [first]},
         {"params": [second], "gradreg_strength": 0.2},
         {"params": [third], "gradreg_strength": 0.0},
     ]
     groups.append({"params": [unused], "gradreg_strength": 0.3})
-    optimizer = GradRegOptimizer(
-        torch.optim.SGD(groups, lr=0.1, momentum=0.9), strength=0.1, check_every=0, **settings
-    )
+    optimizer = GradRegOptimizer(torch.optim.SGD(groups, lr=0.1, momentum=0.9), strength=0.1, check_every=0, **settings)
     past_the_first_step(optimizer)  # in which losses are read, and the precision
 
     def loss():
@@ -218,9 +212,7 @@ def test_launches_with_triton(settings, bound, monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(
-    "settings", [{}, {"radius": 0.1, "max_penalty_ratio": 0.5}, {"method": "central"}], ids=str
-)
+@pytest.mark.parametrize("settings", [{}, {"radius": 0.1, "max_penalty_ratio": 0.5}, {"method": "central"}], ids=str)
 def test_nothing_waits_on_cuda(settings, dtype):
     """As torch itself sees it."""
     model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1)).to("cuda", dtype)

@@ -80,17 +80,13 @@ CASES = [(kind, "forward", by_closure) for kind in (NextBatch, OwnCounter)]
 CASES += [(OwnGenerator, method, driver) for method, driver in itertools.product(PASSES, DRIVERS)]
 
 
-@pytest.mark.parametrize(
-    ("kind", "method", "driver"), CASES, ids=lambda value: getattr(value, "__name__", value)
-)
+@pytest.mark.parametrize(("kind", "method", "driver"), CASES, ids=lambda value: getattr(value, "__name__", value))
 def test_a_loss_that_is_another_one_at_each_call_is_refused(kind, method, driver):
     """In the first step, whatever drives it; the weights are whole, nothing is counted."""
     loss = kind()
     before = weights(loss.model)
     optimizer = unchecked(torch.optim.SGD(loss.model.parameters(), lr=0.1), strength=1e-2, method=method)
-    with pytest.raises(
-        RuntimeError, match=r"not a function of the weights: it was .* and .* when that was repeated"
-    ):
+    with pytest.raises(RuntimeError, match=r"not a function of the weights: it was .* and .* when that was repeated"):
         driver(optimizer, loss)
     assert_same(weights(loss.model), before)
     assert optimizer.step_count == 0
@@ -136,9 +132,7 @@ def calls_of(loss, parameters, steps=2, **settings):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("method", "eps"), [("forward", 1e-6), ("forward", 1e-3), ("forward", 0.1), ("central", 1e-3)]
-)
+@pytest.mark.parametrize(("method", "eps"), [("forward", 1e-6), ("forward", 1e-3), ("forward", 0.1), ("central", 1e-3)])
 def test_a_function_is_called_no_more_often_than_promised(method, dtype, eps):
     """Dropout masks are drawn again; the change of the loss is rounding, slope or curvature."""
     model, loss = regression(nn.Dropout(0.5), nn.BatchNorm1d(6), dtype=dtype)

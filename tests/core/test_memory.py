@@ -27,9 +27,7 @@ def peak(dtype=torch.float32, **settings):
     return max(itertools.accumulate(changes)) / sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"radius": 0.01}, {"max_penalty_ratio": 0.01, "g1_clip": 1e-3}], ids=str
-)
+@pytest.mark.parametrize("settings", [{}, {"radius": 0.01}, {"max_penalty_ratio": 0.01, "g1_clip": 1e-3}], ids=str)
 @pytest.mark.parametrize("unread", [False, True], ids=["", "unread"])
 def test_one_copy_and_one_gradient(settings, unread, monkeypatch):
     """Beyond the base step's own gradient; also where scalars stay on a device, unread."""

@@ -30,9 +30,7 @@ def test_a_compiled_model_takes_the_same_steps(way, known):
     names = {"model": compiled if known else None}
     for current, its_loss, extra in ((model, lambda: loss(compiled), names), (other, other_loss, {})):
         parameters = current.named_parameters() if not extra.get("model") else current.parameters()
-        optimizer = unchecked(
-            torch.optim.SGD(parameters, lr=0.1), strength=0.1, eps=0.1, exclude="0.", **extra
-        )
+        optimizer = unchecked(torch.optim.SGD(parameters, lr=0.1), strength=0.1, eps=0.1, exclude="0.", **extra)
         for _ in range(2):
             closure = closure_of(optimizer, its_loss)
             optimizer.step(closure)

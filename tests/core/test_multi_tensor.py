@@ -99,9 +99,7 @@ def test_moments_of_half_precision_are_taken_in_float32(dtype):
 
 def test_ratio_of_a_vanishing_denominator_is_zero():
     """0/0 and 1/0 are 0: a vanishing gradient has no direction."""
-    assert_same(
-        ratio(torch.tensor([0.0, 1.0, 6.0]), torch.tensor([0.0, 0.0, 3.0])), torch.tensor([0.0, 0.0, 2.0])
-    )
+    assert_same(ratio(torch.tensor([0.0, 1.0, 6.0]), torch.tensor([0.0, 0.0, 3.0])), torch.tensor([0.0, 0.0, 2.0]))
 
 
 @pytest.mark.parametrize("max_norm", [1e-3, 1.0, 100.0])
@@ -209,9 +207,7 @@ def network_gradient(direction=None, eps=0.0):
     """∇L at θ, or at θ + ε·direction, of a small non-quadratic loss in float64, and H·g1 by double backward."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(5, 3), (5,), (1, 5)]
-    theta = [
-        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes
-    ]
+    theta = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
     x = torch.randn(20, 3, generator=generator, dtype=torch.float64)
     if direction is not None:
         with torch.no_grad():

@@ -197,9 +197,7 @@ def test_two_clips_that_leave_no_difference(known, monkeypatch):
         optimizer.step(closure_of(optimizer, lambda w=w: (3 * w**2).sum()))
         assert math.isfinite(float(optimizer.metrics["penalty_ratio"]))
         # The clipped gradient has norm ½ and points along w; 1e-3: rounding, times γ/ε, and the bound.
-        torch.testing.assert_close(
-            w.detach(), torch.full((7,), value - 0.05 / math.sqrt(7)), rtol=0, atol=1e-3
-        )
+        torch.testing.assert_close(w.detach(), torch.full((7,), value - 0.05 / math.sqrt(7)), rtol=0, atol=1e-3)
 
 
 def test_a_second_gradient_of_zero_is_finite(monkeypatch):
@@ -272,11 +270,7 @@ def test_fidelity_tells_a_step_that_does_not_arrive():
     for dtype in (torch.bfloat16, torch.float32):
         w = nn.Parameter(torch.ones(8, dtype=dtype))
         optimizer = unchecked(torch.optim.SGD([w], lr=0.1), eps=1e-4, check_every=1)
-        with (
-            pytest.warns(UserWarning, match="equal to the last bit")
-            if dtype == torch.bfloat16
-            else nullcontext()
-        ):
+        with pytest.warns(UserWarning, match="equal to the last bit") if dtype == torch.bfloat16 else nullcontext():
             optimizer.step(closure_of(optimizer, lambda w=w: 0.5 * w.square().sum()))
         fidelity[dtype] = float(optimizer.metrics["perturbation_fidelity"])
     assert fidelity[torch.bfloat16] == 0.0

@@ -62,9 +62,7 @@ def test_tied_parameters_are_perturbed_once():
     inputs = torch.randn(5, 3)
     standing = []
     optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.1), **SETTINGS)
-    closure = closure_of(
-        optimizer, lambda: (standing.append(weights(layer)[0]), model(inputs).square().mean())[1]
-    )
+    closure = closure_of(optimizer, lambda: (standing.append(weights(layer)[0]), model(inputs).square().mean())[1])
     optimizer.step(closure)
     assert len(closure.gradients[0]) == 1
     assert_same(standing[1], torch.add(start, closure.gradients[0][0], alpha=0.125))
@@ -94,9 +92,7 @@ def test_a_gradient_in_the_second_pass_only():
     calls = iter([False, True])
     optimizer = unchecked(torch.optim.SGD([w, v], lr=0.0), **SETTINGS)
     optimizer._losses.is_integral = False  # the two losses differ on purpose
-    optimizer.step(
-        closure_of(optimizer, lambda: w.square().sum() + (v.square().sum() if next(calls) else 0.0))
-    )
+    optimizer.step(closure_of(optimizer, lambda: w.square().sum() + (v.square().sum() if next(calls) else 0.0)))
     assert_same(v.grad, torch.tensor([8.0]))
     # ‖g2‖: w moves to (1.25, 3.75), whose gradient is (2.5, 7.5); v's is 4.
     # float32
@@ -107,9 +103,7 @@ def test_excluded_parameters_with_a_gradient_in_one_pass_only():
     """They end the step with what the first pass left, be it nothing."""
     w, v, u = (nn.Parameter(torch.ones(1)) for _ in range(3))
     calls = iter([v, u])
-    optimizer = unchecked(
-        torch.optim.SGD([("w", w), ("out.v", v), ("out.u", u)], lr=0.0), exclude="out", **SETTINGS
-    )
+    optimizer = unchecked(torch.optim.SGD([("w", w), ("out.v", v), ("out.u", u)], lr=0.0), exclude="out", **SETTINGS)
     optimizer.step(closure_of(optimizer, lambda: (w * next(calls)).square().sum()))
     assert_same(v.grad, torch.tensor([2.0]))
     assert u.grad is None
@@ -135,21 +129,15 @@ def test_strides_of_any_kind(layout):
     for parameter in parameters:
         optimizer = unchecked(torch.optim.SGD([parameter], lr=0.1), **SETTINGS)
         for _ in range(2):
-            optimizer.step(
-                closure_of(optimizer, lambda parameter=parameter: (parameter * parameter * parameter).sum())
-            )
+            optimizer.step(closure_of(optimizer, lambda parameter=parameter: (parameter * parameter * parameter).sum()))
     assert_same(parameters[0].detach().contiguous(), parameters[1].detach())
 
 
 def test_mixed_precisions_in_one_group():
     """float64, float32 and bfloat16 parameters side by side: each gradient keeps its dtype, and γ = ε leaves g2."""
-    parameters = [
-        nn.Parameter(torch.randn(3).to(dtype)) for dtype in (torch.bfloat16, torch.float32, torch.float64)
-    ]
+    parameters = [nn.Parameter(torch.randn(3).to(dtype)) for dtype in (torch.bfloat16, torch.float32, torch.float64)]
     optimizer = unchecked(torch.optim.SGD(parameters, lr=0.1), strength=0.5, eps=0.5, check_every=0)
-    closure = closure_of(
-        optimizer, lambda: sum(parameter.double().pow(4).sum() for parameter in parameters) / 100
-    )
+    closure = closure_of(optimizer, lambda: sum(parameter.double().pow(4).sum() for parameter in parameters) / 100)
     optimizer.step(closure)
     assert_same([parameter.grad for parameter in parameters], closure.gradients[1])
     expected = math.sqrt(sum(g.double().square().sum().item() for g in closure.gradients[0]))
@@ -200,9 +188,7 @@ def test_sparse_adam_is_wrapped_if_all_is_excluded_and_refused_otherwise():
         optimizer.step(closure_of(optimizer, loss))
 
 
-@pytest.mark.parametrize(
-    "settings", [{"eps": 0.1}, {"radius": 0.1}, {"radius": 0.1, "max_penalty_ratio": 0.5}]
-)
+@pytest.mark.parametrize("settings", [{"eps": 0.1}, {"radius": 0.1}, {"radius": 0.1, "max_penalty_ratio": 0.5}])
 @pytest.mark.parametrize("read", [True, False], ids=["read", "unread"])
 def test_a_zero_gradient_has_no_direction(settings, read, monkeypatch):
     """At a stationary point nothing moves and no figure is NaN, also where ε = ρ/0, and where nobody has read that."""
@@ -222,9 +208,7 @@ def test_no_gradient_at_all():
     w = nn.Parameter(torch.ones(3))
     optimizer = unchecked(torch.optim.SGD([w], lr=0.1))
     calls = []
-    with pytest.warns(
-        UserWarning, match=r"left no gradient .* 1 parameters 1 require a gradient and 0 have one.*backward"
-    ):
+    with pytest.warns(UserWarning, match=r"left no gradient .* 1 parameters 1 require a gradient and 0 have one.*backward"):
         optimizer.step(lambda: calls.append(1))
     optimizer.step(lambda: calls.append(2))  # batches may be skipped: it is said once
     assert calls == [1, 2]

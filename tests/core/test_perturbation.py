@@ -41,9 +41,7 @@ def test_inside_the_block_the_weights_stand_at_the_second_point(dtype):
     theta = [parameter(3, 2, dtype=dtype), parameter(4, dtype=dtype)]
     d = [torch.randn(3, 2).to(dtype), torch.randn(4).to(dtype)]
     before = values(theta)
-    with shifted(
-        [[theta[0]], [theta[1]], []], [[d[0]], [d[1]], []], [0.5, 0.25, 1.0], measured=True
-    ) as first:
+    with shifted([[theta[0]], [theta[1]], []], [[d[0]], [d[1]], []], [0.5, 0.25, 1.0], measured=True) as first:
         there = [torch.add(before[0], d[0], alpha=0.5), torch.add(before[1], d[1], alpha=0.25)]
         assert_same(values(theta), there)
         found = [(group.moved_along, group.step_squared) for group in first.groups]

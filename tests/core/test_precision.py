@@ -37,9 +37,7 @@ def test_stochastic_rounding_keeps_what_is_not_finite():
 
 def test_only_bfloat16_is_rounded_stochastically():
     """Other dtypes in the same list take the step as ever."""
-    single, half, brain = (
-        torch.full((1000,), 1.0, dtype=dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)
-    )
+    single, half, brain = (torch.full((1000,), 1.0, dtype=dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16))
     along = [torch.full((1000,), 1e-4, dtype=tensor.dtype) for tensor in (single, half, brain)]
     save_and_shift_([single, half, brain], along, eps=1.0, seed=0)
     assert_same(single, torch.full((1000,), 1.0001))
@@ -57,9 +55,7 @@ def bf16_problem():
 def test_what_arrives_of_a_short_step(rounding, fidelity):
     """On the grid nothing arrives, stochastically all of it, on average over 4096 weights."""
     weight, loss = bf16_problem()
-    optimizer = GradRegOptimizer(
-        torch.optim.SGD([weight], lr=0.0), eps=1e-2, rounding=rounding, check_every=0
-    )
+    optimizer = GradRegOptimizer(torch.optim.SGD([weight], lr=0.0), eps=1e-2, rounding=rounding, check_every=0)
     before = weights(optimizer)
     optimizer.step(closure_of(optimizer, loss))
     # 1e-4 of 4096 move.
@@ -108,9 +104,7 @@ class Noisy:
         gradient = torch.cat([parameter.grad.flatten() for parameter in self.parameters])
         error = torch.randn(gradient.shape, generator=self.noise, dtype=gradient.dtype)
         error *= self.size * gradient.norm() / error.norm()
-        for parameter, part in zip(
-            self.parameters, error.split([p.numel() for p in self.parameters]), strict=True
-        ):
+        for parameter, part in zip(self.parameters, error.split([p.numel() for p in self.parameters]), strict=True):
             parameter.grad += part.view_as(parameter)
         return loss
 
@@ -150,9 +144,7 @@ def test_a_check_under_a_scaler(method):
         base = torch.optim.SGD(model.parameters(), lr=0.0)
         optimizer = GradRegOptimizer(base, eps=0.5, check_every=1, method=method, scaler=scaler)
         optimizer.step(closure_of(optimizer, loss, *([] if scaler is None else [scaler.scale])))
-        figures.append(
-            {name: float(optimizer.metrics[name]) for name in ("self_check", "noise_floor", "signal")}
-        )
+        figures.append({name: float(optimizer.metrics[name]) for name in ("self_check", "noise_floor", "signal")})
     assert figures[1] == pytest.approx(figures[0], rel=1e-9)
     assert figures[0]["self_check"] < 1 - 1e-6
 
@@ -284,9 +276,7 @@ def test_the_floor_is_saved():
 
 def test_figures_and_remedies():
     """The advice follows from the figures."""
-    assert "Rounding prevails: a longer step helps (set radius=0.04), and more do fp16" in advice(
-        0.3, 0.1, 0.1, 1e-3, 0.02
-    )
+    assert "Rounding prevails: a longer step helps (set radius=0.04), and more do fp16" in advice(0.3, 0.1, 0.1, 1e-3, 0.02)
     # Ten times, and not sixty.
     assert "longer step helps (set radius=0.2)" in advice(0.3, 1e-4, 1e-4, 1e-3, 0.02)
     assert "a shorter one helps (set radius=0.004)" in advice(0.3, 0.001, 0.1, 1e-3, 0.02)

@@ -42,9 +42,7 @@ def test_penalty_changes_the_step(optimizer_class):
     """No optimizer ignores the penalty: the same step without it ends elsewhere."""
     loss = Quadratic()
     # Different rows need different directions: Rprop and a first Adam step see nothing but signs.
-    loss.weight.data = (
-        4 * torch.tensor([[1.0, 2.0, -1.0], [-2.0, 1.0, 1.0], [1.0, 1.0, 2.0], [2.0, -1.0, 1.0]]).double()
-    )
+    loss.weight.data = 4 * torch.tensor([[1.0, 2.0, -1.0], [-2.0, 1.0, 1.0], [1.0, 1.0, 2.0], [2.0, -1.0, 1.0]]).double()
     other = copy.deepcopy(loss)
     for strength, quadratic in ((8.0, loss), (0.0, other)):
         optimizer = unchecked(
@@ -91,9 +89,7 @@ def test_figures_on_a_quadratic():
     g1 = (loss.hessian @ loss.weight.detach()).flatten()
     product = (loss.hessian @ loss.hessian @ loss.weight.detach()).flatten()
     g2 = g1 + EPS * product
-    optimizer = unchecked(
-        torch.optim.SGD([loss.weight], lr=0.1), strength=STRENGTH, eps=EPS, g1_clip=None, g2_clip=None
-    )
+    optimizer = unchecked(torch.optim.SGD([loss.weight], lr=0.1), strength=STRENGTH, eps=EPS, g1_clip=None, g2_clip=None)
     optimizer.step(closure_of(optimizer, loss))
     expected = {
         "strength": STRENGTH,
@@ -116,9 +112,7 @@ def test_figures_on_a_quadratic():
         )  # order of summation; losses of 1e3 change by 1
 
 
-@pytest.mark.parametrize(
-    "flags", [{"foreach": True}, {"fused": True}, {"capturable": False, "amsgrad": True}]
-)
+@pytest.mark.parametrize("flags", [{"foreach": True}, {"fused": True}, {"capturable": False, "amsgrad": True}])
 def test_variants_of_one_optimizer(flags):
     """The implementation that the base optimizer chooses does not matter to the wrapper."""
     loss = Quadratic()
@@ -126,8 +120,6 @@ def test_variants_of_one_optimizer(flags):
     exact = nn.Parameter(loss.weight.detach().clone())
     exact.grad = g1 + STRENGTH * loss.hessian @ g1
     torch.optim.AdamW([exact], **flags).step()
-    optimizer = unchecked(
-        torch.optim.AdamW([loss.weight], **flags), strength=STRENGTH, eps=EPS, g1_clip=None, g2_clip=None
-    )
+    optimizer = unchecked(torch.optim.AdamW([loss.weight], **flags), strength=STRENGTH, eps=EPS, g1_clip=None, g2_clip=None)
     optimizer.step(closure_of(optimizer, loss))
     assert_same(loss.weight.detach(), exact.detach())

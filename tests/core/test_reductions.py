@@ -85,9 +85,7 @@ def test_strength_equal_to_eps_is_sam(optimizer_class):
     """γ = ε leaves exactly g2, and ten steps are those of un-normalised SAM, bit for bit."""
     model, loss = regression(dtype=torch.float32)
     other, other_loss = twin_of(model, loss)
-    optimizer = unchecked(
-        optimizer_class(model.parameters(), lr=0.05), strength=0.3, eps=0.3, g1_clip=None, g2_clip=None
-    )
+    optimizer = unchecked(optimizer_class(model.parameters(), lr=0.05), strength=0.3, eps=0.3, g1_clip=None, g2_clip=None)
     sam = Sam(optimizer_class(other.parameters(), lr=0.05), rho=0.3)
     for _ in range(10):
         closure = closure_of(optimizer, loss)

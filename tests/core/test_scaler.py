@@ -157,9 +157,7 @@ def test_clipping_after_a_loop_over_passes(by):
     clipped_steps(plain, other, other_loss, torch.amp.GradScaler("cpu", enabled=False), "optimizer")
     assert_same(weights(model), weights(other))
     assert optimizer.step_count == 3
-    moved = sum(
-        ((a - b).square().sum() for a, b in zip(weights(model), before, strict=True)), torch.zeros(())
-    ).sqrt()
+    moved = sum(((a - b).square().sum() for a, b in zip(weights(model), before, strict=True)), torch.zeros(())).sqrt()
     assert 0.1 * 0.05 < moved.item() <= 3 * 0.1 * 0.05 * 1.001
 
 
@@ -195,9 +193,7 @@ def test_unscaling_within_a_pass_names_the_way_that_works(how, of):
             for _ in optimizer.passes():
                 unscaling()
 
-    with pytest.raises(
-        RuntimeError, match=r"unscale_\(optimizer\) was called within a pass.*after the loop call"
-    ):
+    with pytest.raises(RuntimeError, match=r"unscale_\(optimizer\) was called within a pass.*after the loop call"):
         run()
     assert closure.calls == 1
     assert_same(weights(model), before)

@@ -34,9 +34,7 @@ def test_each_element_moves_as_far_as_ahead(dtype, monkeypatch):
     ]
     direction = [torch.rand(50, 70).to(dtype), torch.rand(70, 50).to(dtype).t(), torch.zeros(0, dtype=dtype)]
     there = moved(start, direction, 3 << 40)
-    assert_same(
-        [x.abs().flatten().sort().values for x in there], [x.flatten().sort().values for x in direction]
-    )
+    assert_same([x.abs().flatten().sort().values for x in there], [x.flatten().sort().values for x in direction])
     assert all(float((x.abs() == y).float().mean()) < 0.2 for x, y in zip(there[:2], direction, strict=False))
     assert_same(moved(start, direction, 3 << 40), there)
     drawn = [*torch.cat([x.reshape(-1) for x in there])[:7000].sign().split(1000)]
@@ -107,9 +105,7 @@ def under_autocast(eps, *, is_exact=True, **settings):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         optimizer.step(closure_of(optimizer, loss))
-    return {name: float(value) for name, value in optimizer.metrics.items()}, [
-        str(warning.message) for warning in caught
-    ]
+    return {name: float(value) for name, value in optimizer.metrics.items()}, [str(warning.message) for warning in caught]
 
 
 def test_the_floor_of_a_short_step_under_autocast():
@@ -195,9 +191,7 @@ def test_no_difference_is_no_curvature(method):
     weight = nn.Parameter(torch.rand(100).add(1).bfloat16())
     settings = {"eps": 1e-6, "check_every": 1, "rounding": "nearest", "method": method}
     optimizer = GradRegOptimizer(torch.optim.SGD([weight], lr=0.0), **settings)
-    with pytest.warns(
-        UserWarning, match=r"equal to the last bit.* a longer step helps \(set radius=0\.005\)"
-    ):
+    with pytest.warns(UserWarning, match=r"equal to the last bit.* a longer step helps \(set radius=0\.005\)"):
         optimizer.step(closure_of(optimizer, lambda: weight.float().square().sum()))
     assert optimizer.metrics["self_check"] == 0.0
     assert float(optimizer.metrics["signal"]) == 0.0

@@ -62,12 +62,8 @@ def build(descriptions):
     torch.manual_seed(0)
     groups, excluded = [], []
     for description in descriptions:
-        parameters = [
-            nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in description["shapes"]
-        ]
-        own = (
-            {"gradreg_strength": description["gradreg_strength"]} if "gradreg_strength" in description else {}
-        )
+        parameters = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in description["shapes"]]
+        own = {"gradreg_strength": description["gradreg_strength"]} if "gradreg_strength" in description else {}
         own |= dict([description["step"]]) if "step" in description else {}
         groups.append({"params": parameters, **own})
         excluded += parameters[description["excluded"] :]
@@ -88,10 +84,7 @@ def named(groups, excluded):
     def name(parameter):
         return f"{'frozen' if any(parameter is other for other in excluded) else 'layer'}.{next(number)}"
 
-    return [
-        {**group, "params": [(name(parameter), parameter) for parameter in group["params"]]}
-        for group in groups
-    ]
+    return [{**group, "params": [(name(parameter), parameter) for parameter in group["params"]]} for group in groups]
 
 
 # Strength 0.
@@ -135,9 +128,7 @@ def test_gradients_that_come_and_go(seed):
 
     def problem():
         generator = torch.Generator().manual_seed(seed)
-        parameters = [
-            nn.Parameter(torch.randn(2, dtype=torch.float64, generator=generator)) for _ in range(4)
-        ]
+        parameters = [nn.Parameter(torch.randn(2, dtype=torch.float64, generator=generator)) for _ in range(4)]
         present = torch.rand(5, 2, 4, generator=generator) < 0.7
         present[..., 0] = True
         spoiled = torch.rand(5, 2, generator=generator) < 0.2
@@ -150,11 +141,7 @@ def test_gradients_that_come_and_go(seed):
             optimizer.zero_grad()
             call = next(calls)
             used = [parameter for parameter, here in zip(parameters, present[call], strict=True) if here]
-            loss = (
-                torch.stack([(parameter.square() + parameter.prod()).sum() for parameter in used])
-                .sum()
-                .square()
-            )
+            loss = torch.stack([(parameter.square() + parameter.prod()).sum() for parameter in used]).sum().square()
             loss.backward()
             if spoiled[call]:
                 parameters[0].grad[0] = math.nan
@@ -193,9 +180,7 @@ def test_complex_parameters_are_pairs_of_reals():
         return lambda: torch.view_as_real(mixing @ value()).square().square().mean()
 
     complex_loss, real_loss = loss_of(lambda: as_complex), loss_of(lambda: torch.view_as_complex(as_real))
-    optimizer = unchecked(
-        torch.optim.AdamW([as_complex], lr=0.1), strength=0.1, radius=0.1, max_penalty_ratio=0.3
-    )
+    optimizer = unchecked(torch.optim.AdamW([as_complex], lr=0.1), strength=0.1, radius=0.1, max_penalty_ratio=0.3)
     twin = Reference(torch.optim.AdamW([as_real], lr=0.1), strength=0.1, radius=0.1, max_penalty_ratio=0.3)
     for _ in range(4):
         optimizer.step(closure_of(optimizer, complex_loss))

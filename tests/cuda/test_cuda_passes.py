@@ -151,9 +151,7 @@ def waits_are_errors(device):
 
 @on_devices("name", cpu=[("defaults",)], cuda=[(name,) for name in SETTINGS])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.filterwarnings(
-    "ignore:Gradient regularization"
-)  # of a penalty of steps on random data in half precision
+@pytest.mark.filterwarnings("ignore:Gradient regularization")  # of a penalty of steps on random data in half precision
 def test_no_waits(device, name, dtype):
     """Three steps after the first one, which may check the precision; a wait for the device is an error."""
     model, loss = network(device, dtype)

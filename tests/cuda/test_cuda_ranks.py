@@ -139,9 +139,7 @@ def zero_engine(device, stage, precision, offload):
 
     for _ in range(STEPS):
         optimizer.step(closure)
-    masters = [
-        safe_get_full_fp32_param(parameter).detach().clone() for parameter in engine.module.parameters()
-    ]
+    masters = [safe_get_full_fp32_param(parameter).detach().clone() for parameter in engine.module.parameters()]
     engine.destroy()
     assert_close(masters, TOLERANCES[precision])
 

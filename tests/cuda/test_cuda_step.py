@@ -44,9 +44,7 @@ def test_closed_form(device, base):
     torch.testing.assert_close(weight, twin, rtol=0, atol=1e-12 * float(twin.detach().abs().max()))  # float64
 
 
-@on_devices(
-    "dtype", "step", cpu=[(torch.bfloat16, STEPS[1])], cuda=[(d, step) for d in DTYPES for step in STEPS]
-)
+@on_devices("dtype", "step", cpu=[(torch.bfloat16, STEPS[1])], cuda=[(d, step) for d in DTYPES for step in STEPS])
 def test_formula(device, dtype, step):
     """Awkward shapes (empty, odd, unaligned, transposed) against the formula, written out in float64."""
     given = [torch.randn(shape, device=device).to(dtype) for shape in SHAPES]

@@ -38,9 +38,7 @@ def distance(one, other):
     cpu=[("grpo", torch.bfloat16)],
     cuda=itertools.product(("sft", "grpo", "dpo"), (torch.float32, torch.bfloat16)),
 )
-@pytest.mark.filterwarnings(
-    "ignore"
-)  # what kernels, TRL and Transformers say on a GPU differs with their versions
+@pytest.mark.filterwarnings("ignore")  # what kernels, TRL and Transformers say on a GPU differs with their versions
 def test_trains(device, kind, dtype, tmp_path):
     """With the second pass at θ a run is the plain one, bit for bit; with a penalty it is another."""
     _, plain = trained(kind, tmp_path, device, dtype, None)

@@ -44,9 +44,7 @@ def trained(optimizers, folder, name="gradreg", **arguments):
 
         def create_optimizer(self, model=None):
             self.optimizer = self.optimizer_callback.create_optimizer(model=model)
-            self.optimizer.param_groups = [
-                group for group in self.optimizer.param_groups if len(group["params"]) > 0
-            ]
+            self.optimizer.param_groups = [group for group in self.optimizer.param_groups if len(group["params"]) > 0]
             return self.optimizer
 
     trainer = build("sft", folder, base=None, trainer_class=SwiftTrainer, **arguments)
@@ -92,17 +90,13 @@ def test_groups_without_parameters(optimizers, tmp_path):
     for name, parameter in model.named_parameters():
         # None of which has weight decay, so the first group is empty.
         parameter.requires_grad = "norm" in name
-    trainer = trained(
-        optimizers, tmp_path, optim_args="grad_reg_exclude=input_layernorm", model=model, max_steps=2
-    )
+    trainer = trained(optimizers, tmp_path, optim_args="grad_reg_exclude=input_layernorm", model=model, max_steps=2)
     [group] = attachment_of(trainer).optimizer.param_groups
     assert len(group["params"]) == 5
     assert len(group["gradreg_excluded"]) == 2
 
 
-@pytest.mark.parametrize(
-    ("given", "message"), [("grad_reg_strenght=1", "grad_reg_strength"), ("grad_reg_eps=-1", "eps=-1")]
-)
+@pytest.mark.parametrize(("given", "message"), [("grad_reg_strenght=1", "grad_reg_strength"), ("grad_reg_eps=-1", "eps=-1")])
 def test_mistakes_end_it_before_training(given, message, optimizers, tmp_path):
     """From the constructor of the trainer."""
     with pytest.raises(ValueError, match=message):

@@ -88,9 +88,7 @@ def by_hand(steps):
         "g2_clip": None,
         "exclude": ("embed_tokens", "lm_head"),
     }
-    optimizer = GradRegOptimizer(
-        build_optimizer(model.parameters(), OptimizerConfig()), **settings, model=model
-    )
+    optimizer = GradRegOptimizer(build_optimizer(model.parameters(), OptimizerConfig()), **settings, model=model)
     for _ in range(steps):
         losses = []
         for _ in optimizer.passes():
@@ -119,9 +117,7 @@ def test_the_engine_takes_regularized_steps(engine_of):
     plain = engine_of()
     for _ in range(2):
         plain.train_batch(BATCH, loss_of)
-    assert any(
-        not a.equal(b) for a, b in zip(engine.module.parameters(), plain.module.parameters(), strict=True)
-    )
+    assert any(not a.equal(b) for a, b in zip(engine.module.parameters(), plain.module.parameters(), strict=True))
 
 
 def test_engines_without_settings_are_left_alone(engine_of):

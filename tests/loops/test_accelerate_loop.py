@@ -153,9 +153,7 @@ def test_clipping_the_combined_gradient():
     model, windows = regression()[0], data([1, 1])
     accelerator = accelerate.Accelerator(cpu=True)
     base, norms = sgd(model), []
-    base.register_step_pre_hook(
-        lambda *_: norms.append(accelerator.clip_grad_norm_(model.parameters(), 1e-3).item())
-    )
+    base.register_step_pre_hook(lambda *_: norms.append(accelerator.clip_grad_norm_(model.parameters(), 1e-3).item()))
     (plain,), _ = referenced(model, windows[:1])
     start = weights(model)
     model, optimizer = accelerator.prepare(model, GradRegOptimizer(base, **SETTINGS))

@@ -44,9 +44,7 @@ def test_own_loop() -> None:
 @pytest.mark.parametrize("accumulation", ["1", "2"])
 def test_accelerate_loop(accumulation: str) -> None:
     """On one process, with and without accumulation."""
-    output = output_of(
-        "examples/accelerate_loop.py", "--cpu", "--epochs", "5", "--accumulation", accumulation
-    )
+    output = output_of("examples/accelerate_loop.py", "--cpu", "--epochs", "5", "--accumulation", accumulation)
     assert AGREES in output
 
 

@@ -223,9 +223,7 @@ class Case:
 
 def setting(name, value, rule, remedy):
     """The rule of one number, through the optimizer."""
-    return Case(
-        lambda: GradRegOptimizer(sgd(), **{name: value}), ValueError, f"{name}={value!r}", rule, remedy
-    )
+    return Case(lambda: GradRegOptimizer(sgd(), **{name: value}), ValueError, f"{name}={value!r}", rule, remedy)
 
 
 CASES = {
@@ -274,25 +272,13 @@ CASES = {
         "Clear gradients in",
     ),
     "strength": setting("strength", -1.0, "must be a finite number >= 0", "0 switches off"),
-    "strength, NaN": setting(
-        "strength", math.nan, "must be a finite number >= 0", "Published values are 1e-2 and 1e-3"
-    ),
+    "strength, NaN": setting("strength", math.nan, "must be a finite number >= 0", "Published values are 1e-2 and 1e-3"),
     "eps": setting("eps", 0.0, "must be None or a finite number > 0", "published value is 1e-3"),
-    "eps, infinite": setting(
-        "eps", math.inf, "must be None or a finite number > 0", "published value is 1e-3"
-    ),
-    "radius": setting(
-        "radius", -0.1, "must be None, 'auto' or a finite number > 0", "Leave it out to use eps"
-    ),
-    "warmup_steps": setting(
-        "warmup_steps", 1.5, "must be an integer >= 0", "optimizer steps without the penalty"
-    ),
-    "schedule": setting(
-        "schedule", "exponential", "one of ('constant', 'linear', 'cosine')", "callable of the step"
-    ),
-    "schedule_steps": setting(
-        "schedule_steps", 0, "must be None or an integer > 0", "over which the strength rises"
-    ),
+    "eps, infinite": setting("eps", math.inf, "must be None or a finite number > 0", "published value is 1e-3"),
+    "radius": setting("radius", -0.1, "must be None, 'auto' or a finite number > 0", "Leave it out to use eps"),
+    "warmup_steps": setting("warmup_steps", 1.5, "must be an integer >= 0", "optimizer steps without the penalty"),
+    "schedule": setting("schedule", "exponential", "one of ('constant', 'linear', 'cosine')", "callable of the step"),
+    "schedule_steps": setting("schedule_steps", 0, "must be None or an integer > 0", "over which the strength rises"),
     "g1_clip": setting("g1_clip", 0.0, "must be None or a number > 0", "None switches the clip off"),
     "g2_clip": setting("g2_clip", "10", "must be None or a number > 0", "None switches the clip off"),
     "max_penalty_ratio": setting(
@@ -390,9 +376,7 @@ CASES = {
         "Pass, for example, torch.optim.AdamW(model.parameters())",
     ),
     "an optimizer of DeepSpeed's": Case(
-        lambda: GradRegOptimizer(
-            type("DeepSpeedZeroOptimizer", (), {"__module__": "deepspeed.runtime.zero"})()
-        ),
+        lambda: GradRegOptimizer(type("DeepSpeedZeroOptimizer", (), {"__module__": "deepspeed.runtime.zero"})()),
         TypeError,
         "is a DeepSpeedZeroOptimizer",
         "The engine holds the parameters by now",
@@ -434,9 +418,7 @@ CASES = {
         "the first one did",
         "Let the closure clear the gradients and run forward and backward each time",
     ),
-    "resample": setting(
-        "resample", "draw", "must be one of ('reuse', 'sequence')", "reuse is the published choice"
-    ),
+    "resample": setting("resample", "draw", "must be one of ('reuse', 'sequence')", "reuse is the published choice"),
     "resample without a trainer": Case(
         lambda: stepped(resample="sequence"),
         RuntimeError,
@@ -457,9 +439,7 @@ CASES = {
         "must be one of ('forward', 'central')",
         "which is as good as double backward was",
     ),
-    "rounding": setting(
-        "rounding", "up", "must be one of ('nearest', 'stochastic')", "smaller than their spacing"
-    ),
+    "rounding": setting("rounding", "up", "must be one of ('nearest', 'stochastic')", "smaller than their spacing"),
     "check_every": setting("check_every", -1, "must be None or an integer >= 0", "0 makes none"),
     "shrink": setting("shrink", 0.5, "must be True or False", "scales the penalty by its share of signal"),
     "a closure that clears nothing": Case(
@@ -615,11 +595,7 @@ def raise_statements():
     found = {}
     for path in CORE:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if (
-                isinstance(node, ast.Raise)
-                and node.exc is not None
-                and "AttributeError" not in ast.dump(node.exc)
-            ):
+            if isinstance(node, ast.Raise) and node.exc is not None and "AttributeError" not in ast.dump(node.exc):
                 found[path, node.lineno] = range(node.lineno, node.end_lineno + 1)
     return found
 

@@ -18,9 +18,7 @@ from gradreg_optim.wrapping.settings import SETTINGS
 
 PACKAGE = pathlib.Path(gradreg_optim.__file__).parent
 FILES = {
-    ".".join(("gradreg_optim", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
-        ".__init__"
-    ): path
+    ".".join(("gradreg_optim", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in FILES.items()}
@@ -85,9 +83,7 @@ def test_imports_point_one_way():
 @pytest.mark.parametrize("library", FOREIGN)
 def test_foreign_libraries_stay_in_their_folder(library):
     """DeepSpeed in zero/, Transformers, TRL and Accelerate in trainers/: what else is imported needs torch alone."""
-    users = {
-        layer(module) for module in FILES if any(name.split(".")[0] == library for name in imported(module))
-    }
+    users = {layer(module) for module in FILES if any(name.split(".")[0] == library for name in imported(module))}
     assert users <= FOREIGN[library] | {"integrations"}
 
 
@@ -107,10 +103,7 @@ def test_files_are_short():
     lines = {module: path.read_text(encoding="utf-8").splitlines() for module, path in FILES.items()}
     assert {module: len(found) for module, found in lines.items() if len(found) > 400} == {}
     wide = {
-        f"{module}:{number}"
-        for module, found in lines.items()
-        for number, line in enumerate(found, 1)
-        if len(line) > 110
+        f"{module}:{number}" for module, found in lines.items() for number, line in enumerate(found, 1) if len(line) > 110
     }
     assert sorted(wide) == []
     assert sum(isinstance(node, ast.stmt) for tree in TREES.values() for node in ast.walk(tree)) <= 4000
@@ -147,9 +140,7 @@ def switches(step):
     return sum(a != b for a, b in itertools.pairwise(visited))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "steps", "most"), [(torch.float32, 2, 60), (torch.bfloat16, 0, 150)], ids=str
-)
+@pytest.mark.parametrize(("dtype", "steps", "most"), [(torch.float32, 2, 60), (torch.bfloat16, 0, 150)], ids=str)
 def test_a_step_switches_file_seldom(dtype, steps, most):
     """Who reads along turns the page at most 60 times in a plain float32 step, and 150 in a first one in bfloat16."""
     model, loss = regression(dtype=dtype)

@@ -13,15 +13,9 @@ STACKS = sorted(str(path.relative_to(ROOT).with_suffix("")) for path in ROOT.glo
 
 def pins(file):
     """The requirements of ``file`` that hold for this Python and system, by name."""
-    lines = (
-        line.partition(" #")[0].strip()
-        for line in (ROOT / file).read_text().splitlines()
-        if line[:1] not in ("#", "")
-    )
+    lines = (line.partition(" #")[0].strip() for line in (ROOT / file).read_text().splitlines() if line[:1] not in ("#", ""))
     found = [
-        requirement
-        for requirement in map(Requirement, lines)
-        if not requirement.marker or requirement.marker.evaluate()
+        requirement for requirement in map(Requirement, lines) if not requirement.marker or requirement.marker.evaluate()
     ]
     assert len({canonicalize_name(requirement.name) for requirement in found}) == len(found)
     return {canonicalize_name(requirement.name): str(requirement.specifier) for requirement in found}
@@ -58,9 +52,7 @@ def test_a_stack_has_what_its_list_says(name):
 def test_a_lock_fits_every_build_of_torch(name):
     """No package of a CUDA build, no label of one build, and no pip, which would replace itself."""
     locked = pins(f"{name}.txt")
-    of_a_build = [
-        package for package in locked if package.startswith(("nvidia", "cuda")) and package != "nvidia-ml-py"
-    ]
+    of_a_build = [package for package in locked if package.startswith(("nvidia", "cuda")) and package != "nvidia-ml-py"]
     assert not of_a_build
     assert "pip" not in locked
     assert not [pin for pin in locked.values() if "+" in pin]

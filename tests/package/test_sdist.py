@@ -39,9 +39,7 @@ def test_links_on_an_index_page_are_absolute() -> None:
 def test_pictures_are_raw_and_code_is_left_alone() -> None:
     """A picture needs the file itself, not the page about it; a call in code looks like no link."""
     (repository,) = re.findall(r'^Repository = "(https://[^"]+)"', PROJECT, re.MULTILINE)
-    text = on_index(
-        "![a picture](a/b.png) [a page](c.md#part) [out](https://example.org) [here](#here) w[0](x) f(x)[0]"
-    )
+    text = on_index("![a picture](a/b.png) [a page](c.md#part) [out](https://example.org) [here](#here) w[0](x) f(x)[0]")
     assert re.sub(r"/v[\d.]+\w*/", "/TAG/", text) == (
         f"![a picture]({repository}/raw/TAG/a/b.png) [a page]({repository}/blob/TAG/c.md#part) "
         "[out](https://example.org) [here](#here) w[0](x) f(x)[0]"

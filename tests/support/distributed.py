@@ -52,9 +52,7 @@ class World:
             connection.send((case, args, kwargs))
         deadline = time.monotonic() + CASE_TIMEOUT
         answers = [self._answer(rank, deadline) for rank in range(self.size)]
-        failures = [
-            f"rank {rank} {how}:\n{what}" for rank, (how, what) in enumerate(answers) if how != "returned"
-        ]
+        failures = [f"rank {rank} {how}:\n{what}" for rank, (how, what) in enumerate(answers) if how != "returned"]
         if failures:
             self.close()
             raise AssertionError("\n".join(failures))

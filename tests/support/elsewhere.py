@@ -33,13 +33,8 @@ class Elsewhere(Tensor):
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         is_copy = "copy" in func.__name__
         if not is_copy and len({isinstance(x, Elsewhere) for x in tensors if x.dim()}) > 1:
-            raise RuntimeError(
-                f"{func}: expected all tensors to be on the same device, but found cpu and cuda:0"
-            )
-        goes_home = (
-            func is torch.ops.aten._to_copy.default
-            and torch.device(kwargs.get("device", "cuda")).type == "cpu"
-        )
+            raise RuntimeError(f"{func}: expected all tensors to be on the same device, but found cpu and cuda:0")
+        goes_home = func is torch.ops.aten._to_copy.default and torch.device(kwargs.get("device", "cuda")).type == "cpu"
         if func is torch.ops.aten._to_copy.default:
             kwargs.pop("device", None)
         out = func(*tree_map(unwrapped, args), **tree_map(unwrapped, kwargs))

@@ -52,13 +52,9 @@ def on_matrices(**kwargs: Any) -> Callable[[Any, nn.Module], Optimizer]:
     return lambda cls, model: cls(matrices(model), **{"lr": 1e-2, **kwargs})
 
 
-def in_two_groups(
-    key: dict[str, Any], rest: dict[str, Any], **kwargs: Any
-) -> Callable[[Any, nn.Module], Optimizer]:
+def in_two_groups(key: dict[str, Any], rest: dict[str, Any], **kwargs: Any) -> Callable[[Any, nn.Module], Optimizer]:
     """Matrices in a group with the keys of ``key``, the other parameters in one with those of ``rest``."""
-    return lambda cls, model: cls(
-        [{"params": matrices(model), **key}, {"params": others(model), **rest}], **kwargs
-    )
+    return lambda cls, model: cls([{"params": matrices(model), **key}, {"params": others(model), **rest}], **kwargs)
 
 
 LOW_RANK = {"rank": 4, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
@@ -134,10 +130,7 @@ def of_pytorch_optimizer() -> list[Kind]:
         return [Kind("pytorch_optimizer.SOAP", on_all())]
     import pytorch_optimizer
 
-    classes = {
-        pytorch_optimizer.load_optimizer(name).__name__
-        for name in pytorch_optimizer.get_supported_optimizers()
-    }
+    classes = {pytorch_optimizer.load_optimizer(name).__name__ for name in pytorch_optimizer.get_supported_optimizers()}
     own = sorted(name for name in classes - set(NOT_WRAPPED) if hasattr(pytorch_optimizer, name))
     return [Kind(f"pytorch_optimizer.{name}", OF_PYTORCH_OPTIMIZER.get(name, on_all())) for name in own]
 

@@ -13,9 +13,7 @@ from gradreg_optim import GradRegOptimizer
 DENSE_OPTIMIZERS = [
     entry
     for entry in vars(torch.optim).values()
-    if inspect.isclass(entry)
-    and issubclass(entry, Optimizer)
-    and entry.__name__ not in ("Optimizer", "LBFGS", "SparseAdam")
+    if inspect.isclass(entry) and issubclass(entry, Optimizer) and entry.__name__ not in ("Optimizer", "LBFGS", "SparseAdam")
 ]
 
 every_optimizer = {"argvalues": DENSE_OPTIMIZERS, "ids": [entry.__name__ for entry in DENSE_OPTIMIZERS]}

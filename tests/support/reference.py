@@ -115,11 +115,7 @@ class Reference:
         """One step; returns the loss at θ."""
         factor = 0.0 if self.taken < self.warmup_steps else self.factor(self.taken)
         self.taken += 1
-        active = [
-            (p, strength * factor, eps, radius)
-            for p, strength, eps, radius in self.settings
-            if strength * factor > 0
-        ]
+        active = [(p, strength * factor, eps, radius) for p, strength, eps, radius in self.settings if strength * factor > 0]
         parameters = [p for p, _, _, _ in active]
         everything = [p for group in self.optimizer.param_groups for p in group["params"]]
 
@@ -139,10 +135,7 @@ class Reference:
         d = [clip_factor(g1_norm, self.g1_clip) * g for g in g1]
         length = norm(d)
 
-        eps = [
-            fixed if radius is None else (radius / length if length > 0 else 0.0)
-            for _, _, fixed, radius in active
-        ]
+        eps = [fixed if radius is None else (radius / length if length > 0 else 0.0) for _, _, fixed, radius in active]
         theta = [p.clone() for p in parameters]
         for p, step, along in zip(parameters, eps, d, strict=True):
             p += step * along
@@ -163,10 +156,7 @@ class Reference:
         if math.isfinite(g2_norm):
             g2 = [clip_factor(g2_norm, self.g2_clip) * g for g in g2]
             delta = [b - a for a, b in zip(d, g2, strict=True)]
-            weight = [
-                strength / step if step > 0 else 0.0
-                for (_, strength, _, _), step in zip(active, eps, strict=True)
-            ]
+            weight = [strength / step if step > 0 else 0.0 for (_, strength, _, _), step in zip(active, eps, strict=True)]
             penalty = [w * x for w, x in zip(weight, delta, strict=True)]
             if self.max_penalty_ratio is not None and norm(penalty) > self.max_penalty_ratio * length:
                 penalty = [x * (self.max_penalty_ratio * length / norm(penalty)) for x in penalty]
@@ -187,8 +177,7 @@ class Reference:
                 "g1_norm": g1_norm,
                 "g2_norm": g2_norm,
                 "penalty_ratio": norm(penalty) / length,
-                "curvature": sum(inner([x], [y]) / e for x, y, e in zip(d, delta, eps, strict=True))
-                / length**2,
+                "curvature": sum(inner([x], [y]) / e for x, y, e in zip(d, delta, eps, strict=True)) / length**2,
                 "cosine": inner(d, g2) / (length * norm(g2)),
                 "perturbation_fidelity": inner(moved, along) / norm(along) ** 2,
                 "strength": leading[0] * factor,

@@ -34,9 +34,7 @@ def outcome(trainer):
     for kind in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
         tensors |= {f"master {i}": local(master) for i, master in enumerate(getattr(zero, kind, []))}
     tensors["random numbers"] = torch.get_rng_state()
-    groups = [
-        {name: value for name, value in group.items() if name != "params"} for group in wrapper.param_groups
-    ]
+    groups = [{name: value for name, value in group.items() if name != "params"} for group in wrapper.param_groups]
     for group in groups:  # a list in FSDP's checkpoints
         group["betas"] = tuple(group["betas"])
     counted = {"steps": wrapper.step_count, "scheduler": trainer.lr_scheduler.state_dict()["last_epoch"]}

@@ -98,9 +98,7 @@ def engine(name, folder):
 
 def token_dataset(count=16):
     """Rows of equal length, as a collator that does not pad wants them."""
-    ids = torch.randint(
-        len(SPECIAL), len(SPECIAL + WORDS), (count, 6), generator=torch.Generator().manual_seed(3)
-    ).tolist()
+    ids = torch.randint(len(SPECIAL), len(SPECIAL + WORDS), (count, 6), generator=torch.Generator().manual_seed(3)).tolist()
     return Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * 6] * count, "labels": ids})
 
 
@@ -156,9 +154,7 @@ class Reductions:
 
     def __init__(self, trainer, spied):
         self.total, self.before = 0, []
-        collective = (
-            "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
-        )
+        collective = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
         compute_loss, reduce_scatter, hooked = trainer.compute_loss, getattr(dist, collective), []
 
         def counting(state, bucket):
@@ -187,21 +183,15 @@ class Reductions:
 
 
 def numbers(trainer):
-    return [
-        {k: v for k, v in entry.items() if isinstance(v, (int, float))} for entry in trainer.state.log_history
-    ]
+    return [{k: v for k, v in entry.items() if isinstance(v, (int, float))} for entry in trainer.state.log_history]
 
 
 def engine_counters(trainer):
     """What DeepSpeed's engine has counted, its throughput timer included."""
     engine = trainer.model_wrapped
-    timer = {
-        name: getattr(engine.tput_timer, name)
-        for name in ("micro_step_count", "global_step_count", "started")
-    }
+    timer = {name: getattr(engine.tput_timer, name) for name in ("micro_step_count", "global_step_count", "started")}
     return {
-        name: getattr(engine, name)
-        for name in ("global_steps", "micro_steps", "global_samples", "skipped_steps")
+        name: getattr(engine, name) for name in ("global_steps", "micro_steps", "global_samples", "skipped_steps")
     } | timer
 
 
@@ -210,9 +200,7 @@ def train(folder, name, kind="sft", how="optimizers", accumulation=1, dropout=0.
     with engine(name, folder) as settings, ExitStack() as patches:
         settings |= {"max_steps": 2, "learning_rate": 1.0, "optim": "sgd", "max_grad_norm": 1e9, **arguments}
         settings |= {"gradient_accumulation_steps": accumulation, "model": llama(attention_dropout=dropout)}
-        trainer = make(
-            kind, folder, how, REAL, optimizer=lambda model: SGD(model.parameters(), lr=1.0), **settings
-        )
+        trainer = make(kind, folder, how, REAL, optimizer=lambda model: SGD(model.parameters(), lr=1.0), **settings)
         weights, spy, forwards = Weights(trainer), Spy(trainer), []
         reductions, compute_loss = Reductions(trainer, spy), trainer.compute_loss
 
@@ -330,6 +318,4 @@ def train_created(folder, name):
         settings |= {"max_steps": 2, "learning_rate": 1.0, "max_grad_norm": 1e9, "trainer_class": Creating}
         trainer = make("sft", folder, "created", REAL, **settings)
         trainer.train()
-        return whole_weights(trainer), [
-            entry for entry in numbers(trainer) if "grad_reg/penalty_ratio" in entry
-        ]
+        return whole_weights(trainer), [entry for entry in numbers(trainer) if "grad_reg/penalty_ratio" in entry]

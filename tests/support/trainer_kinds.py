@@ -31,10 +31,7 @@ def texts(first_seed, *, length=3, vary=False):
 
 def chats():
     pairs = zip(texts(0), texts(100, vary=True), strict=True)
-    return [
-        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        for question, answer in pairs
-    ]
+    return [[{"role": "user", "content": question}, {"role": "assistant", "content": answer}] for question, answer in pairs]
 
 
 def token_ids():
@@ -61,9 +58,7 @@ def columns():
 def dataset(names):
     if "completions" in names:  # of several steps, each with a label
         steps = [list(pair) for pair in zip(texts(100), texts(200), strict=True)]
-        return Dataset.from_dict(
-            {"prompt": texts(0), "completions": steps, "labels": [[True, False]] * COUNT}
-        )
+        return Dataset.from_dict({"prompt": texts(0), "completions": steps, "labels": [[True, False]] * COUNT})
     return Dataset.from_dict({name: values for name, values in columns().items() if name in names})
 
 
@@ -94,11 +89,7 @@ class Judge:
     def judge(self, prompts, completions, shuffle_order=True, return_scores=False):
         self.judged += len(prompts)
         shorter = [len(first) <= len(second) for first, second in completions]
-        return (
-            [0.25 + 0.5 * first for first in shorter]
-            if return_scores
-            else [int(not first) for first in shorter]
-        )
+        return [0.25 + 0.5 * first for first in shorter] if return_scores else [int(not first) for first in shorter]
 
 
 def reference():
@@ -162,9 +153,7 @@ KINDS = {
     "ORPOTrainer": Kind("orpo", PAIR, LIMITED),
     "BCOTrainer": Kind("bco", LABELLED, LIMITED, reference),
     "PRMTrainer": Kind("prm", ["prompt", "completions", "labels"], LIMITED, model=step_scorer),
-    "GKDTrainer": Kind(
-        "gkd", ["messages"], {**LIMITED, "max_new_tokens": 4}, teacher, tokenizer=chatting_tokenizer
-    ),
+    "GKDTrainer": Kind("gkd", ["messages"], {**LIMITED, "max_new_tokens": 4}, teacher, tokenizer=chatting_tokenizer),
     "GMPOTrainer": Kind("gmpo", ["prompt"], GROUPS, rewarded),
     "TPOTrainer": Kind("tpo", [*PAIR, "reference"]),
     "SDFTTrainer": Kind(
@@ -238,18 +227,10 @@ def find(name):
     """The trainer's class and its configuration's; ``None`` where the installed version has none."""
     module, name = KINDS[name].module, KINDS[name].class_name or name
     if module == "transformers":
-        return getattr(transformers, name), getattr(
-            transformers, f"{name.removesuffix('Trainer')}TrainingArguments"
-        )
+        return getattr(transformers, name), getattr(transformers, f"{name.removesuffix('Trainer')}TrainingArguments")
     experimental = f"trl.experimental.{module}"
     promoted = module == "trl" or (module == "kto" and trl.__version__ >= "1")
-    where = (
-        trl
-        if promoted
-        else importlib.import_module(experimental)
-        if importlib.util.find_spec(experimental)
-        else None
-    )
+    where = trl if promoted else importlib.import_module(experimental) if importlib.util.find_spec(experimental) else None
     if not hasattr(where, name):
         return None
     config = name.replace("Trainer", "Config")
@@ -273,9 +254,7 @@ def build_kind(name, folder, *, wrapped=None, **arguments):
         optimizer = GradRegOptimizer(optimizer, **wrapped)
     trainer = trainer_class(
         model=model,
-        args=config_class(
-            **{**PLAIN, "max_steps": 2, "output_dir": str(folder), **kind.settings, **arguments}
-        ),
+        args=config_class(**{**PLAIN, "max_steps": 2, "output_dir": str(folder), **kind.settings, **arguments}),
         train_dataset=dataset(kind.columns),
         processing_class=kind.tokenizer(),
         optimizers=(optimizer, None),

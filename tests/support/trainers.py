@@ -181,11 +181,7 @@ def own_figures(trainer):
     """The trainer's log without what depends on the clock or comes from the attachment."""
     clocks = ("runtime", "per_second", "step_time")
     return [
-        {
-            key: value
-            for key, value in entry.items()
-            if not key.startswith("grad_reg/") and not key.endswith(clocks)
-        }
+        {key: value for key, value in entry.items() if not key.startswith("grad_reg/") and not key.endswith(clocks)}
         for entry in trainer.state.log_history
     ]
 

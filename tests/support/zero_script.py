@@ -42,18 +42,13 @@ def run(kind, how, accumulation, precision="fp32"):
         options["bf16"] = True
     given = trainers.REAL if how == "optimizers" else None
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trainers.build(
-            kind, folder, base=lambda m: SGD(m.parameters(), lr=0.1), wrapped=given, **options
-        )
+        trainer = trainers.build(kind, folder, base=lambda m: SGD(m.parameters(), lr=0.1), wrapped=given, **options)
         if how == "attach":
             gradreg_optim.attach(trainer, **trainers.REAL)
         trainer.train()
         engine = type(trainer.model_wrapped).__name__
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-        log = [
-            {k: v for k, v in entry.items() if isinstance(v, (int, float))}
-            for entry in trainer.state.log_history
-        ]
+        log = [{k: v for k, v in entry.items() if isinstance(v, (int, float))} for entry in trainer.state.log_history]
     return {
         "weights": {name: value.float().clone() for name, value in (state or {}).items()},
         "log": log,

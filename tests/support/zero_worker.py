@@ -77,9 +77,7 @@ def make_optimizer(model: nn.Module, groups: int, kind: str = "sgd") -> torch.op
     if kind == "cpu_adam":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(
-            make_groups(model, groups), lr=0.01, eps=1e-3, weight_decay=0.01, adamw_mode=True
-        )
+        return DeepSpeedCPUAdam(make_groups(model, groups), lr=0.01, eps=1e-3, weight_decay=0.01, adamw_mode=True)
     if kind == "adamw":
         return torch.optim.AdamW(make_groups(model, groups), lr=0.01, eps=1e-3)
     return torch.optim.SGD(make_groups(model, groups), lr=0.1, momentum=0.9)
@@ -105,11 +103,7 @@ def reference(
 
     def regularized(group: dict[str, Any]) -> list[Tensor]:
         strength = group.get("gradreg_strength", settings["strength"])
-        return [
-            p
-            for p in group["params"]
-            if strength and not any(part in names[p] for part in settings["exclude"])
-        ]
+        return [p for p in group["params"] if strength and not any(part in names[p] for part in settings["exclude"])]
 
     def gradients(step: int) -> dict[Tensor, Tensor]:
         x, y = inputs[step].double().flatten(0, -2), targets[step].double().flatten(0, -2)
@@ -128,9 +122,7 @@ def reference(
         g1 = clipped(gradients(step), settings["g1_clip"])
         start = {p: p.detach().clone() for p in names}
 
-        def gradients_at(
-            distance: float, step: int = step, g1: Any = g1, start: Any = start
-        ) -> dict[Tensor, Tensor]:
+        def gradients_at(distance: float, step: int = step, g1: Any = g1, start: Any = start) -> dict[Tensor, Tensor]:
             with torch.no_grad():
                 for group in optimizer.param_groups:
                     for p in regularized(group):
@@ -146,15 +138,11 @@ def reference(
             g2 = {p: g1[p] + (g2[p] - before) / 2 for p, before in gradients_at(-1.0).items()}
         for group in optimizer.param_groups:
             chosen = set(regularized(group))
-            weight = group.get("gradreg_strength", settings["strength"]) / group.get(
-                "gradreg_eps", settings["eps"]
-            )
+            weight = group.get("gradreg_strength", settings["strength"]) / group.get("gradreg_eps", settings["eps"])
             for p in group["params"]:
                 p.grad = g1[p] + weight * (g2[p] - g1[p]) if p in chosen else g1[p]
         if max_norm:
-            nn.utils.clip_grad_norm_(
-                [p for group in optimizer.param_groups for p in group["params"]], max_norm
-            )
+            nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)
         optimizer.step()
         history.append({name: p.detach().clone() for p, name in names.items()})
     return history
@@ -170,9 +158,7 @@ def computes_fp16() -> bool:
     return True
 
 
-def make_config(
-    stage: int, *, micro_batches: int = 1, precision: str = "fp32", **more: Any
-) -> dict[str, Any]:
+def make_config(stage: int, *, micro_batches: int = 1, precision: str = "fp32", **more: Any) -> dict[str, Any]:
     """A DeepSpeed configuration for CPU ranks over gloo; the test is skipped where torch cannot compute in its precision."""
     if precision == "fp16" and not computes_fp16():
         pytest.skip("torch does not compute in fp16 on this CPU")
@@ -267,9 +253,7 @@ def local_weights(engine: Any) -> list[Tensor]:
 
 def same_bits(some: list[Tensor], others: list[Tensor]) -> bool:
     """As bits: the padding of stage 3 is whatever memory held, which may be NaN."""
-    return all(
-        torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(some, others, strict=True)
-    )
+    return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(some, others, strict=True))
 
 
 def weights(engine: Any) -> dict[str, Tensor]:
@@ -283,9 +267,7 @@ def weights(engine: Any) -> dict[str, Tensor]:
     return found
 
 
-def window(
-    engine: Any, step: int, inputs: Tensor, targets: Tensor, on_pass: Any = None, worth: float = 1.0
-) -> Any:
+def window(engine: Any, step: int, inputs: Tensor, targets: Tensor, on_pass: Any = None, worth: float = 1.0) -> Any:
     """A closure over one accumulation window of ``step``; ``on_pass(number)`` is called as each pass begins.
 
     The loss is multiplied by ``worth``.
@@ -329,9 +311,7 @@ def train(
     engine = make_engine(config, groups=groups, kind=kind, kinds=kinds)
     if one_tensor:
         zero = engine.optimizer
-        for master, weight in zip(
-            zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True
-        ):
+        for master, weight in zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True):
             master.data = weight.data
     optimizer = ZeroGradRegOptimizer(engine, **settings)
     micro_batches = config["gradient_accumulation_steps"]
@@ -351,9 +331,7 @@ def train(
         def on_pass(number: int, before: Any = before, at_theta: Any = at_theta) -> None:
             seen["touched"] += not same_bits(before, local_masters(engine))
             if number == 2:
-                seen["moved"] += any(
-                    not torch.equal(at_theta[name], now) for name, now in weights(engine).items()
-                )
+                seen["moved"] += any(not torch.equal(at_theta[name], now) for name, now in weights(engine).items())
 
         with quiet():
             worth = 0.0 if step in worthless else 1.0
@@ -367,9 +345,7 @@ def train(
         seen["masters"].append(now)
         seen["values"].append(after if after["scale"].dtype == torch.float32 else now)
         rounded = {name: value.to(at_theta[name].dtype) for name, value in now.items()}
-        seen["rounded"] &= is_round_robin or all(
-            torch.equal(x, rounded.get(name, x)) for name, x in after.items()
-        )
+        seen["rounded"] &= is_round_robin or all(torch.equal(x, rounded.get(name, x)) for name, x in after.items())
         seen["metrics"].append({name: float(value) for name, value in optimizer.metrics.items()})
     seen["weights"] = weights(engine)
     seen["steps"] = (engine.global_steps, engine.global_samples, engine.micro_steps, engine.skipped_steps)
@@ -377,9 +353,7 @@ def train(
     return seen
 
 
-def train_with_weights_elsewhere(
-    config: dict[str, Any], settings: dict[str, Any], *, steps: int
-) -> dict[str, Any]:
+def train_with_weights_elsewhere(config: dict[str, Any], settings: dict[str, Any], *, steps: int) -> dict[str, Any]:
     """:func:`train`, in which θ' is written to weights that are on another device than the masters, as with offload."""
     from elsewhere import Elsewhere
 
@@ -452,9 +426,7 @@ def give_up(failing: int) -> None:
             backend._set_default_timeout(timedelta(seconds=1))
 
 
-def interrupt(
-    config: dict[str, Any], settings: dict[str, Any], *, on_rank: int | None = None
-) -> dict[str, Any]:
+def interrupt(config: dict[str, Any], settings: dict[str, Any], *, on_rank: int | None = None) -> dict[str, Any]:
     """A step whose second pass raises, on every rank or on one; then, if all are in step, the engine's own step."""
     from gradreg_optim import ZeroGradRegOptimizer
 
@@ -558,9 +530,7 @@ def resume(config: dict[str, Any], settings: dict[str, Any], folder: str) -> dic
     return found
 
 
-def universal(
-    config: dict[str, Any], settings: dict[str, Any], folder: str, *, begin: int, end: int
-) -> dict[str, Any]:
+def universal(config: dict[str, Any], settings: dict[str, Any], folder: str, *, begin: int, end: int) -> dict[str, Any]:
     """Steps ``begin`` to ``end`` on one whole batch, which any number of ranks may share; a checkpoint at the end."""
     from gradreg_optim import ZeroGradRegOptimizer
 

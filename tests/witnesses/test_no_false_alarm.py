@@ -16,9 +16,7 @@ def perceptron(*more):
 
 def tied():
     """Its two embeddings are one parameter."""
-    model = nn.Sequential(
-        nn.Embedding(11, 16), nn.Flatten(), nn.Linear(32, 16), nn.GELU(), nn.Linear(16, 11, bias=False)
-    )
+    model = nn.Sequential(nn.Embedding(11, 16), nn.Flatten(), nn.Linear(32, 16), nn.GELU(), nn.Linear(16, 11, bias=False))
     model[4].weight = model[0].weight
     return model
 
@@ -41,9 +39,7 @@ def attention():
 
 MODELS = {
     "plain": perceptron,
-    "ReLU": lambda: nn.Sequential(
-        nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 5)
-    ),
+    "ReLU": lambda: nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 5)),
     "dropout": lambda: perceptron(nn.Dropout(0.2)),
     "BatchNorm": lambda: perceptron(nn.BatchNorm1d(32)),
     "spectral norm": lambda: perceptron(nn.utils.parametrizations.spectral_norm(nn.Linear(32, 32))),

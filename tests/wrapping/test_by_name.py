@@ -52,9 +52,7 @@ def test_it_is_wrapping_by_hand(base, parameters):
     cls, kwargs = getattr(torch.optim, base.rpartition(".")[2]), BASES[base]
     by_hand, _ = trained(lambda params: GradRegOptimizer(cls(params, **kwargs), **SETTINGS), parameters)
     for name in (base, cls):
-        by_name, optimizer = trained(
-            lambda params, name=name: GradReg(params, name, SETTINGS, **kwargs), parameters
-        )
+        by_name, optimizer = trained(lambda params, name=name: GradReg(params, name, SETTINGS, **kwargs), parameters)
         assert_equal(by_hand, by_name)
         assert type(optimizer.optimizer) is cls
     plain, _ = trained(lambda params: GradRegOptimizer(cls(params, **kwargs), strength=0.0))
@@ -80,9 +78,7 @@ def test_numbers_may_be_text():
         GradReg(named(regression()[0]), gradreg={"strength": "much"})
 
 
-@pytest.mark.parametrize(
-    "name", ["AdamW", "", "torch.optim", "no_such_package.AdamW", "math.pi", "torch.optim.AdamW.step"]
-)
+@pytest.mark.parametrize("name", ["AdamW", "", "torch.optim", "no_such_package.AdamW", "math.pi", "torch.optim.AdamW.step"])
 def test_what_is_no_optimizer_is_named(name):
     """Names that cannot be imported are ImportErrors, what is no class of optimizers a TypeError; both show the name."""
     with pytest.raises((ImportError, TypeError), match=f"base_optimizer='{name}'.*torch.optim.AdamW"):

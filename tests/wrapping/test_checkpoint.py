@@ -87,9 +87,7 @@ def test_settings_that_a_checkpoint_replaces_are_named(saved, given, replaced):
         other.load_state_dict(state)
         other.load_state_dict(other.state_dict())  # what Accelerate does with every optimizer says nothing
     messages = [str(warning.message) for warning in caught]
-    assert messages == (
-        [] if not replaced else [message for message in messages if f"replaces {replaced}: " in message]
-    )
+    assert messages == ([] if not replaced else [message for message in messages if f"replaces {replaced}: " in message])
     assert len(messages) == bool(replaced)
     closure = closure_of(other, loss)
     other.step(closure)
@@ -101,14 +99,10 @@ def test_a_group_whose_own_strength_is_replaced_is_named():
     model, _ = regression()
 
     def wrapped(strength, own):
-        groups = [
-            {"params": [p], **({"gradreg_strength": own} if p.ndim == 1 else {})} for p in model.parameters()
-        ]
+        groups = [{"params": [p], **({"gradreg_strength": own} if p.ndim == 1 else {})} for p in model.parameters()]
         return unchecked(torch.optim.SGD(groups, lr=0.1), strength=strength)
 
-    with pytest.warns(
-        UserWarning, match=r"replaces strength=0\.5 by 0\.1, strength=0\.25 by 0\.0: "
-    ) as caught:
+    with pytest.warns(UserWarning, match=r"replaces strength=0\.5 by 0\.1, strength=0\.25 by 0\.0: ") as caught:
         wrapped(0.5, 0.25).load_state_dict(wrapped(0.1, 0.0).state_dict())
     assert len(caught) == 1
 
@@ -215,9 +209,7 @@ def test_exclusion_is_about_this_model_and_is_not_loaded():
 def test_a_callable_schedule_is_not_saved_and_stays():
     """Like LambdaLR's, a callable is not part of the checkpoint; the one given to the constructor goes on."""
     model, loss = regression()
-    optimizer = unchecked(
-        torch.optim.SGD(model.parameters(), lr=0.1), strength=1.0, schedule=lambda step: 1 / (1 + step)
-    )
+    optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.1), strength=1.0, schedule=lambda step: 1 / (1 + step))
     take_steps(optimizer, loss, 3)
     other = unchecked(torch.optim.SGD(model.parameters(), lr=0.1), schedule=lambda step: 1 / (1 + step))
     other.load_state_dict(through_a_file(optimizer.state_dict()))
@@ -312,9 +304,7 @@ def test_hooks_of_state_dicts_run_on_wrapper_and_base():
     for target, name in ((optimizer, "wrapper"), (optimizer.optimizer, "base")):
         target.register_state_dict_pre_hook(lambda *_, name=name: called.append(f"{name} save"))
         target.register_state_dict_post_hook(lambda _, state, name=name: {**state, name: True})
-        target.register_load_state_dict_pre_hook(
-            lambda _, state, name=name: called.append((name, state.pop(name)))
-        )
+        target.register_load_state_dict_pre_hook(lambda _, state, name=name: called.append((name, state.pop(name))))
         target.register_load_state_dict_post_hook(lambda *_, name=name: called.append(f"{name} loaded"))
     state = optimizer.state_dict()
     assert state["wrapper"]

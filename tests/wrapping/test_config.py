@@ -64,16 +64,12 @@ def test_defaults_agree_with_the_constructor():
     assert kwargs == defaults
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("strength", 0.5), ("eps", 0.25), ("radius", 0.02), ("g1_clip", 2.0)]
-)
+@pytest.mark.parametrize(("name", "value"), [("strength", 0.5), ("eps", 0.25), ("radius", 0.02), ("g1_clip", 2.0)])
 def test_flags_reach_the_constructor(name, value):
     """Each field arrives under the name of its keyword argument."""
     kwargs = GradRegConfig(**{FIELDS[name]: value}).kwargs()
     assert kwargs[name] == value
-    GradRegOptimizer(
-        torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1), **{**kwargs, "exclude": ()}
-    )
+    GradRegOptimizer(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1), **{**kwargs, "exclude": ()})
 
 
 def test_zero_switches_a_clip_off():
@@ -86,9 +82,7 @@ def test_zero_switches_a_clip_off():
 @given(POSITIVE, POSITIVE, st.integers(0), st.one_of(st.none(), POSITIVE))
 def test_valid_numbers_pass(strength, eps, warmup, clip):
     """Every number inside the documented range is accepted, by the dataclass and by the check."""
-    GradRegConfig(
-        grad_reg_strength=strength, grad_reg_eps=eps, grad_reg_warmup=warmup, grad_reg_max_penalty_ratio=clip
-    )
+    GradRegConfig(grad_reg_strength=strength, grad_reg_eps=eps, grad_reg_warmup=warmup, grad_reg_max_penalty_ratio=clip)
     check_settings(strength=0, g1_clip=clip, g2_clip=math.inf)
 
 
@@ -102,11 +96,7 @@ def test_invalid_numbers_do_not(name, value):
         check_settings(**{name: value})
 
 
-@given(
-    st.one_of(
-        st.floats(max_value=0, exclude_max=True), st.sampled_from([math.nan, math.inf, "0.1", None, False])
-    )
-)
+@given(st.one_of(st.floats(max_value=0, exclude_max=True), st.sampled_from([math.nan, math.inf, "0.1", None, False])))
 def test_strength_may_be_zero_and_nothing_below(value):
     """Strength has the one range that includes 0."""
     with pytest.raises(ValueError, match="strength="):
@@ -136,7 +126,5 @@ def test_command_line():
     (config,) = parser.HfArgumentParser(GradRegConfig).parse_args_into_dataclasses(flags + exclude)
     assert config == GradRegConfig(1e-2, 1e-3, grad_reg_warmup=5, grad_reg_exclude=["embed", "lm_head"])
     assert config.kwargs()["exclude"] == ("embed", "lm_head")
-    (config,) = parser.HfArgumentParser(GradRegConfig).parse_args_into_dataclasses(
-        ["--grad_reg_radius", "0.02"]
-    )
+    (config,) = parser.HfArgumentParser(GradRegConfig).parse_args_into_dataclasses(["--grad_reg_radius", "0.02"])
     assert config.kwargs()["radius"] == 0.02  # the default ε of the parser still counts as a default

@@ -34,9 +34,7 @@ def test_groups_bring_their_own_settings():
         {"strength": 1.0, "eps": None, "radius": 0.25},
         {"strength": 1.0, "eps": 0.125, "radius": None},
     ]
-    with_radius = unchecked(
-        torch.optim.SGD([dict(group) for group in groups], lr=0.1), strength=1.0, radius=2.0
-    )
+    with_radius = unchecked(torch.optim.SGD([dict(group) for group in groups], lr=0.1), strength=1.0, radius=2.0)
     assert [(group["gradreg_eps"], group["gradreg_radius"]) for group in with_radius.param_groups] == [
         (None, 2.0),
         (None, 2.0),
@@ -71,9 +69,7 @@ def test_a_radius_is_a_length_over_all_groups():
     w, v = parameter(3), parameter(2, 2)
     standing = []
     optimizer = unchecked(torch.optim.SGD([{"params": [w]}, {"params": [v]}], lr=0.0), radius=0.5)
-    closure = closure_of(
-        optimizer, lambda: (standing.append(weights(optimizer)), w.square().sum() + v.pow(4).sum())[1]
-    )
+    closure = closure_of(optimizer, lambda: (standing.append(weights(optimizer)), w.square().sum() + v.pow(4).sum())[1])
     optimizer.step(closure)
     moved = torch.cat([(b - a).flatten() for a, b in zip(*standing, strict=True)])
     torch.testing.assert_close(moved.norm().item(), 0.5, rtol=1e-14, atol=0)  # θ' is rounded
@@ -155,9 +151,7 @@ def test_names_from_the_model_or_from_the_optimizer():
     for known in (True, False):
         model, _ = regression()
         parameters = model.parameters() if known else model.named_parameters()
-        optimizer = unchecked(
-            torch.optim.SGD(parameters, lr=0.1), exclude="0.", model=model if known else None
-        )
+        optimizer = unchecked(torch.optim.SGD(parameters, lr=0.1), exclude="0.", model=model if known else None)
         assert optimizer.param_groups[0]["gradreg_excluded"] == [0, 1]
 
 
@@ -183,10 +177,7 @@ def test_positions_are_those_of_matching_names(entries):
         groups[index]["params"].append(parameter(1))
         groups[index]["param_names"].append(name)
     patterns = ("embed", "bias")
-    expected = [
-        [i for i, name in enumerate(group["param_names"]) if "embed" in name or "bias" in name]
-        for group in groups
-    ]
+    expected = [[i for i, name in enumerate(group["param_names"]) if "embed" in name or "bias" in name] for group in groups]
     assert excluded_positions(groups, patterns, None, must_match=False) == expected
 
 

@@ -101,9 +101,7 @@ def test_two_steps_follow_the_formula(kind, record_property):
         step_on(bare, dict(zip(in_order[1], found, strict=True)), number)
         step_on(exact, dict(zip(in_order[2], formula(models[2], in_order[2], *data)[0], strict=True)), number)
         assert_same(weights(models[0]), weights(models[1]))
-    distances = [
-        float((a - b).abs().max()) for a, b in zip(weights(models[0]), weights(models[2]), strict=True)
-    ]
+    distances = [float((a - b).abs().max()) for a, b in zip(weights(models[0]), weights(models[2]), strict=True)]
     record_property("difference", max(distances))
     if kind.path not in AMPLIFIES:
         assert max(distances) <= kind.tolerance

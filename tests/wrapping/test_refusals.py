@@ -112,9 +112,7 @@ class Anything(torch.optim.SGD):
         return super().step()
 
 
-@pytest.mark.parametrize(
-    "cls", [Optional, WithoutClosures, NoArgument, Anything], ids=lambda cls: cls.__name__
-)
+@pytest.mark.parametrize("cls", [Optional, WithoutClosures, NoArgument, Anything], ids=lambda cls: cls.__name__)
 def test_optimizers_that_step_on_gradients(cls):
     """Whatever can be called without a closure is wrapped, and steps."""
     model, loss = regression()

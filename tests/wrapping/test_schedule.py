@@ -18,8 +18,7 @@ WARMUPS = st.integers(0, 50)
 def test_nothing_during_the_warmup(schedule, warmup, length):
     """Exactly the first ``warmup_steps`` steps have the factor 0, whatever the schedule."""
     factors = [
-        strength_factor(step, warmup_steps=warmup, schedule=schedule, schedule_steps=length)
-        for step in range(warmup + 3)
+        strength_factor(step, warmup_steps=warmup, schedule=schedule, schedule_steps=length) for step in range(warmup + 3)
     ]
     assert factors[:warmup] == [0.0] * warmup
     assert all(factor > 0 for factor in factors[warmup:])
@@ -53,9 +52,7 @@ def test_cosine_by_hand():
 def test_named_schedules_rise_to_one_and_stay(schedule, warmup, length):
     """Both rise monotonically over ``schedule_steps`` steps after the warm-up and end at exactly 1."""
     steps = range(warmup, warmup + length + 2)
-    factors = [
-        strength_factor(step, warmup_steps=warmup, schedule=schedule, schedule_steps=length) for step in steps
-    ]
+    factors = [strength_factor(step, warmup_steps=warmup, schedule=schedule, schedule_steps=length) for step in steps]
     assert all(0 < a < b for a, b in itertools.pairwise(factors[:length]))
     assert factors[length - 1 :] == [1.0, 1.0, 1.0]
 

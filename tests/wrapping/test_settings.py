@@ -50,9 +50,7 @@ def test_numbers_of_other_libraries(kinds):
         for name, value in given.items()
     }
     expected = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **given)
-    flags = GradRegConfig(
-        **{f"grad_reg_{name.removesuffix('_steps')}": value for name, value in foreign.items()}
-    )
+    flags = GradRegConfig(**{f"grad_reg_{name.removesuffix('_steps')}": value for name, value in foreign.items()})
     by_group = [
         {
             "params": list(others[2][0].parameters()),
@@ -62,9 +60,7 @@ def test_numbers_of_other_libraries(kinds):
     ]
     optimizers = [
         GradRegOptimizer(torch.optim.SGD(others[0][0].parameters(), lr=0.1), **foreign),
-        GradRegOptimizer(
-            torch.optim.SGD(others[1][0].parameters(), lr=0.1), **{**flags.kwargs(), "exclude": ()}
-        ),
+        GradRegOptimizer(torch.optim.SGD(others[1][0].parameters(), lr=0.1), **{**flags.kwargs(), "exclude": ()}),
         GradRegOptimizer(torch.optim.SGD(by_group, lr=0.1), g1_clip=2.0, check_every=0, shrink=False),
     ]
     for current, its_loss in (
@@ -84,9 +80,7 @@ def test_numbers_of_other_libraries(kinds):
         torch.load(buffer, weights_only=True)
 
 
-@pytest.mark.parametrize(
-    "value", [torch.tensor([0.1]), numpy.array([0.1, 0.2]), torch.tensor(True), torch.tensor(-1.0), 1j]
-)
+@pytest.mark.parametrize("value", [torch.tensor([0.1]), numpy.array([0.1, 0.2]), torch.tensor(True), torch.tensor(-1.0), 1j])
 def test_what_is_no_number_is_refused(value):
     """More than one element, a truth value or a number outside the range: the rule of the setting."""
     with pytest.raises(ValueError, match="strength must be a finite number >= 0"):
@@ -138,24 +132,16 @@ def test_groups_cannot_differ_in_what_is_read_from_the_first():
     groups = [{"params": [parameters[0]]}, {"params": [parameters[1]], "gradreg_method": "central"}]
     same = [{**group, "gradreg_method": "central"} for group in groups]
     optimizer = GradRegOptimizer(torch.optim.SGD(same, lr=0.1))
-    with pytest.raises(
-        ValueError, match="gradreg_method='forward' in one parameter group and 'central' in the first"
-    ):
+    with pytest.raises(ValueError, match="gradreg_method='forward' in one parameter group and 'central' in the first"):
         optimizer.add_param_group({"params": [parameters[2]], "gradreg_method": "forward"})
     assert len(optimizer.param_groups) == 2
-    with pytest.raises(
-        ValueError, match="gradreg_method='central' in one parameter group and 'forward' in the first"
-    ):
-        GradRegOptimizer(
-            torch.optim.SGD([{"params": [parameters[0]], "gradreg_method": "forward"}, groups[1]], lr=0.1)
-        )
+    with pytest.raises(ValueError, match="gradreg_method='central' in one parameter group and 'forward' in the first"):
+        GradRegOptimizer(torch.optim.SGD([{"params": [parameters[0]], "gradreg_method": "forward"}, groups[1]], lr=0.1))
     with pytest.raises(ValueError, match="gradreg_method='central' in one parameter group"):
         GradRegOptimizer(torch.optim.SGD(groups, lr=0.1))
 
 
-@pytest.mark.parametrize(
-    "name", [*(setting.name for setting in SETTINGS if setting.is_key), "model", "scaler"]
-)
+@pytest.mark.parametrize("name", [*(setting.name for setting in SETTINGS if setting.is_key), "model", "scaler"])
 def test_settings_are_no_attributes(name):
     """Assigning one would have no effect: the message says where it is changed."""
     optimizer = GradRegOptimizer(sgd())
@@ -193,9 +179,7 @@ def test_the_types_of_attach_are_those_of_the_constructor():
     assert typing.get_type_hints(Settings) == {name: hints[name] for name in keywords}
 
 
-@pytest.mark.parametrize(
-    "exclude", [3, True, 0.5, b"embed", ["embed", 3], nn.Linear(2, 2), torch.ones(2)], ids=type
-)
+@pytest.mark.parametrize("exclude", [3, True, 0.5, b"embed", ["embed", 3], nn.Linear(2, 2), torch.ones(2)], ids=type)
 def test_patterns_of_the_wrong_kind(exclude):
     """Whatever is no pattern is refused by the rule of patterns, in the constructor and in the flags."""
     for construct in (
@@ -215,9 +199,7 @@ def test_a_scaler_of_the_wrong_kind(scaler):
         GradRegOptimizer(sgd(), scaler=scaler)
 
 
-@pytest.mark.parametrize(
-    "of", [lambda m: m.state_dict(), lambda m: list(m.parameters()), type, lambda m: m.forward]
-)
+@pytest.mark.parametrize("of", [lambda m: m.state_dict(), lambda m: list(m.parameters()), type, lambda m: m.forward])
 def test_a_model_of_the_wrong_kind(of):
     """A state dict, parameters, a class or a function are no module."""
     model, _ = regression()
@@ -274,9 +256,7 @@ def test_yaml():
 def ratios(steps, strength, **settings):
     """The warnings of some steps on ½x⁴, whose penalty is 6·strength·x² times its gradient."""
     weight = nn.Parameter(torch.ones(1, dtype=torch.float64))
-    optimizer = GradRegOptimizer(
-        torch.optim.SGD([weight], lr=0.0), strength=strength, check_every=0, **settings
-    )
+    optimizer = GradRegOptimizer(torch.optim.SGD([weight], lr=0.0), strength=strength, check_every=0, **settings)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(steps):

@@ -22,9 +22,7 @@ SCHEDULERS = {
     "CosineAnnealingWarmRestarts": lambda opt: lr_scheduler.CosineAnnealingWarmRestarts(opt, 2),
     "CyclicLR": lambda opt: lr_scheduler.CyclicLR(opt, 0.01, 0.1, 2),
     "OneCycleLR": lambda opt: lr_scheduler.OneCycleLR(opt, 0.1, 6),
-    "ReduceLROnPlateau": lambda opt: lr_scheduler.ReduceLROnPlateau(
-        opt, patience=0, threshold=10.0, threshold_mode="abs"
-    ),
+    "ReduceLROnPlateau": lambda opt: lr_scheduler.ReduceLROnPlateau(opt, patience=0, threshold=10.0, threshold_mode="abs"),
     "SequentialLR": lambda opt: lr_scheduler.SequentialLR(
         opt, [lr_scheduler.ConstantLR(opt, 0.5, 2), lr_scheduler.ExponentialLR(opt, 0.5)], [2]
     ),
@@ -40,9 +38,7 @@ def test_every_scheduler_of_torch_is_in_the_table():
     names = {
         name
         for name, entry in vars(lr_scheduler).items()
-        if isinstance(entry, type)
-        and issubclass(entry, lr_scheduler.LRScheduler)
-        and not name.endswith("LRScheduler")
+        if isinstance(entry, type) and issubclass(entry, lr_scheduler.LRScheduler) and not name.endswith("LRScheduler")
     }
     assert names | {"SWALR"} == set(SCHEDULERS)
 
@@ -237,9 +233,7 @@ def test_a_profiler_sees_one_step():
     optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.1))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         optimizer.step(closure_of(optimizer, loss))
-    steps = {
-        event.key: event.count for event in profile.key_averages() if event.key.startswith("Optimizer.step#")
-    }
+    steps = {event.key: event.count for event in profile.key_averages() if event.key.startswith("Optimizer.step#")}
     assert steps == {"Optimizer.step#SGD.step": 1}
 
 
@@ -251,9 +245,7 @@ def test_an_average_kept_by_a_scheduler_moves_once():
         optimizer, averaged = unchecked(inner), swa_utils.AveragedModel(model)
         holder = optimizer if on == "wrapper" else inner
         scheduler = lr_scheduler.StepLR(holder, 1, gamma=0.5)
-        holder.register_step_post_hook(
-            lambda *_, a=averaged, m=model, s=scheduler: (a.update_parameters(m), s.step())[:0]
-        )
+        holder.register_step_post_hook(lambda *_, a=averaged, m=model, s=scheduler: (a.update_parameters(m), s.step())[:0])
         for _ in range(3):
             optimizer.step(closure_of(optimizer, loss))
         assert int(averaged.n_averaged) == 3
