@@ -157,6 +157,14 @@ class Attachment(TrainerCallback):
         if groups[0]["gradreg_schedule_steps"] is None and max_steps > 0:
             for group in groups:
                 group["gradreg_schedule_steps"] = max(1, max_steps - groups[0]["gradreg_warmup_steps"])
+        if 0 < max_steps <= groups[0]["gradreg_warmup_steps"]:
+            self.optimizer.witnesses.tell(
+                "warmup",
+                f"warmup_steps={groups[0]['gradreg_warmup_steps']} and {max_steps} steps of training leave none "
+                "with the penalty",
+                "a warm-up for a longer training",
+                "lower warmup_steps",
+            )
         # The window restores random numbers and states of modules by itself, for each micro-batch.
         passes = self.optimizer.begin(lambda _point: nullcontext())
         return Window(self.trainer, self.optimizer, passes, self._generations, self._old_policy)
