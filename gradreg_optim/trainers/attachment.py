@@ -160,8 +160,8 @@ class Attachment(TrainerCallback):
         if 0 < max_steps <= groups[0]["gradreg_warmup_steps"]:
             self.optimizer.witnesses.tell(
                 "warmup",
-                f"warmup_steps={groups[0]['gradreg_warmup_steps']}, and {max_steps} steps of training: none has "
-                "the penalty",
+                f"warmup_steps={groups[0]['gradreg_warmup_steps']}, and {max_steps} steps of training: none "
+                "has the penalty",
                 "a warm-up for a longer training",
                 "lower warmup_steps",
             )
