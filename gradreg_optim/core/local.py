@@ -80,7 +80,8 @@ class LocalStorage:
         self._was_unscaled = self._is_unscaled()
         if any(parameter.is_meta for parameter in self._trainable):
             refuse_meta(self._trainable)
-        if is_first and any(p.device.type == "cpu" and p.is_shared() for p in self._trainable):  # type: ignore[no-untyped-call]
+        on_cpu: list[Any] = [parameter for parameter in self._trainable if parameter.device.type == "cpu"]
+        if is_first and any(parameter.is_shared() for parameter in on_cpu):
             refuse_shared()
 
     @property

@@ -128,7 +128,8 @@ class ModuleState:
         if id(module) not in self._traced:
             (self._trace if torch.compiler.is_compiling() else self._look_below)(module)
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]  # where code is compiled in parts, this runs between them
+    # Where code is compiled in parts, this runs between them.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def _look_below(self, module: nn.Module) -> None:
         with torch.no_grad(), torch._C._DisableFuncTorch():
             todo: list[nn.Module | None] = [module]

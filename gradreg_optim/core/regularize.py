@@ -259,7 +259,8 @@ def prove(
     if evidence.losses is None:
         return evidence, False
     figures["loss_check"] = evidence.loss_check
-    is_disproved = delta.inner.device.type == "cpu" and float(evidence.off_by()) > BEYOND
+    off = item_on_cpu(evidence.off_by()) if delta.inner.device.type == "cpu" else None
+    is_disproved = isinstance(off, float) and off > BEYOND
     if is_disproved:
         weights[:], first.skipped = [0.0] * len(weights), 1
     return evidence, is_disproved

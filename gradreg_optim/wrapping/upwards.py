@@ -1,4 +1,4 @@
-"""The one call upwards: trainers, in a package that imports this one, have to use the wrapper they are given.
+"""The one arrow upwards: trainers have to use a wrapper that they are given, in a package that imports this one.
 
 That package is imported by name, and only once Transformers' trainer is there: ``import gradreg_optim`` needs
 torch alone. A scaler that calls the wrapper is found in the calling frames.
@@ -7,20 +7,57 @@ torch alone. A scaler that calls the wrapper is found in the calling frames.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 from torch.amp import GradScaler
 
-TRAINER = "transformers.trainer"
-ATTACH = "gradreg_optim.trainers.attach"
+_TRAINER = "transformers.trainer"
+_ATTACH = "gradreg_optim.trainers.attach"
+
+
+class _AfterTrainer(MetaPathFinder):
+    """Imports this package's part for trainers as soon as Transformers' trainer has been imported."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Find ``transformers.trainer`` as the other finders do, with an import that follows its own."""
+        if name != _TRAINER:
+            return None
+        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec: Any = next((spec for spec in found if spec is not None), None)
+        if spec is not None:
+            execute = spec.loader.exec_module
+
+            def execute_both(module: ModuleType) -> None:
+                execute(module)
+                if module.__name__ == _TRAINER and not _is_being_imported("gradreg_optim.trainers."):
+                    import_module(_ATTACH)
+
+            spec.loader.exec_module = execute_both
+        return spec  # type: ignore[no-any-return]
+
+
+def _is_being_imported(prefix: str) -> bool:
+    """Whether a module with such a name is in the middle of its import, and may be what imports the trainer."""
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith(prefix)]
+    return any(getattr(module.__spec__, "_initializing", False) for module in modules)
+
+
+_AFTER_TRAINER = _AfterTrainer()
 
 
 def announce() -> None:
-    """There is a wrapper, and there are trainers: let them use those that they are given."""
-    # Else it is in the middle of its import.
-    if not getattr(sys.modules[TRAINER].__spec__, "_initializing", False):
-        import_module(ATTACH)
+    """A wrapper was built: trainers have to use those that they are given, imported before or after this."""
+    if _TRAINER in sys.modules:
+        import_module(_ATTACH)
+    elif _AFTER_TRAINER not in sys.meta_path:
+        sys.meta_path.insert(0, _AFTER_TRAINER)
 
 
 def calling_scaler() -> Any:

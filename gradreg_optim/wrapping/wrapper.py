@@ -7,7 +7,6 @@ LR schedulers, Accelerate, GradScaler and checkpointing all hold on to ``param_g
 from __future__ import annotations
 
 import functools
-import sys
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -139,21 +138,11 @@ class OptimizerWrapper(Optimizer):
         self._planner = Planner()
         self._adopt_new_groups()
         self._planner.settled(self.param_groups, self.exclusion.positions)
+        upwards.announce()
 
     # One optimizer: groups, state and defaults are the wrapped one's.
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The wrapped optimizer's groups."""
-        if upwards.TRAINER in sys.modules and upwards.ATTACH not in sys.modules:
-            # A trainer that is imported after the wrapper was built looks at them before it trains.
-            upwards.announce()
-        return self.optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.optimizer.param_groups = groups
-
+    param_groups = shared("param_groups")
     state = shared("state")
     defaults = shared("defaults", {})
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import assert_same, closure_of, regression, unchecked, weights
+from problems import assert_same, closure_of, past_the_first_step, regression, unchecked, weights
 from torch import nn
 
 from gradreg_optim.core import multi_tensor
@@ -215,7 +215,7 @@ def test_whole_steps(interpreted, monkeypatch, dtype, settings):
 def test_one_launch_an_operation(interpreted):
     """Of parameters of one dtype, however many there are."""
     parameters = [nn.Parameter(torch.ones(3, n).bfloat16()) for n in range(1, 30)]
-    optimizer = unchecked(torch.optim.SGD(parameters, lr=0.1), radius=0.1, check_every=0)
+    optimizer = past_the_first_step(unchecked(torch.optim.SGD(parameters, lr=0.1), radius=0.1))
     optimizer.step(closure_of(optimizer, lambda: sum(p.float().square().sum() for p in parameters)))
     assert interpreted == [
         "_norm_kernel",

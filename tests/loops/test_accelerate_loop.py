@@ -120,7 +120,7 @@ def test_prepared_optimizer_takes_closures(closure_of, accumulation):
     expected, reference = referenced(model, windows)
     count = accumulation if closure_of is accumulating else 1
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=count)
-    model, optimizer = accelerator.prepare(model, GradRegOptimizer(sgd(model), **SETTINGS))
+    model, optimizer = accelerator.prepare(model, GradRegOptimizer(sgd(model), check_every=0, **SETTINGS))
     losses = []
     for window, after in zip(windows, expected, strict=True):
         optimizer.step(closure_of(accelerator, model, optimizer, window, losses))
@@ -137,7 +137,7 @@ def test_scheduler_steps_once_a_step():
     model = regression()[0]
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
     base = sgd(model)
-    optimizer = GradRegOptimizer(base, **SETTINGS)
+    optimizer = GradRegOptimizer(base, check_every=0, **SETTINGS)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     rates = []
@@ -156,7 +156,7 @@ def test_clipping_the_combined_gradient():
     base.register_step_pre_hook(lambda *_: norms.append(accelerator.clip_grad_norm_(model.parameters(), 1e-3).item()))
     (plain,), _ = referenced(model, windows[:1])
     start = weights(model)
-    model, optimizer = accelerator.prepare(model, GradRegOptimizer(base, **SETTINGS))
+    model, optimizer = accelerator.prepare(model, GradRegOptimizer(base, check_every=0, **SETTINGS))
     optimizer.step(synchronizing(accelerator, model, optimizer, windows[0], []))
     combined = torch.cat([((a - b) / 0.1).flatten() for a, b in zip(start, plain, strict=True)])  # rate 0.1
     moved = torch.cat([(a - b).flatten() for a, b in zip(start, weights(model), strict=True)])

@@ -77,7 +77,11 @@ def referenced(model, batches, accumulation=1, clip=None, **settings):
     base, losses = sgd(model), []
     scheduler = torch.optim.lr_scheduler.StepLR(base, step_size=1, gamma=0.5)
     if clip is not None:
-        base.register_step_pre_hook(lambda *_: torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
+
+        def clip_combined(*_):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+
+        base.register_step_pre_hook(clip_combined)
     reference = Reference(base, **{**SETTINGS, **settings})
     for first in range(0, len(batches), accumulation):
 
@@ -101,7 +105,7 @@ class Module(lightning.LightningModule):
         self.manual, self.automatic_optimization = manual, manual is None
 
     def configure_optimizers(self):
-        optimizer = GradRegOptimizer(sgd(self.net), model=self.net, **SETTINGS)
+        optimizer = GradRegOptimizer(sgd(self.net), model=self.net, check_every=0, **SETTINGS)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -232,7 +236,7 @@ def test_fabric_takes_closures(accumulation):
     expected, _ = referenced(model, batches, accumulation)
     first_loss = error(model, batches[accumulation - 1])
     fabric = lightning.Fabric(accelerator="cpu", devices=1)
-    inner = GradRegOptimizer(sgd(model), model=model, **SETTINGS)
+    inner = GradRegOptimizer(sgd(model), model=model, check_every=0, **SETTINGS)
     wrapped, optimizer = fabric.setup(model, inner)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
     losses = []
@@ -255,7 +259,7 @@ def test_fabric_with_a_scaler():
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     precision = fabric_plugins.MixedPrecision("16-mixed", "cpu", scaler=scaler)
     fabric = lightning.Fabric(accelerator="cpu", devices=1, plugins=precision)
-    optimizer = GradRegOptimizer(sgd(model), model=model, scaler=scaler, **SETTINGS)
+    optimizer = GradRegOptimizer(sgd(model), model=model, scaler=scaler, check_every=0, **SETTINGS)
     wrapped, given = fabric.setup(model, optimizer)
     with pytest.raises(RuntimeError, match="Closure use is not currently supported if GradScaler is enabled"):
         fabric_step(fabric, wrapped, given, batches[:1])
