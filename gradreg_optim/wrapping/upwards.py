@@ -1,4 +1,4 @@
-"""The one arrow upwards: trainers have to use a wrapper that they are given, in a package that imports this one.
+"""The one arrow upwards: trainers, in a package that imports this one, have to use a wrapper they are given.
 
 That package is imported by name, and only once Transformers' trainer is there: ``import gradreg_optim`` needs
 torch alone. A scaler that calls the wrapper is found in the calling frames.
@@ -44,7 +44,7 @@ class _AfterTrainer(MetaPathFinder):
 
 
 def _is_being_imported(prefix: str) -> bool:
-    """Whether a module with such a name is in the middle of its import, and may be what imports the trainer."""
+    """Whether a module with such a name is being imported, and may be what imports the trainer."""
     modules = [module for name, module in list(sys.modules.items()) if name.startswith(prefix)]
     return any(getattr(module.__spec__, "_initializing", False) for module in modules)
 
