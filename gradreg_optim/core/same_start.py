@@ -195,14 +195,15 @@ class Clearing:
             p for p in parameters if p.requires_grad and p.grad is not None and p.grad.layout is torch.strided
         )
         self._probe = min(with_gradient, key=Tensor.numel, default=None)
-        self._before = None if self._probe is None else (self._probe.grad, self._probe.grad._version)
+        if self._probe is not None:  # FSDP2 adds to the shard inside a DTensor
+            self._before = (self._probe.grad, local_shard(self._probe.grad)._version)
 
     def is_open(self) -> bool:
         """Before a backward: whether the gradient is still the one from before."""
         if self._probe is None:
             return False
         gradient, version = self._before
-        if self._probe.grad is not gradient or gradient._version != version:
+        if self._probe.grad is not gradient or local_shard(gradient)._version != version:
             return False
         self._is_zero = not bool(local_shard(gradient).any())
         return True
@@ -212,7 +213,7 @@ class Clearing:
         if self._probe is None:
             return
         gradient, version = self._before
-        if was_open and self._probe.grad is gradient and gradient._version == version:
+        if was_open and self._probe.grad is gradient and local_shard(gradient)._version == version:
             return  # it was the backward of something else
         if was_open and not self._is_zero:
             self._probe = None
