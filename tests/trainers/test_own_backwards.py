@@ -52,6 +52,7 @@ class OneParameter(SFTTrainer):
         return loss
 
 
+@pytest.mark.filterwarnings("ignore:.*none has the penalty:UserWarning")  # a warm-up that lasts for all of it
 @pytest.mark.parametrize("trainer_class", [Auxiliary, Before, FastGradient, OneParameter])
 def test_a_backward_of_ones_own_is_refused(trainer_class, tmp_path):
     """The second pass would lack that gradient: an error, before it is added to any; without a penalty nothing is wrong."""

@@ -407,6 +407,7 @@ class OwnLoss(GRPOTrainer):
         return model(input_ids=ids).logits.square().mean()
 
 
+@pytest.mark.filterwarnings("ignore:.*none has the penalty:UserWarning")  # a warm-up that lasts for all of it
 @pytest.mark.parametrize("warmup_steps", [0, 3])
 @pytest.mark.parametrize(
     ("make", "name"),

@@ -129,3 +129,10 @@ def test_dropout_and_inputs_are_the_recorded_ones(tmp_path):
     assert torch.equal(results[0][1], results[1][1])
     assert torch.equal(losses[2], losses[0])
     assert not losses[2].requires_grad
+
+
+def test_a_warm_up_as_long_as_the_training_is_told(tmp_path):
+    """Nothing would have the penalty."""
+    trainer = build("sft", tmp_path, wrapped={"strength": 1.0, "warmup_steps": 9})
+    with pytest.warns(UserWarning, match=r"warmup_steps=9.*none has the penalty.*Remedy"):
+        trainer.train()
