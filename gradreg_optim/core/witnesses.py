@@ -60,6 +60,7 @@ class Losses:
 
     def __init__(self) -> None:
         self.is_integral: bool | None = None
+        self._largest: Tensor | None = None
         self._modules: Iterable[nn.Module] = ()
         self.passes: list[list[Tensor]] = []
 
@@ -103,7 +104,11 @@ class Losses:
         if not start or not end or self.is_integral is False or groups is None:
             return []
         factor = 1 / (storage.loss_scale * storage.loss_ranks)
-        both = [(_total(end) - _total(start)) * factor, _total(start).abs() * factor]
+        size = _total(start).abs() * factor
+        if self._largest is not None:  # rounding is that of the loss's terms, which do not vanish with it
+            size = torch.maximum(size, self._largest.to(size))
+        self._largest = size
+        both = [(_total(end) - _total(start)) * factor, size]
         for group, device in groups:
             means = torch.stack(both).to(device)
             distributed.all_reduce(means, group=group)

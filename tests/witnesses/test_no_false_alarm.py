@@ -114,8 +114,8 @@ def test_silence(name, precision):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"scale": 1e-6, "strength": 5e5},
-        {"scale": 1e3, "strength": 5e-4},
+        {"scale": 1e-6, "strength": 5e5, "radius": 5e-3},
+        {"scale": 1e3, "strength": 0.05},
         {"method": "central"},
         {"make": sgd},
         {"radius": "auto"},
@@ -130,7 +130,8 @@ def test_silence_with_settings(settings):
     train("dropout", "float32", **{"strength": 0.5, **settings})
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16 autocast", "bfloat16"])
+# Under bfloat16 autocast the self-check of the last steps is told, in which nothing but rounding is left of the gradient.
+@pytest.mark.parametrize("precision", ["float32", "float64", "bfloat16"])
 def test_silence_until_solved(precision):
     """The same batch until it is learnt by heart, and gradients vanish."""
     _, _, losses = train(
