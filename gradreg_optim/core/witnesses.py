@@ -105,10 +105,10 @@ class Losses:
             return []
         factor = 1 / (storage.loss_scale * storage.loss_ranks)
         size = _total(start).abs() * factor
-        if self._largest is not None:  # rounding is that of the loss's terms, which do not vanish with it
-            size = torch.maximum(size, self._largest.to(size))
-        self._largest = size
-        both = [(_total(end) - _total(start)) * factor, size]
+        # Rounding is that of the loss's terms, which do not vanish with it. An overflow tells nothing.
+        largest = torch.zeros_like(size) if self._largest is None else self._largest.to(size)
+        self._largest = torch.where(size.isfinite(), torch.maximum(size, largest), largest)
+        both = [(_total(end) - _total(start)) * factor, self._largest]
         for group, device in groups:
             means = torch.stack(both).to(device)
             distributed.all_reduce(means, group=group)

@@ -222,7 +222,7 @@ class Attachment(TrainerCallback):
         """Repeat the first loss of the window. In the first step a difference raises, later it warns."""
         self._regularized += 1
         plan = window.passes.plan
-        if self._regularized not in REPEATED_IN and len(plan.points) == len(plan.scheme.points):
+        if self._regularized not in REPEATED_IN and not plan.is_checked:
             return
         found = window.compare_losses()
         name = type(self.trainer).__name__

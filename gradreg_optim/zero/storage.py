@@ -44,10 +44,6 @@ class WholeGradients(LocalStorage):
             return optimizer.param_groups
         return [{"params": parameters} for parameters in optimizer.fp16_groups]
 
-    def announce(self, *, is_summed: bool) -> None:
-        """Set the engine's accumulation boundary, at which it completes gradients over ranks."""
-        self.engine.set_gradient_accumulation_boundary(is_summed)
-
 
 @dataclass(frozen=True)
 class Fragment:
@@ -270,15 +266,8 @@ class Partitions(ABC):
 
     # Micro-batches.
 
-    announce = WholeGradients.announce
-
     def take_sum(self) -> list[Tensor]:
         """Take the gradient of each fragment and clear the engine's."""
         taken = self._detached()
         self._clear()
         return taken
-
-    def add_sum(self, gradients: list[Tensor]) -> None:
-        """Add to the gradient of each fragment."""
-        for gradient, addend in zip(self.see_sum(), gradients, strict=True):
-            gradient.add_(addend)

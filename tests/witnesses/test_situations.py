@@ -442,3 +442,17 @@ def test_a_closure_after_the_passes():
     run()
     with pytest.raises(RuntimeError, match="changed the combined gradient"):
         optimizer.step(lambda: layer(inputs).square().mean().backward())
+
+
+def test_a_loss_that_overflows_once_does_not_blind_the_witness():
+    """A later loss that changes between the passes is seen as before."""
+    layer, inputs = nn.Linear(4, 3).double(), torch.randn(8, 4, dtype=torch.float64)
+    draws = itertools.count(2)
+    optimizer = sgd(layer.parameters(), lr=0.0, strength=1e-2, eps=1e-3, check_every=0)
+    for _ in range(2):
+        by_closure(optimizer, lambda: layer(inputs).square().mean())
+    by_closure(optimizer, lambda: layer(inputs).square().mean() + torch.inf)
+    skipped = float(optimizer.metrics["skipped"])
+    with pytest.warns(UserWarning, match="loss_check"):
+        by_closure(optimizer, lambda: (next(draws) * layer(inputs)).square().mean())
+    assert float(optimizer.metrics["skipped"]) == skipped + 1
