@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gradreg_optim.by_name import GradReg
 from gradreg_optim.config import GradRegConfig
 from gradreg_optim.optimizer import GradRegOptimizer
+from gradreg_optim.wrapping.settings import PUBLISHED
 
 if TYPE_CHECKING:
     from gradreg_optim.trainers.attach import GradRegCallback, attach, detach
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "PUBLISHED",
     "GradReg",
     "GradRegCallback",
     "GradRegConfig",

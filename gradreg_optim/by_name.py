@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from gradreg_optim.config import from_text
 from gradreg_optim.optimizer import GradRegOptimizer
-from gradreg_optim.wrapping.settings import SETTINGS, Settings, check_names, shown
+from gradreg_optim.wrapping.settings import PUBLISHED, SETTINGS, Settings, check_names, shown
 
 _KINDS = {setting.name: setting.rule.kind for setting in SETTINGS}
 
@@ -29,6 +29,7 @@ class GradReg(GradRegOptimizer):
         params: parameters, named parameters or groups, as the optimizer inside takes them.
         base_optimizer: the full name of the optimizer inside, or its class.
         gradreg: keyword arguments of :class:`GradRegOptimizer`; numbers may be text, as YAML reads ``1e-3``.
+            ``"published": True`` sets those of :data:`gradreg_optim.PUBLISHED` that are not given.
         base_kwargs: keyword arguments of the optimizer inside. ``eps`` is there that optimizer's,
             and in ``gradreg`` ε.
 
@@ -74,8 +75,10 @@ def _settings(gradreg: Mapping[str, Any] | None) -> dict[str, Any]:
             f"gradreg={shown(gradreg)} is a {type(gradreg).__name__}: it must be a mapping of "
             "GradRegOptimizer's keyword arguments. Write, for example, gradreg={'strength': 1e-2}."
         )
-    check_names("gradreg", map(str, gradreg or {}))
-    return {name: from_text(value, _KINDS.get(name)) for name, value in (gradreg or {}).items()}
+    given = dict(gradreg or {})
+    start = PUBLISHED if given.pop("published", False) else {}
+    check_names("gradreg", map(str, given))
+    return {**start, **{name: from_text(value, _KINDS.get(name)) for name, value in given.items()}}
 
 
 def _named(name: str) -> Any:

@@ -7,12 +7,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any, get_args
 
-from gradreg_optim.wrapping.settings import SETTINGS, Setting, check_settings, exclude_patterns
+from gradreg_optim.wrapping.settings import PUBLISHED, SETTINGS, Setting, check_settings, exclude_patterns
 
 EXCLUDE = (
     "Parts of parameter names left out of the penalty; `none` leaves out nothing. "
     "Default: embeddings, output layer and value or reward heads, found as modules."
 )
+
+AS_PUBLISHED = "The settings of the published step, where no other flag says otherwise."
 
 
 def _flag(setting: Setting) -> str:
@@ -44,6 +46,7 @@ _Flags: Any = make_dataclass(
     [
         *map(_field, SETTINGS),
         ("grad_reg_exclude", list[str] | None, field(default=None, metadata={"help": EXCLUDE})),
+        ("grad_reg_published", bool, field(default=False, metadata={"help": AS_PUBLISHED})),
     ],
 )
 
@@ -74,6 +77,9 @@ class GradRegConfig(_Flags):  # type: ignore[misc]
         # A command line cannot say None; 0 is the Trainer's way to switch a clip off.
         for clip in ("g1_clip", "g2_clip"):
             kwargs[clip] = kwargs[clip] or None
+        if self.grad_reg_published:
+            defaults = {setting.name: setting.default for setting in SETTINGS}
+            kwargs |= {name: value for name, value in PUBLISHED.items() if kwargs[name] == defaults[name]}
         return {**kwargs, "exclude": exclude_patterns(self.grad_reg_exclude)}
 
 

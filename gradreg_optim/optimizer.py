@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,43 +19,56 @@ from torch.optim import Optimizer
 from gradreg_optim.core.local import LocalStorage
 from gradreg_optim.core.module_state import ModuleState
 from gradreg_optim.core.plan import Plan
+from gradreg_optim.core.replicas import Part, Replicas
 from gradreg_optim.core.same_start import Clearing, HeldClips, same_start
-from gradreg_optim.core.step import Figure, Outcome, Point, Scalar, computed
+from gradreg_optim.core.schemes import stack_scalars
+from gradreg_optim.core.step import Figure, Outcome, Point, Scalar, averaged, computed
 from gradreg_optim.core.storage import Storage
+from gradreg_optim.core.strength import STEPS
 from gradreg_optim.core.witnesses import Losses, Witnesses
 from gradreg_optim.passes import Passes, call_in_each
 from gradreg_optim.wrapping import upwards
-from gradreg_optim.wrapping.refusals import check_engines, check_resample, no_gradient
+from gradreg_optim.wrapping.groups import settle_groups
+from gradreg_optim.wrapping.refusals import check_engines, check_micro_batches, check_resample, no_gradient
 from gradreg_optim.wrapping.schedule import Schedule, ScheduleName
 from gradreg_optim.wrapping.settings import (
-    DEFAULT_STRENGTH,
     Method,
+    NormOf,
     Radius,
     Resample,
     Rounding,
+    Strength,
     check_names,
+    say,
     settings_among,
 )
 from gradreg_optim.wrapping.wrapper import OptimizerWrapper
+
+SEEDS = 2**24
+"""The seeds of rounding in one micro-batch and the next are so far apart."""
 
 
 @dataclass
 class Progress:
     """What steps leave for later calls; one object, which Lightning's copy of the optimizer shares.
 
-    ``passes`` is the loop over :meth:`GradRegOptimizer.passes` that began last; ``is_complete``: it has
-    ended, and a ``step()`` is to follow. ``is_proven``: a regularized step has shown that θ comes back.
+    ``passes`` is the loop over :meth:`GradRegOptimizer.passes` that began last; ``is_complete``: it was the
+    last one of its step, and a ``step()`` is to follow. ``outcomes`` are those of the step's micro-batches so
+    far, of which it has ``micro_batches``, the first perhaps that of a check. ``is_proven``: a regularized step has shown that θ comes back.
     """
 
     figures: dict[str, Figure] = field(default_factory=dict)
     skipped: Scalar = 0
     passes: weakref.ref[Passes] | None = None
     is_complete: bool = False
+    outcomes: list[Outcome] = field(default_factory=list)
+    micro_batches: int = 1
+    is_checked: bool = False
     is_proven: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has no loop under way."""
-        return {**self.__dict__, "passes": None}
+        return {**self.__dict__, "passes": None, "outcomes": []}
 
 
 class GradRegOptimizer(OptimizerWrapper):
@@ -69,8 +82,9 @@ class GradRegOptimizer(OptimizerWrapper):
         optimizer: any optimizer whose ``step`` needs no closure. The wrapper shares its ``param_groups``,
             ``state`` and ``defaults``. A group may bring its own ``gradreg_strength``, ``gradreg_eps`` or
             ``gradreg_radius``.
-        strength: γ ≥ 0, the weight of the penalty. A group of strength 0 is neither perturbed nor
-            regularized.
+        strength: γ ≥ 0, the weight of the penalty. ``"auto"`` finds it in the first ten regularized steps
+            (:mod:`gradreg_optim.core.strength`), and then keeps it. A group of strength 0 is neither
+            perturbed nor regularized.
         eps: ε > 0; the weights move by ``eps`` times the clipped gradient. Default: the published 1e-3 in
             full precision, ``radius="auto"`` in low precision, which the first regularized step finds out.
         radius: ρ > 0, the length ‖θ' − θ‖ over all regularized parameters; each step uses
@@ -99,9 +113,14 @@ class GradRegOptimizer(OptimizerWrapper):
             ``strength`` by ``every`` to compensate; this worked in every experiment we ran.
         exclude: parts of parameter names. Matching parameters are neither perturbed nor regularized; their
             update uses g1. ``"none"`` excludes nothing. Default in trainers: embeddings and heads.
+        norm_of: whose gradient has the norm. ``"step"``: that of the whole step, as published; its penalty
+            on the noise of the gradient fades with the batch. ``"micro_batch"``: each micro-batch's, on
+            average, (γ/2)·(1/n)·Σ‖n·∇ℓ_i‖² for L = Σ ℓ_i: that part stays, whatever n is. γ is in proportion
+            to the samples of a micro-batch. Default: ``"micro_batch"`` in trainers, elsewhere ``"step"``; see
+            :meth:`passes`.
         resample: in trainers of GRPO and RLOO, the completions of the second pass. ``"reuse"``: as they are,
             as published. ``"sequence"``: reweighted by the ratio of whole completions
-            (:mod:`gradreg_optim.trainers.old_policy`).
+            (:mod:`gradreg_optim.trainers.old_policy`). Default: ``"sequence"`` where the loss allows it.
         model: the module, for the names in ``exclude`` and for its buffers. Not needed if the optimizer
             was built on ``named_parameters()``, unless you compile more than the model: otherwise module
             hooks find all modules.
@@ -134,7 +153,7 @@ class GradRegOptimizer(OptimizerWrapper):
         self,
         optimizer: Optimizer,
         *,
-        strength: float = DEFAULT_STRENGTH,
+        strength: Strength = "auto",
         eps: float | None = None,
         radius: Radius = None,
         warmup_steps: int = 0,
@@ -149,7 +168,8 @@ class GradRegOptimizer(OptimizerWrapper):
         shrink: bool = True,
         every: int = 1,
         exclude: str | Iterable[str] = (),
-        resample: Resample = "reuse",
+        norm_of: NormOf = None,
+        resample: Resample = None,
         model: nn.Module | None = None,
         scaler: torch.amp.GradScaler | None = None,
         **unknown: Any,
@@ -159,10 +179,10 @@ class GradRegOptimizer(OptimizerWrapper):
 
     def _set_up(self, optimizer: Optimizer, settings: dict[str, Any], **more: Any) -> None:
         super().__init__(optimizer, settings, **more)
-        self.resample, self.witnesses = settings["resample"], Witnesses()
+        self.resample, self.norm_of, self.witnesses = settings["resample"], settings["norm_of"], Witnesses()
         self.progress = Progress()
         self._module_state, self._losses = ModuleState(), Losses()
-        self._clips, self._clearing = HeldClips(), Clearing()
+        self._clips, self._clearing, self._replicas = HeldClips(), Clearing(), Replicas()
 
     @property
     def metrics(self) -> dict[str, Scalar]:
@@ -202,8 +222,7 @@ class GradRegOptimizer(OptimizerWrapper):
         was_under_way = self._abandon_passes()
         if closure is None or self.progress.is_complete:
             return self._step_on_gradients(was_under_way, closure)
-        if self.resample != "reuse":
-            check_resample(self.resample)
+        check_resample(self.resample)
         with closing(self.begin()) as passes:
             loss, is_whole = call_in_each(closure, passes, upwards.calling_scaler)
         if not is_whole:
@@ -212,7 +231,17 @@ class GradRegOptimizer(OptimizerWrapper):
         self._base_step()
         return loss
 
-    def passes(self) -> Iterator[Point]:
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of all parameters, as the wrapped optimizer does.
+
+        In a pass over a micro-batch that is its gradient; between two of them the step begins again.
+        """
+        passes = None if self.progress.passes is None else self.progress.passes()
+        if passes is None or passes.is_done:
+            self.progress.outcomes.clear()
+        super().zero_grad(set_to_none)
+
+    def passes(self, micro_batches: int = 1) -> Iterator[Point]:
         """The passes of one step, for loops that cannot hand over a closure.
 
         ::
@@ -228,11 +257,31 @@ class GradRegOptimizer(OptimizerWrapper):
         and ``.grad`` holds the combined gradient. If the body raises, or leaves the loop by ``break``, the
         weights are at θ, bit for bit, and ``.grad`` holds g1; the step then has to be begun again.
 
+        With micro-batches the loop runs once for each of them, and the penalty is the mean of theirs,
+        (γ/2)·(1/n)·Σ‖n·∇ℓ_i‖², where the step's loss is L = Σ ℓ_i::
+
+            for batch in micro_batches:                      # n of them
+                for _ in optimizer.passes(micro_batches=n):
+                    optimizer.zero_grad()                    # clears the gradient of this one alone
+                    (compute_loss(batch) / n).backward()
+            optimizer.step()
+
+        After each loop ``.grad`` holds the sum so far; if one is left early, its micro-batch has to be begun
+        again. Under DistributedDataParallel a rank's own gradient counts, and gradients are reduced once, at
+        the end of the last loop; under FSDP2 and ZeRO the micro-batch is that of all ranks.
+
+        Args:
+            micro_batches: their number n in this step.
+
         Raises:
             RuntimeError: ``resample`` is set, which a loop body cannot serve; see also :meth:`step`.
+            ValueError: ``micro_batches`` is not an integer >= 1, or not the number that this step began with;
+                or ``norm_of`` is ``"step"`` and it is more than 1.
         """
         check_resample(self.resample)
         self._abandon_passes()
+        done = len(self.progress.outcomes)
+        check_micro_batches(micro_batches, done, self.progress.micro_batches, self.norm_of)
         if self.progress.is_complete and self._scaler is None:  # a scaler skips steps
             self.witnesses.tell(
                 "steps",
@@ -241,7 +290,7 @@ class GradRegOptimizer(OptimizerWrapper):
                 "call step() of the wrapper, once after each loop over passes()",
             )
         self.progress.is_complete = False
-        passes = self.begin(completes=True)
+        passes = self.begin(completes=True, micro_batches=micro_batches, is_apart=micro_batches > 1)
         self.progress.passes = weakref.ref(passes)
         return passes
 
@@ -250,25 +299,88 @@ class GradRegOptimizer(OptimizerWrapper):
         surroundings: Callable[[Point], AbstractContextManager[Any]] | None = None,
         *,
         completes: bool = False,
+        micro_batches: int = 1,
+        is_apart: bool = False,
     ) -> Passes:
-        """Begin a step: its passes, each inside ``surroundings``. ``completes``: a ``step()`` will follow."""
-        storage = self.storage()
-        plan = self.plan()
+        """Begin the next of a step's ``micro_batches``: its passes, each inside ``surroundings``.
+
+        ``completes``: a ``step()`` will follow the last one. ``is_apart``: a norm is that of one of them,
+        on this rank.
+        """
+        outcomes = self.progress.outcomes
+        if len(outcomes) >= micro_batches or not is_apart:
+            outcomes.clear()
+        self.progress.micro_batches = micro_batches
+        part = Part(
+            len(outcomes),
+            micro_batches,
+            is_apart or self.norm_of == "micro_batch",
+            may_be_empty=len(outcomes) < micro_batches - 1 or not all(o.is_empty for o in outcomes),
+            replicas=self._replicas,
+        )
+        self._replicas.waiting.clear()
+        storage, plan = self.storage(part), self.plan()
+        self.progress.is_checked = plan.is_checked if part.number == 0 else self.progress.is_checked
+        if part.number and plan.points:  # one check a step, and other rounding errors in each
+            points, seed = plan.scheme.points, plan.step + part.number * SEEDS
+            plan = replace(plan, points=points, step=seed)
         is_parallel = distributed.is_available() and distributed.is_initialized()
         if is_parallel and plan.points and not self.progress.is_proven:
             check_engines(self.param_groups)
         self._module_state.own(p for group in self._groups_with_names() for p in group["params"])
-        losses = self._losses.begun(self._module_state.modules)
+        losses = self._losses.begun(self._module_state.modules, self._replicas.waiting)
         around = self.surroundings(storage, plan) if surroundings is None else surroundings
 
         def end(outcome: Outcome) -> None:
             self._module_state.forget()
-            self.note(outcome)
-            self._clips.apply(self._clips.pending)
-            if completes:
-                self._end_loop()
+            self._remember(outcome)
+            self.progress.is_proven = self.progress.is_proven or outcome.symptoms is not None
+            outcomes.append(outcome)
+            if part.is_last:
+                if plan.points:
+                    self._agree(is_read=plan.is_low is None or self.progress.is_checked)
+                self._replicas.reduce()
+                self.note(averaged(outcomes))
+                outcomes.clear()
+                self._settle(plan)
+                self._clips.apply(self._clips.pending)
+                if completes:
+                    self._end_loop()
 
-        return Passes(plan, storage, losses, around, end)
+        return Passes(plan, storage, losses, around, end, part)
+
+    def _agree(self, *, is_read: bool) -> None:
+        """Give all ranks the mean of what they have found from gradients of their own.
+
+        ``is_read``: it may be numbers that were not known before; reading them waits.
+        """
+        keys = ("gradreg_is_low", "gradreg_floor", "gradreg_auto_radius")
+        found = [self.param_groups[0][key] for key in keys]
+        if not self._replicas.waiting or not (is_read or found[2] is not None):
+            return
+        numbers = [*(value or 0.0 for value in found), *(float(value is not None) for value in found)]
+        sums, counts = self._replicas.sum(stack_scalars(numbers)).view(2, -1)
+        means: list[Any] = list((sums / counts.clamp(min=1)).unbind())
+        if is_read:
+            means = [mean if count else None for mean, count in zip(means, counts.tolist(), strict=True)]
+            is_low, floor = (None if mean is None else float(mean) for mean in means[:2])
+            found[:2] = [None if is_low is None else is_low > 0, floor]
+        for group in self.param_groups:
+            group.update(zip(keys, [*found[:2], means[2]], strict=True))
+
+    def _settle(self, plan: Plan) -> None:
+        """After the steps that find γ: keep it as a number. Waits for the device, once."""
+        if plan.settling is None or not plan.points:
+            return
+        steps = self.param_groups[0]["gradreg_auto_steps"] = 1 + (
+            self.param_groups[0]["gradreg_auto_steps"] or 0
+        )
+        if steps >= STEPS and (settled := settle_groups(self.param_groups)):
+            say(
+                f"Gradient regularization: strength settled at γ = {settled:.4g} after {steps} regularized steps. "
+                f"To keep it in later runs pass strength={settled:.3g}; for micro-batches of k times as many "
+                "samples pass k times as much."
+            )
 
     def _abandon_passes(self) -> bool:
         """Bring the weights back if :meth:`passes` stand at a point; whether they did."""
@@ -279,19 +391,16 @@ class GradRegOptimizer(OptimizerWrapper):
         """Take in what a step did: its metrics, and what a check found."""
         self.progress.figures = outcome.figures
         self.progress.skipped = self.progress.skipped + outcome.skipped
-        self.progress.is_proven = self.progress.is_proven or outcome.symptoms is not None
-        self._remember(outcome)
         self.witnesses.note(outcome)
         if outcome.is_empty and self._attachment is None:  # a trainer's attachment has its own check
             self.witnesses.warn(
                 "empty", no_gradient(self.param_groups, self.exclude, self.exclusion.positions)
             )
 
-    def storage(self) -> Storage:
+    def storage(self, part: Part) -> Storage:
         """Where gradients and weights are in the step to come: ``.grad`` and the parameters."""
-        return LocalStorage(
-            self.param_groups, self._scaler, (self, self.optimizer), is_first=not self.progress.is_proven
-        )
+        optimizers, is_first = (self, self.optimizer), not self.progress.is_proven
+        return LocalStorage(self.param_groups, self._scaler, optimizers, is_first=is_first, part=part)
 
     def surroundings(self, storage: Storage, plan: Plan) -> Callable[[Point], AbstractContextManager[Any]]:
         """What is around each pass of one step, so that all of them are passes of the same function."""
@@ -332,6 +441,13 @@ class GradRegOptimizer(OptimizerWrapper):
             raise RuntimeError(
                 "step() was called before the passes of this step ended: .grad does not hold the combined "
                 "gradient. Let the loop over optimizer.passes() run to its end, and call step() after it."
+            )
+        if done := len(self.progress.outcomes):
+            raise RuntimeError(
+                f"step() was called after {done} of {self.progress.micro_batches} micro-batches: .grad holds "
+                "their sum alone. Loop over optimizer.passes(micro_batches=n) once for each of the n "
+                "micro-batches of a step, or call optimizer.zero_grad() to begin the step again; for a last "
+                "step of fewer, pass their number."
             )
         if self.progress.is_complete:
             self.progress.is_complete = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradreg_optim.core.plan import Plan
 from gradreg_optim.core.regularize import regularized
+from gradreg_optim.core.replicas import Part
 from gradreg_optim.core.step import Outcome, Point
 from gradreg_optim.core.storage import Storage
 from gradreg_optim.core.witnesses import Losses
@@ -32,10 +33,11 @@ class Passes:
         losses: Losses,
         surroundings: Callable[[Point], AbstractContextManager[Any]],
         end: Callable[[Outcome], None],
+        part: Part,
     ) -> None:
         self.plan, self.storage, self.losses = plan, storage, losses
         self.is_done = False
-        self._points = _points(plan, storage, losses, surroundings, end)
+        self._points = _points(plan, storage, losses, surroundings, end, part)
 
     def __iter__(self) -> Passes:
         """The passes themselves."""
@@ -62,18 +64,26 @@ def _points(
     losses: Losses,
     surroundings: Callable[[Point], AbstractContextManager[Any]],
     end: Callable[[Outcome], None],
+    part: Part,
 ) -> Generator[Point, None, None]:
-    with closing(regularized(storage, plan, losses)) as points:
+    with (
+        storage.apart() if part.number else nullcontext(),
+        closing(regularized(storage, plan, losses)) as points,
+    ):
         while True:
             try:
                 point = next(points)
             except StopIteration as stop:
-                return end(stop.value)
+                outcome = stop.value
+                break
             if point is Point.THETA:
                 losses.passes.clear()
             losses.passes.append([])
-            with surroundings(point):
+            with part.replicas.unreduced() if part.is_apart else nullcontext(), surroundings(point):
                 yield point
+        if plan.settling is not None and outcome.settling is None:
+            storage.sum_over_replicas(torch.zeros(2))  # other ranks add up theirs
+    end(outcome)
 
 
 def call_in_each(

@@ -19,6 +19,7 @@ from gradreg_optim.core.foreign import (
     refuse_shared,
     refuse_unscaled,
 )
+from gradreg_optim.core.replicas import WHOLE, Part
 from gradreg_optim.core.step import FirstGradient, Gradients, GroupGradients, Scalar
 
 if TYPE_CHECKING:
@@ -47,15 +48,16 @@ class LocalStorage:
         optimizers: Sequence[Any] = (),
         *,
         is_first: bool = False,
+        part: Part = WHOLE,
     ) -> None:
         """View ``groups``, whose gradients ``scaler`` scales until it has unscaled one of ``optimizers``.
 
-        ``is_first``: no step has shown yet that θ comes back.
+        ``is_first``: no step has shown yet that θ comes back. ``part`` is the micro-batch.
         """
-        self._is_first = is_first
+        self._is_first, self._part = is_first, part
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._optimizers = optimizers
-        self.loss_scale = 1.0 if self._scaler is None else float(scaler.get_scale())
+        self.loss_scale = (1.0 if self._scaler is None else float(scaler.get_scale())) / part.of
         self.overflow_skips_step = self._scaler is not None
         self._groups = groups
         self._mesh = device_mesh(parameter for group in groups for parameter in group["params"])
@@ -94,6 +96,29 @@ class LocalStorage:
         """Whether a trainable parameter is in half precision."""
         return any(p.dtype.itemsize < torch.float32.itemsize for p in self._parameters() if p.requires_grad)
 
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Keep gradients of earlier micro-batches out of the block's reach; then add those that it leaves.
+
+        Memory: one gradient. If the block raises, they are as before.
+        """
+        parameters = [*self._parameters()]
+        before = [detached_from_bucket(self._gradient_of(parameter)) for parameter in parameters]
+        try:
+            for parameter in parameters:
+                parameter.grad = None
+            yield
+            pairs = [(p, sums) for p, sums in zip(parameters, before, strict=True) if sums is not None]
+            both = [(real(p.grad), real(sums)) for p, sums in pairs if p.grad is not None]
+            if both:  # into the new ones, so that the old ones are whole whenever this is interrupted
+                torch._foreach_add_(*map(list, zip(*both, strict=True)))
+            for parameter, sums in pairs:
+                parameter.grad = sums if parameter.grad is None else parameter.grad
+        except BaseException:
+            for parameter, sums in zip(parameters, before, strict=True):
+                parameter.grad = sums
+            raise
+
     # g1.
 
     def check_first_pass(self) -> None:
@@ -101,7 +126,8 @@ class LocalStorage:
         moved = [
             p for p, version in zip(self._trainable, self._versions, strict=True) if p._version != version
         ]
-        if moved or all(parameter.grad is None for parameter in self._trainable):
+        is_empty = all(parameter.grad is None for parameter in self._trainable)
+        if moved or (is_empty and not self._part.may_be_empty):
             refuse_foreign(self._trainable, moved)
         if self._is_unscaled() and not self._was_unscaled:
             refuse_unscaled()
@@ -301,6 +327,10 @@ class LocalStorage:
 
     def _parameters(self) -> Iterator[Tensor]:
         return (parameter for group in self._groups for parameter in group["params"])
+
+    def sum_over_replicas(self, sums: Tensor) -> Tensor:
+        """Sums over ranks that have not reduced their gradients."""
+        return self._part.replicas.sum(sums)
 
     def sum_over_ranks(self, sums: Tensor) -> Tensor:
         """Complete sums over all ranks that hold shards."""

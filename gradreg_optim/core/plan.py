@@ -34,11 +34,25 @@ class Scheme:
 
 
 @dataclass(frozen=True)
+class Settling:
+    """What is known about a γ that is to be found (:mod:`gradreg_optim.core.strength`).
+
+    That is the ``total`` of the ratios ‖penalty‖/‖g1‖ for γ = 1, and the ``count`` of gradients that they are
+    from. ``groups`` says which parameter groups get this γ.
+    """
+
+    groups: tuple[bool, ...]
+    total: Scalar = 0.0
+    count: Scalar = 0.0
+
+
+@dataclass(frozen=True)
 class Plan:
     """The settings of one step, read from the parameter groups and validated once.
 
     ``strengths``, ``eps`` and ``radius`` hold one value a group; a strength already contains the schedule's
-    factor, and a group of strength 0 is not regularized. A radius of ``"auto"`` is ``auto_radius`` in this
+    factor, and a group of strength 0 is not regularized. Where γ is to be found, a strength is that factor
+    alone, and ``settling`` what is known about γ. A radius of ``"auto"`` is ``auto_radius`` in this
     step. Without ``eps`` and ``radius`` it is the precision that decides between them
     (:mod:`gradreg_optim.core.precision`). ``points`` are those where gradients are taken after θ, none in a
     step without penalty. ``excluded`` holds the positions of parameters that are left out of their group.
@@ -63,6 +77,7 @@ class Plan:
     is_low: bool | None = None
     floor: float | None = None
     auto_radius: Scalar = START
+    settling: Settling | None = None
 
     @property
     def regularizes(self) -> bool:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from gradreg_optim.core import multi_tensor
 from gradreg_optim.core.foreign import NoSecondGradient
-from gradreg_optim.core.plan import Plan
+from gradreg_optim.core.plan import Plan, Settling
 from gradreg_optim.core.precision import (
     AUTO,
     PUBLISHED_EPS,
@@ -57,6 +57,7 @@ from gradreg_optim.core.step import (
     Scalar,
 )
 from gradreg_optim.core.storage import Storage
+from gradreg_optim.core.strength import settle, strength_so_far
 from gradreg_optim.core.witnesses import BEYOND, Evidence, Losses
 
 NEARBY = 0.01
@@ -99,7 +100,7 @@ def regularized(storage: Storage, plan: Plan, losses: Losses) -> Generator[Point
         first.losses = losses.change(storage)
         check = None if first.noise is None else run_check(storage, first, plan)
         delta = plan.scheme.difference(storage, first, plan)
-        weights, figures = penalty(first, delta, plan, check)
+        weights, figures, settling = penalty(storage, first, delta, plan, check)
         evidence, is_disproved = prove(first, delta, losses, weights, figures)
         combine_(storage, first, delta, weights)
     except NoSecondGradient:
@@ -116,6 +117,7 @@ def regularized(storage: Storage, plan: Plan, losses: Losses) -> Generator[Point
         check,
         is_low=first.is_low,
         auto_radius=first.next_radius,
+        settling=settling,
         symptoms=evidence.symptoms,
         is_disproved=is_disproved,
     )
@@ -182,10 +184,14 @@ def collect(storage: Storage, first: FirstGradient, point: Point, plan: Plan) ->
 
 
 def penalty(
-    first: FirstGradient, delta: Difference, plan: Plan, check: Check | None
-) -> tuple[list[Scalar], dict[str, Figure]]:
-    """The weight of Δ in each group, shrunk by the share of signal and bounded; and the figures to log."""
+    storage: Storage, first: FirstGradient, delta: Difference, plan: Plan, check: Check | None
+) -> tuple[list[Scalar], dict[str, Figure], Settling | None]:
+    """The weight of Δ in each group, shrunk by the share of signal and bounded; and the figures to log.
+
+    The third result is what is known about γ now, if it is to be found.
+    """
     figures: dict[str, Figure] = {}
+    signal, settling = None, plan.settling
     g1_squared, total = first.g1_squared, first.g1_squared.sum()
     weights = [weight_of(group) for group in first.groups]
     floor = plan.floor if check is None else check.floor
@@ -200,6 +206,15 @@ def penalty(
         figures |= {"noise_floor": floor, "signal": signal}
         if plan.shrinks and first.is_low:
             weights = [item_on_cpu(weight * signal) for weight in weights]
+    if settling is not None:
+        settling = settle(settling, storage, first, delta, signal)
+        found = strength_so_far(settling)
+        factors = [found if is_auto else 1.0 for is_auto in settling.groups]
+        weights = [item_on_cpu(weight * factor) for weight, factor in zip(weights, factors, strict=True)]
+        strengths = [group.strength * factor for group, factor in zip(first.groups, factors, strict=True)]
+        figures["strength"] = next(
+            s for s, group in zip(strengths, first.groups, strict=True) if group.strength
+        )
     if plan.max_penalty_ratio is not None:
         limit, square = plan.max_penalty_ratio**2 * total, _square(weights, delta.squares)
         bound = torch.where(square > limit, (limit / square).sqrt(), 1.0)
@@ -211,7 +226,7 @@ def penalty(
     }
     if check is not None:
         figures["self_check"] = check.self_check
-    return weights, figures
+    return weights, figures, settling
 
 
 def weight_of(group: GroupGradients) -> Scalar:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -135,7 +135,7 @@ class Outcome:
 
     ``is_empty``: the first pass left no gradient on any parameter that is to be regularized. ``is_low``:
     whether the passes have fewer bits than float32, if this step found out. ``auto_radius``: that of the next
-    step, if it adapts. ``symptoms``: what :class:`~gradreg_optim.core.witnesses.Witnesses` goes by;
+    step, if it adapts. ``settling``: what is known about γ, if it is to be found. ``symptoms``: what :class:`~gradreg_optim.core.witnesses.Witnesses` goes by;
     ``is_disproved``: they are to be read now.
     """
 
@@ -145,5 +145,36 @@ class Outcome:
     is_empty: bool = False
     is_low: bool | None = None
     auto_radius: Scalar | None = None
+    settling: Any = None
     symptoms: Callable[[], Tensor] | None = None
     is_disproved: bool = False
+
+
+def averaged(outcomes: Sequence[Outcome]) -> Outcome:
+    """The outcome of a step whose micro-batches had these ``outcomes``: figures and symptoms are means."""
+    if len(outcomes) == 1:
+        return outcomes[0]
+    names = {name: None for outcome in outcomes for name in outcome.figures}
+    symptoms = [outcome.symptoms for outcome in outcomes if outcome.symptoms is not None]
+    return Outcome(
+        {name: _mean([o.figures[name] for o in outcomes if name in o.figures]) for name in names},
+        skipped=sum(outcome.skipped for outcome in outcomes) / len(outcomes),
+        check=next((outcome.check for outcome in outcomes if outcome.check is not None), None),
+        is_empty=all(outcome.is_empty for outcome in outcomes),
+        symptoms=partial(_mean_of, symptoms) if symptoms else None,
+        is_disproved=any(outcome.is_disproved for outcome in outcomes),
+    )
+
+
+def _mean(figures: list[Figure]) -> Figure:
+    if any(callable(figure) or isinstance(figure, Tensor) for figure in figures):
+        return partial(_mean_of, figures)
+    return sum(figures) / len(figures)  # type: ignore[arg-type]
+
+
+def _mean_of(figures: Sequence[Figure]) -> Tensor:
+    values = [computed(figure) for figure in figures]
+    like = next(value for value in values if isinstance(value, Tensor)).float()
+    return sum(
+        like.new_tensor(value) if not isinstance(value, Tensor) else value.to(like) for value in values
+    ) / len(values)

@@ -20,7 +20,13 @@ class Storage(Protocol):
 
     @property
     def loss_scale(self) -> float:
-        """The factor that gradients carry."""
+        """The factor that gradients carry: the loss scale, and the share 1/n of one of n micro-batches."""
+
+    def apart(self) -> AbstractContextManager[None]:
+        """Keep gradients of earlier micro-batches out of the block's reach; then add those that it leaves.
+
+        If the block raises, they are as before.
+        """
 
     @property
     def overflow_skips_step(self) -> bool:
@@ -80,6 +86,9 @@ class Storage(Protocol):
 
     def sum_over_ranks(self, sums: Tensor) -> Tensor:
         """Sums over this process's tensors, completed over all ranks that hold parts of them."""
+
+    def sum_over_replicas(self, sums: Tensor) -> Tensor:
+        """Sums over ranks whose own gradients are regularized (:mod:`gradreg_optim.core.replicas`)."""
 
     def put_back(self, first: FirstGradient) -> None:
         """Leave g1 where the wrapped optimizer reads gradients, as if there had been no further pass."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -62,15 +62,19 @@ class Losses:
         self.is_integral: bool | None = None
         self._largest: Tensor | None = None
         self._modules: Iterable[nn.Module] = ()
+        self._waiting: Collection[nn.Module] = ()
         self.passes: list[list[Tensor]] = []
 
     def __reduce__(self) -> Any:
         """A copy of the optimizer has losses of its own."""
         return Losses, ()
 
-    def begun(self, modules: Iterable[nn.Module]) -> Losses:
-        """Forget the last step; ``modules`` is the collection of those that will have run in this one."""
-        self.passes, self._modules = [], modules
+    def begun(self, modules: Iterable[nn.Module], waiting: Collection[nn.Module]) -> Losses:
+        """Forget the last step; ``modules`` is the collection of those that will have run in this one.
+
+        ``waiting``: those of them that reduce no gradients yet, so that this rank's loss counts.
+        """
+        self.passes, self._modules, self._waiting = [], modules, waiting
         return self
 
     def note(self, tensors: Any, grad_tensors: Any) -> None:
@@ -117,6 +121,8 @@ class Losses:
 
     def _replicas(self, storage: Storage) -> list[tuple[Any, torch.device]] | None:
         """Process groups over which gradients were averaged, besides the storage's; ``None`` if unknown."""
+        if self._waiting:
+            return []
         models = (module for module in self._modules if isinstance(module, DistributedDataParallel))
         replicas = [
             *((model.process_group, model.device) for model in models),

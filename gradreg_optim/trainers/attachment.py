@@ -146,6 +146,7 @@ class Attachment(TrainerCallback):
             self._generations.recorded = None if micro_batch is None else micro_batch.generations
         # Only as long as the step runs: a search for hyperparameters makes a new accelerator for each trial.
         with (
+            self.window.unreduced(),
             self.window.refusing_other_backwards(),
             Patches().answer(trainer.accelerator, "backward", self._backward),
         ):
@@ -165,9 +166,7 @@ class Attachment(TrainerCallback):
                 "a warm-up for a longer training",
                 "lower warmup_steps",
             )
-        # The window restores random numbers and states of modules by itself, for each micro-batch.
-        passes = self.optimizer.begin(lambda _point: nullcontext())
-        return Window(self.trainer, self.optimizer, passes, self._generations, self._old_policy)
+        return Window(self.trainer, self.optimizer, self._generations, self._old_policy)
 
     def _compute_loss(
         self, compute_loss: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any
@@ -186,18 +185,18 @@ class Attachment(TrainerCallback):
         window: Any = self.window
         noted = window.passes.losses.noted() if window.regularizes else nullcontext()
         if window.is_repeating:
-            with noted:
+            with noted, window.reduced_by_engine():
                 backward(loss, *args, **kwargs)
             return
         window.record_loss(loss)
         # Accelerate takes a DeepSpeed engine's step inside backward; it has to wait for the further passes.
         holding = self.optimizer.held_step.held_back() if self.adoption.is_sharded else nullcontext()
         with window.allowing_backwards():
-            with holding as held, noted:
+            with holding as held, noted, window.reduced_by_engine():
                 backward(loss, *args, **kwargs)
             window.end_micro_batch()
             self._generations.recorded = None
-            if window.is_complete and window.regularizes:
+            if window.is_due:
                 self._regularize(window)
             if window.is_complete and held:
                 self.optimizer.finish_window()
@@ -211,7 +210,8 @@ class Attachment(TrainerCallback):
             with closing(window.passes) as passes:  # after an exception the weights are at θ
                 self.optimizer._module_state.end()
                 passes.storage.check_first_pass()  # a repeated loss would differ, too, and not say why
-                self._compare_losses(window)
+                if window.begun == 1 or not window.is_apart:
+                    self._compare_losses(window)
                 for micro_batch in window.further_passes():
                     self._note_ratios(micro_batch)
         finally:

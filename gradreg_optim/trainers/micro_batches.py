@@ -52,19 +52,20 @@ class MicroBatch:
 class Window:
     """The micro-batches of one window of gradient accumulation, which is one step of the ``optimizer``.
 
-    ``passes`` are those of the step, ``is_repeating`` tells whether a further one runs. Memory: the inputs of
-    the window. Without a penalty nothing is recorded.
+    ``passes`` are those of the step, or, if the norm is that of micro-batches (``is_apart``), those of the
+    micro-batch that began last. ``is_repeating`` tells whether a further one runs. Memory: the inputs of the
+    window, or of one micro-batch. Without a penalty nothing is recorded.
     """
 
     def __init__(
-        self, trainer: Trainer, optimizer: Any, passes: Any, generations: Generations, old_policy: OldPolicy
+        self, trainer: Trainer, optimizer: Any, generations: Generations, old_policy: OldPolicy
     ) -> None:
-        self.passes = passes
-        next(passes)  # at θ
         self.micro_batches: list[MicroBatch] = []
         self.is_complete = False  # after the last backward of the first pass
         self.is_regularized = False  # after the further passes
         self.is_repeating = False
+        self.is_apart = optimizer.norm_of != "step" and optimizer.regularizes
+        self.begun = 0  # micro-batches
         self._trainer, self._optimizer = trainer, optimizer
         self._generations, self._old_policy = generations, old_policy
         self._allows_backwards = False
@@ -72,6 +73,7 @@ class Window:
         self._is_engine = hasattr(
             optimizer, "held_step"
         )  # DeepSpeed's, which decides itself when to reduce gradients
+        self._begin_passes()
 
     @property
     def regularizes(self) -> bool:
@@ -80,9 +82,41 @@ class Window:
 
     # The first pass.
 
+    def _begin_passes(self) -> None:
+        # The window restores random numbers and states of modules by itself, for each micro-batch.
+        number = self._trainer.current_gradient_accumulation_steps if self.is_apart else 1
+        self.passes = self._optimizer.begin(
+            lambda _point: nullcontext(), micro_batches=number, is_apart=self.is_apart
+        )
+        next(self.passes)  # at θ
+
     def begin_micro_batch(self) -> None:
         """Expect one loss and its backward."""
+        if self.is_apart and self.begun:
+            self._begin_passes()
+        self.begun += 1
         self._expected = "loss" if self.regularizes else ""
+
+    def unreduced(self) -> AbstractContextManager[None]:
+        """Around a pass over a micro-batch: a norm is that of this rank's own gradient."""
+        return self._optimizer._replicas.unreduced() if self.is_apart else nullcontext()
+
+    @contextmanager
+    def reduced_by_engine(self) -> Iterator[None]:
+        """Around a backward: DeepSpeed takes each micro-batch for the last one of a window."""
+        state: Any = self._trainer.accelerator.gradient_state
+        before = state.sync_gradients
+        if self.is_apart and self._is_engine:
+            state._set_sync_gradients(True)
+        try:
+            yield
+        finally:
+            state._set_sync_gradients(before)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the further passes come now: after each micro-batch, or after the last one."""
+        return self.regularizes and (self.is_apart or self.is_complete)
 
     def record(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> MicroBatch | None:
         """Record the state before a loss is computed; ``None`` where nothing is recorded."""
@@ -158,7 +192,8 @@ class Window:
             is_first = point is Point.THETA  # again, since the first forward wrote weights
             if is_first:
                 self._look_at_modules(self.micro_batches[0].model)
-            with self._prepared(nullcontext() if is_first else state.repeated()), torch.enable_grad():
+            modules = nullcontext() if is_first else state.repeated()
+            with self._prepared(modules), self.unreduced(), torch.enable_grad():
                 for micro_batch in self.micro_batches:
                     is_sent = micro_batch.is_last or self._is_engine
                     with nullcontext() if is_sent else self._trainer.accelerator.no_sync(micro_batch.model):
@@ -166,7 +201,7 @@ class Window:
                     yield micro_batch
             if is_first:
                 state.end()
-        self.is_regularized = True
+        self.is_regularized = self.is_complete
 
     @contextmanager
     def _prepared(self, modules: AbstractContextManager[None]) -> Iterator[Patches]:

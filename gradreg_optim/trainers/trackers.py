@@ -38,7 +38,7 @@ def tell_trackers(trainer: Trainer, optimizer: Any) -> None:
 def _settings_in_use(optimizer: Any) -> dict[str, Any]:
     """The settings of the groups, which a checkpoint may have brought; a list where groups differ."""
     groups = optimizer.param_groups
-    settings = {"resample": optimizer.resample, "exclude": optimizer.exclude}
+    settings = {"norm_of": optimizer.norm_of, "resample": optimizer.resample, "exclude": optimizer.exclude}
     for name in (*SHARED, *PER_GROUP):
         values = [group[f"gradreg_{name}"] for group in groups]
         settings[name] = values[0] if name in SHARED or values.count(values[0]) == len(values) else values

@@ -3,10 +3,11 @@
 Living there, hyperparameters are saved with the optimizer, can differ between groups and can be scheduled.
 ``strength``, ``eps`` and ``radius`` are read group by group; the other settings and the step count hold for
 the whole optimizer, are written to every group and read from the first. ``gradreg_excluded`` lists positions
-in ``group["params"]``: positions survive FSDP2 and tensor parallelism, which put other tensors there. Three
+in ``group["params"]``: positions survive FSDP2 and tensor parallelism, which put other tensors there. Some
 keys keep what steps found out, ``None`` until one has: ``gradreg_is_low`` whether the passes have fewer bits
-than float32, ``gradreg_floor`` the noise floor last measured, and ``gradreg_auto_radius`` the radius of the
-next step, where it adapts.
+than float32, ``gradreg_floor`` the noise floor last measured, ``gradreg_auto_radius`` the radius of the next
+step, where it adapts, and, where γ is being found, ``gradreg_ratio_total`` and ``gradreg_ratio_count``
+(:class:`~gradreg_optim.core.plan.Settling`) after ``gradreg_auto_steps`` steps.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from gradreg_optim.core.plan import START, Plan
+from gradreg_optim.core.plan import START, Plan, Settling
 from gradreg_optim.core.precision import AUTO, DEFAULT_CHECK_EVERY, PUBLISHED_EPS
 from gradreg_optim.core.schemes import CENTRAL, FORWARD
+from gradreg_optim.core.strength import strength_so_far
 from gradreg_optim.wrapping.schedule import Schedule, strength_factor
 from gradreg_optim.wrapping.settings import (
     DELETED,
@@ -36,7 +38,10 @@ from gradreg_optim.wrapping.settings import (
 Group = dict[str, Any]
 
 SETTING_KEYS = tuple(f"gradreg_{name}" for name in (*PER_GROUP, *SHARED))
-FOUND_KEYS = ("gradreg_is_low", "gradreg_floor", "gradreg_auto_radius")
+FOUND_KEYS = (
+    "gradreg_is_low", "gradreg_floor", "gradreg_auto_radius", "gradreg_ratio_total", "gradreg_ratio_count",
+    "gradreg_auto_steps",
+)  # fmt: skip
 KEYS = (*SETTING_KEYS, "gradreg_step", *FOUND_KEYS, "gradreg_excluded")
 DELETED_KEYS = tuple(f"gradreg_{name}" for name in DELETED)
 """Keys that checkpoints of earlier versions hold."""
@@ -140,6 +145,19 @@ def check_group(group: Group) -> None:
     check_settings(**{key.removeprefix("gradreg_"): group[key] for key in SETTING_KEYS})
 
 
+def settle_groups(groups: list[Group]) -> float:
+    """Give the groups that wait for it the γ that was found; returns it, 0 if there is none yet. Waits."""
+    first = groups[0]
+    if first.get("gradreg_ratio_total") is None:
+        return 0.0
+    total, count = float(first["gradreg_ratio_total"]), float(first["gradreg_ratio_count"])
+    found = float(strength_so_far(Settling((), total, count)))
+    for group in groups if found else []:
+        if group["gradreg_strength"] == AUTO:
+            group["gradreg_strength"] = found
+    return found
+
+
 def is_state_initialization(optimizer: Optimizer) -> bool:
     """Whether torch.distributed.checkpoint is creating state: there is none; rates and gradients are 0."""
     groups = optimizer.param_groups
@@ -171,6 +189,9 @@ class Planner:
         if not any(plan.strengths) or since_warmup % group["gradreg_every"]:
             return replace(plan, step=step, points=())
         is_low, radius = group.get("gradreg_is_low"), group.get("gradreg_auto_radius")
+        known = {name: group.get(f"gradreg_ratio_{name}") for name in ("total", "count")}
+        known = {name: value for name, value in known.items() if value is not None}
+        is_auto = tuple(of["gradreg_strength"] == AUTO for of in groups)
         return replace(
             plan,
             step=step,
@@ -178,6 +199,7 @@ class Planner:
             is_low=is_low,
             floor=group.get("gradreg_floor"),
             auto_radius=START if radius is None else radius,
+            settling=Settling(is_auto, **known) if any(is_auto) else None,
         )
 
     def settled(self, groups: list[Group], excluded: list[list[int]]) -> Plan:
@@ -195,7 +217,9 @@ def _settled_plan(groups: list[Group], excluded: list[list[int]]) -> Plan:
     shared = groups[0]
     return Plan(
         step=0,
-        strengths=tuple(group["gradreg_strength"] for group in groups),
+        strengths=tuple(
+            1.0 if group["gradreg_strength"] == AUTO else group["gradreg_strength"] for group in groups
+        ),
         excluded=tuple(map(frozenset, excluded)),
         eps=tuple(group["gradreg_eps"] for group in groups),
         radius=tuple(group["gradreg_radius"] for group in groups),

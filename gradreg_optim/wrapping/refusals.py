@@ -77,9 +77,28 @@ def check_arguments(model: Any, scaler: Any) -> None:
         )
 
 
-def check_resample(resample: str) -> None:
+def check_micro_batches(number: Any, done: int, begun: int, norm_of: str | None) -> None:
+    """Refuse a number of micro-batches that is none, or another than the step of ``done`` has begun with."""
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise ValueError(
+            f"micro_batches={shown(number)}: it must be an integer >= 1, the number of loops over passes() before "
+            "step()."
+        )
+    if number > 1 and norm_of == "step":
+        raise ValueError(
+            f"micro_batches={number} and norm_of='step': the norm of the whole step needs all of it in each pass. "
+            "Run all micro-batches in the body of one loop over passes(), or leave norm_of out."
+        )
+    if done and number != begun:
+        raise ValueError(
+            f"micro_batches={number} after {done} of {begun} micro-batches: their number holds for a whole step. "
+            "Call step() after all of them, or zero_grad() to begin the step again."
+        )
+
+
+def check_resample(resample: str | None) -> None:
     """Refuse completions to be reweighted in a loop of the user's own."""
-    if resample != "reuse":
+    if resample == "sequence":
         raise RuntimeError(
             f"resample={resample!r}: completions are reweighted in the losses of trainers, and this step got "
             "a closure, which decides itself what its second call makes of them. Keep the log-probabilities "

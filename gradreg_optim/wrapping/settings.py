@@ -6,6 +6,7 @@ list, and where it acts.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -13,18 +14,31 @@ from difflib import get_close_matches
 from typing import Any, Literal, TypedDict, get_args
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from gradreg_optim.core.precision import AUTO
 from gradreg_optim.wrapping.schedule import NAMES, Schedule, ScheduleName
 
 Method = Literal["forward", "central"]
 Rounding = Literal["nearest", "stochastic"]
-Resample = Literal["reuse", "sequence"]
+Resample = Literal["reuse", "sequence"] | None
+NormOf = Literal["step", "micro_batch"] | None
 Radius = float | Literal["auto"] | None
+Strength = float | Literal["auto"]
 
+PUBLISHED: dict[str, Any] = {
+    "strength": 1e-2,
+    "eps": 1e-3,
+    "norm_of": "step",
+    "resample": "reuse",
+    "rounding": "nearest",
+    "check_every": 0,
+    "shrink": False,
+    "g1_clip": 10.0,
+    "g2_clip": 10.0,
+}
+"""The settings of the published step (arXiv 2602.18037)."""
 
-DEFAULT_STRENGTH = 1e-3
 DELETED = {
     "fraction": "every=k with k times the strength costs as little",
     "memory": "there is one way to keep θ",
@@ -37,7 +51,7 @@ DELETED = {
 class Settings(TypedDict, total=False):
     """The keyword arguments of :class:`~gradreg_optim.GradRegOptimizer`, for type checkers."""
 
-    strength: float
+    strength: Strength
     eps: float | None
     radius: Radius
     warmup_steps: int
@@ -52,6 +66,7 @@ class Settings(TypedDict, total=False):
     shrink: bool
     every: int
     exclude: str | Iterable[str]
+    norm_of: NormOf
     resample: Resample
     model: nn.Module | None
     scaler: torch.amp.GradScaler | None
@@ -115,7 +130,16 @@ def _one_of(kind: Any) -> Rule:
     return Rule(f"one of {choices}", kind, lambda value: isinstance(value, str) and value in choices, choices)
 
 
-NOT_NEGATIVE = Rule("a finite number >= 0", float, lambda value: _number(value) and 0 <= value < math.inf)
+def _none_or_one_of(kind: Any) -> Rule:
+    rule = _one_of(get_args(kind)[0])
+    return Rule(f"None or {rule.text}", kind, lambda value: value is None or rule.holds(value), rule.choices)
+
+
+STRENGTH = Rule(
+    "'auto' or a finite number >= 0",
+    str | None,  # what parsers of command lines allow
+    lambda value: value == AUTO or (_number(value) and 0 <= value < math.inf),
+)
 POSITIVE = Rule("None or a finite number > 0", float | None, _positive)
 RADIUS = Rule(
     "None, 'auto' or a finite number > 0", str | None, lambda value: value == AUTO or _positive(value)
@@ -138,8 +162,9 @@ SCHEDULE = Rule(
 
 # fmt: off
 SETTINGS = (
-    Setting("strength", DEFAULT_STRENGTH, NOT_NEGATIVE, "Published values are 1e-2 and 1e-3; 0 switches off.",
-            "Weight γ of the penalty (γ/2)·‖∇L‖². 0 switches it off.", is_per_group=True),
+    Setting("strength", AUTO, STRENGTH, "auto finds it in ten steps; 0 switches the penalty off.",
+            "Weight γ of the penalty (γ/2)·‖∇L‖²: `auto` finds it in ten steps, 0 switches it off.",
+            is_per_group=True),
     Setting("eps", None, POSITIVE, "The published value is 1e-3, the default in full precision.",
             "Finite-difference step ε, in units of the gradient; default: 1e-3, in low "
             "precision radius auto.",
@@ -177,10 +202,14 @@ SETTINGS = (
             "Scale the penalty by the share of the difference that is not rounding noise."),
     Setting("every", 1, PERIOD, "1 regularizes every step, k each k-th one.",
             "Regularize each k-th step; wants k times the strength."),
-    Setting("resample", "reuse", _one_of(Resample),
+    Setting("norm_of", None, _none_or_one_of(NormOf),
+            "micro_batch keeps the penalty whatever the batch, step is the published norm.",
+            "Whose gradient has the norm; default: each micro-batch's in trainers.", is_key=False),
+    Setting("resample", None, _none_or_one_of(Resample),
             "reuse is the published choice; sequence reweights completions in the second "
             "pass of GRPO and RLOO.",
-            "Completions in the second pass of GRPO and RLOO: as they are (reuse), or reweighted (sequence).",
+            "Completions in the second pass of GRPO and RLOO: as they are (reuse), or reweighted "
+            "(sequence); default: reweighted where the loss allows it.",
             is_key=False),
 )
 # fmt: on
@@ -245,6 +274,12 @@ def check_names(where: str, names: Iterable[str]) -> None:
             raise TypeError(
                 f"{where} got an unexpected setting {name!r}. {suggestion(name, Settings.__annotations__)}"
             )
+
+
+def say(message: str) -> None:
+    """Tell the user something that is no fault, in the log of the first rank."""
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank()):
+        logging.getLogger("gradreg_optim").warning(message)
 
 
 def settings_among(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from gradreg_optim.core.plan import Plan
+from gradreg_optim.core.replicas import Part
 from gradreg_optim.core.step import Outcome
 from gradreg_optim.core.storage import Storage
 from gradreg_optim.wrapping import upwards
@@ -221,6 +222,11 @@ class OptimizerWrapper(Optimizer):
             found["gradreg_floor"] = outcome.check.floor
         if outcome.is_low is not None:
             found["gradreg_is_low"] = outcome.is_low
+        if outcome.settling is not None:
+            found |= {
+                "gradreg_ratio_total": outcome.settling.total,
+                "gradreg_ratio_count": outcome.settling.count,
+            }
         for group in self.param_groups if found else []:
             group.update(found)
 
@@ -235,8 +241,8 @@ class OptimizerWrapper(Optimizer):
             step(*args)
 
     @abstractmethod
-    def storage(self) -> Storage:
-        """Where gradients and weights are in the step to come."""
+    def storage(self, part: Part) -> Storage:
+        """Where gradients and weights are in the micro-batch to come."""
 
     # Checkpoints and pickling.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from deepspeed import DeepSpeedEngine
@@ -117,10 +117,27 @@ class HeldStep:
                 engine.set_gradient_accumulation_boundary(True)
 
 
+@contextmanager
+def at_boundary(engine: Any) -> Iterator[None]:
+    """Let the engine take each backward in the block for the last one of a window, after which it reduces."""
+    before = engine._is_gradient_accumulation_boundary
+    engine.set_gradient_accumulation_boundary(True)
+    try:
+        yield
+    finally:
+        engine.set_gradient_accumulation_boundary(before)
+
+
 def accumulation_windows(
-    engine: Any, held_step: HeldStep, around: Callable[[Point], AbstractContextManager[Any]]
+    engine: Any,
+    held_step: HeldStep,
+    around: Callable[[Point], AbstractContextManager[Any]],
+    *,
+    is_apart: bool,
 ) -> Callable[[Point], AbstractContextManager[None]]:
     """The context of each pass of one step: all passes start from the engine's counters as they are now.
+
+    ``is_apart``: a pass covers one micro-batch, after which the engine reduces gradients.
 
     Raises:
         RuntimeError: at the end of the first pass, if it was not one window.
@@ -129,7 +146,7 @@ def accumulation_windows(
 
     @contextmanager
     def window(point: Point) -> Iterator[None]:
-        with around(point):
+        with around(point), at_boundary(engine) if is_apart else nullcontext():
             if point is not Point.THETA:
                 with held_step.repeated(first_micro_step):
                     yield

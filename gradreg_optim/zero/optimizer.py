@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack  # comes with torch; in typing from Python 3.11
 
 from gradreg_optim.core.plan import Plan
+from gradreg_optim.core.replicas import Part
 from gradreg_optim.core.step import Point
 from gradreg_optim.core.storage import Storage
 from gradreg_optim.optimizer import GradRegOptimizer
@@ -133,20 +134,24 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
 
     # Overridden phases of the step.
 
-    def storage(self) -> Any:
+    def storage(self, part: Part) -> Any:
         """The engine's partitions; in stage 0 its whole gradients, as they are seen in one step."""
         if isinstance(self._storage, WholeGradients):
-            self._storage = WholeGradients(self.engine, is_first=not self.progress.is_proven)
+            self._storage = WholeGradients(self.engine, is_first=not self.progress.is_proven, part=part)
+        self._storage.part = part
         return self._storage
 
     def surroundings(self, storage: Storage, plan: Plan) -> Callable[[Point], AbstractContextManager[Any]]:
         """An accumulation window around each pass."""
         self._has_stepped = False
-        return accumulation_windows(self.engine, self.held_step, super().surroundings(storage, plan))
+        around, is_apart = super().surroundings(storage, plan), self._storage.part.of > 1
+        return accumulation_windows(self.engine, self.held_step, around, is_apart=is_apart)
 
     def _base_step(self) -> None:
         """Take the engine's step that was held back, on the combined gradient."""
         self._is_stepping = True
+        if self._attachment is None:
+            self.engine.micro_steps += self._storage.part.of - 1  # each of them was a window of its own
         try:
             self._step_wrapped(self.held_step.take)
         finally:

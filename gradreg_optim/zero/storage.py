@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from gradreg_optim.core.local import LocalStorage
 from gradreg_optim.core.multi_tensor import of_group, shift_, step_moments
+from gradreg_optim.core.replicas import WHOLE, Part
 from gradreg_optim.core.step import FirstGradient, Gradients, GroupGradients, Scalar
 
 # Of FP16_Optimizer and FP16_UnfusedOptimizer, which train bf16 in stage 0.
@@ -32,10 +33,10 @@ class WholeGradients(LocalStorage):
 
     is_moved = False  # after a pass the weights are at θ again
 
-    def __init__(self, engine: Any, *, is_first: bool = False) -> None:
+    def __init__(self, engine: Any, *, is_first: bool = False, part: Part = WHOLE) -> None:
         self.engine = engine
         self.replicas = [(engine.seq_data_parallel_group, engine.device)]
-        super().__init__(self.named_groups(), is_first=is_first)
+        super().__init__(self.named_groups(), is_first=is_first, part=part)
 
     def named_groups(self) -> list[dict[str, Any]]:
         """The model's parameters, as parameter groups. In bf16 the optimizer's own groups hold masters."""
@@ -82,6 +83,7 @@ class Partitions(ABC):
         self.fragments, self.offloaded = fragments, offloaded  # whether gradients and masters are on the CPU
         self.first: list[Tensor] = []  # g1 of each fragment
         self.is_moved = False
+        self.part = WHOLE  # the micro-batch
         self._averaged: dict[int, Any] | None = None  # DeepSpeed's dict of g1; ``None``: g1 is in its place
         self._groups: list[GroupGradients | None] = []  # of each fragment; ``None``: it is not regularized
 
@@ -143,8 +145,8 @@ class Partitions(ABC):
 
     @property
     def loss_scale(self) -> float:
-        """DeepSpeed's loss scale, dynamic or static. ``BF16_Optimizer`` has none."""
-        return float(getattr(self.zero, "loss_scale", 1.0))
+        """DeepSpeed's loss scale, dynamic or static; ``BF16_Optimizer`` has none. Times 1/n of n micro-batches."""
+        return float(getattr(self.zero, "loss_scale", 1.0)) / self.part.of
 
     @property
     def overflow_skips_step(self) -> bool:
@@ -265,6 +267,29 @@ class Partitions(ABC):
         self.first, self._averaged, self._groups = [], None, []
 
     # Micro-batches.
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Keep gradients of earlier micro-batches out of the block's reach; then add those that it leaves."""
+        averaged = copy(getattr(self.zero, "averaged_gradients", {}))
+        before = self.take_sum()
+        if self.is_moved:  # by the last micro-batch
+            self.restore()
+            self.is_moved = False
+        try:
+            yield
+        except BaseException:
+            self.first, self._averaged = before, averaged
+            self._return_first()
+            self._release()
+            raise
+        for gradient, sums in zip(self.see_sum(), before, strict=True):
+            gradient.add_(sums)
+        self._release()
+
+    def sum_over_replicas(self, sums: Tensor) -> Tensor:
+        """They are complete: the engine has reduced all gradients."""
+        return sums
 
     def take_sum(self) -> list[Tensor]:
         """Take the gradient of each fragment and clear the engine's."""
