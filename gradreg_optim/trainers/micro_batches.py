@@ -186,7 +186,7 @@ class Window:
     # The further passes.
 
     def further_passes(self) -> Iterator[MicroBatch]:
-        """Repeat the window at each further point; yields each micro-batch after its backward."""
+        """Repeat the window at each further point; yields each micro-batch after its backward ahead."""
         state = self._optimizer._module_state
         for point in self.passes:
             is_first = point is Point.THETA  # again, since the first forward wrote weights
@@ -198,7 +198,8 @@ class Window:
                     is_sent = micro_batch.is_last or self._is_engine
                     with nullcontext() if is_sent else self._trainer.accelerator.no_sync(micro_batch.model):
                         self._repeat(micro_batch)
-                    yield micro_batch
+                    if point is Point.AHEAD:
+                        yield micro_batch
             if is_first:
                 state.end()
         self.is_regularized = self.is_complete
@@ -237,7 +238,7 @@ class Window:
         step = trainer.training_step if is_whole else functools.partial(Trainer.training_step, trainer)
         # TRL's activation offloading is entered for each training step, or later backwards free nothing.
         offloading = getattr(trainer, "maybe_activation_offload_context", nullcontext())
-        with offloading, self._old_policy.repeating(self._optimizer.resample, inputs, micro_batch.first):
+        with offloading, self._old_policy.repeating(inputs, micro_batch.first):
             step(micro_batch.model, inputs, micro_batch.num_items_in_batch)
 
     # The repeated loss.

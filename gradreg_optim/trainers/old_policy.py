@@ -6,32 +6,29 @@ token.
 
 ``"reuse"``, the published default: if the inputs hold no old log-probabilities, GRPO takes the policy at θ'
     as old. Its ratio is 1, so (g2 − g1)/ε lacks one term of H·d: E[A ∇log π (∇log π · d)], the change of the
-    distribution of y.
-``"sequence"``, where that bias matters: old is the policy at θ, and every loss takes the ratio π_θ'(y)/π_θ(y)
-    of whole completions, times its own ratio in the first pass. The gradient is unbiased, as if completions
-    had been drawn at θ'. The clip range is open in the further passes, unless the first pass clipped: a ratio
-    that is clipped ahead of θ and not behind it would look like curvature.
+    distribution of y. Old log-probabilities in the inputs (RLOO's; GRPO's with several iterations or steps
+    per generation, or vLLM's correction) stay: they belong to the policy that drew y. Clip ranges act at θ'.
+``"sequence"``, where that bias matters: every loss keeps the ratio of its first pass, and with it what it
+    clips, and its advantages are multiplied by w = π_θ'(y)/π_θ(y) of whole completions. The gradient is
+    unbiased, as if completions had been drawn at θ' (:mod:`gradreg_optim.reweighting`).
 
-Old log-probabilities in the inputs (RLOO's; GRPO's with several iterations or steps per generation, or vLLM's
-correction) stay: they belong to the policy that drew y. Advantages are constants (RLOO's contain its KL
-penalty), tokens are selected by entropy or dropped as off-policy again, and only ``use_bias_correction_kl``
-reweights GRPO's KL penalty. With ``"reuse"`` clip ranges act at θ' (``clipped_by_loss``). VESPO is refused:
-its weight is not the ratio, and falls with it where advantages are positive.
+Advantages are constants otherwise (RLOO's contain its KL penalty). GRPO's KL penalty is not reweighted.
+Tokens are selected by entropy again.
 
-Relied upon (trl 0.27 to 1.16): the names below; losses call ``LOG_P_METHOD`` before they read
-``old_per_token_logps``.
+Relied upon (trl 0.27 to 1.16): the names below; losses call ``LOG_P_METHOD`` before they read ``advantages``
+and old log-probabilities, which they use for the ratio alone; they are linear in the size of the advantages.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from gradreg_optim.reweighting import completion_weights
 from gradreg_optim.trainers.patches import Patches
 
 LOG_P_METHOD = "_get_per_token_logps_and_entropies"
@@ -42,19 +39,15 @@ _OF_COMPLETIONS = "old_logps"
 _OLD_LOG_P = (_OLD, _OF_COMPLETIONS, "old_log_probs")
 """Keys of the old log-probabilities in the inputs of GRPO, RLOO and AsyncGRPO."""
 
-_CLIP_RANGE = ("epsilon_low", "epsilon_high")
-"""Attributes of GRPO's and RLOO's trainers."""
-
 _CLIPPED = ("clip_ratio/region_mean", "cispo_clip_ratio", "clip_ratio")
 """Metrics of the clipped fraction: of GRPO and RLOO, of CISPO, of GRPO with Liger's loss."""
 
 
 @dataclass
 class FirstPass:
-    """Of the first pass of a loss: the log-probabilities of completions, and whether it clipped."""
+    """Of the first pass of a loss: the log-probabilities of completions, if further passes need them."""
 
     log_p: Tensor | None = None
-    has_clipped: bool = False
 
 
 class OldPolicy:
@@ -70,44 +63,37 @@ class OldPolicy:
         if resample == "reuse":
             yield
             return
-        if getattr(self._trainer, "loss_type", None) == "vespo":
-            raise self.refusal(
-                resample, "loss_type='vespo' weighs completions by a function that is not their ratio"
-            )
-        before = clipped_so_far(self._trainer)
 
-        def keep(
-            log_p: Tensor,
-        ) -> None:  # in the loss's own dtype, so that at θ itself the ratio is 1 bit for bit
-            first.log_p = log_p.detach().clone()
+        def keep(log_p: Tensor) -> None:
+            first.log_p = log_p.detach().clone()  # in the loss's own dtype: at θ itself the weight is 1
 
-        if has_old_policy(inputs, (_OF_COMPLETIONS,)):
+        with Patches().set(self, "_listener", keep):
             yield
-        else:
-            with Patches().set(self, "_listener", keep):
-                yield
-            if first.log_p is None:
-                raise self.refusal(resample, "its loss computed no log-probabilities of completions")
-        first.has_clipped = bool(clipped_by_loss(self._trainer, before))
+        if first.log_p is None or "advantages" not in inputs:
+            raise self.refusal(resample, "its loss computed no log-probabilities of completions")
 
     @contextmanager
-    def repeating(self, resample: str, inputs: Any, first: FirstPass) -> Iterator[None]:
-        """Around a further pass of a loss on ``inputs``: its ratio refers to the policy of the first pass."""
-        log_p_then: Any = first.log_p
+    def repeating(self, inputs: Any, first: FirstPass) -> Iterator[None]:
+        """Around a further pass of a loss on ``inputs``, a copy: reweight them if the first pass was kept."""
+        then: Any = first.log_p
 
-        def replace_old(log_p: Tensor) -> None:
-            given, tool_mask = inputs.get(_OLD), inputs.get("tool_mask")
+        def reweight(log_p: Tensor) -> None:
+            tool_mask, advantages = inputs.get("tool_mask"), inputs["advantages"]
             mask = inputs["completion_mask"] if tool_mask is None else inputs["completion_mask"] * tool_mask
-            log_w = ((log_p.detach() - log_p_then) * mask).sum(1, keepdim=True)
-            # The loss computes log p − old for each token. Make that log w plus its value in the first pass.
-            inputs[_OLD] = log_p.detach() - log_w - (0 if given is None else log_p_then - given)
+            change, weights = log_p.detach() - then, completion_weights(log_p, mask, then)
+            # The loss subtracts old log-probabilities. They follow the change, so its ratio is that at θ.
+            if has_old_policy(inputs, (_OF_COMPLETIONS,)):
+                ratio = ((then * mask).sum(1) - inputs[_OF_COMPLETIONS]).exp()
+                low, high = 1 - self._trainer.epsilon_low, 1 + self._trainer.epsilon_high
+                is_clipped = (ratio > high) & (advantages > 0) | (ratio < low) & (advantages < 0)
+                # These have no gradient. Their loss stays, too, so that ``loss_check`` holds.
+                weights = weights.masked_fill(is_clipped[:, None], 1)
+                inputs[_OF_COMPLETIONS] = inputs[_OF_COMPLETIONS] + (change * mask).sum(1)
+            else:
+                inputs[_OLD] = log_p.detach() if inputs.get(_OLD) is None else inputs[_OLD] + change
+            inputs["advantages"] = advantages * (weights if advantages.dim() > 1 else weights[:, 0])
 
-        with Patches() as patches:
-            if log_p_then is not None:
-                patches.set(self, "_listener", replace_old)
-            for name in _CLIP_RANGE if resample == "sequence" and not first.has_clipped else ():
-                if hasattr(self._trainer, name):
-                    patches.set(self._trainer, name, math.inf)
+        with nullcontext() if then is None else Patches().set(self, "_listener", reweight):
             yield
 
     def refusal(self, resample: str, why: str) -> RuntimeError:

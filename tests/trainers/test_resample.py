@@ -90,8 +90,11 @@ def hessian_product(at, direction, length):
     return dict(zip(at, torch.autograd.grad(slope, list(policy.parameters())), strict=True))
 
 
-def expected_gradient(start, at, length, ratio):
-    """E[g2] on completions of π_start: −Σ_y π_start(y)·A(y)·Σ_t w_t·∇log π_at(y_t), w of the named kind."""
+def expected_gradient(start, at, length, ratio, held=1.0):
+    """E[g2] on completions of π_start: −Σ_y π_start(y)·A(y)·Σ_t w_t·r_t·∇log π_at(y_t), w of the named kind.
+
+    ``held`` are the r_t, which do not depend on the point ``at``.
+    """
     here = log_policy(length, start)
     log_w = log_policy(length, at) - here
     w = {
@@ -99,7 +102,7 @@ def expected_gradient(start, at, length, ratio):
         "token": log_w.exp(),
         "completion": log_w.sum(1, keepdim=True).exp(),
     }[ratio]
-    factor = here.sum(1, keepdim=True).exp() * rewards(length)[:, None] * w
+    factor = here.sum(1, keepdim=True).exp() * rewards(length)[:, None] * w * held
     return gradient(at, lambda policy: -(factor * log_policy(length)(policy)).sum())
 
 
@@ -117,8 +120,10 @@ if GMPO:
     KINDS["gmpo"] = GMPO[0]
 
 
-def second_gradient(kind, folder, *, length, eps, resample, **arguments):
+def second_gradient(kind, folder, *, length, eps, resample, old=None, method="forward", **arguments):
     """The weights, and g2 of a trainer whose batch is every completion, each with its probability in its advantage.
+
+    ``old`` are the weights of the policy that drew them, if that is another one.
 
     The step is SGD's at rate 1 with γ = ε, which makes it g2. The trainer and its loss are TRL's; only what they are given
     is not sampled, and the policy keeps its own head, for trl 1.16's works in float32.
@@ -127,7 +132,7 @@ def second_gradient(kind, folder, *, length, eps, resample, **arguments):
     start = {name: value.double() for name, value in weights(policy).items()}
     log_p, count = log_policy(length, start), len(ids)
     # What the losses divide by: the number of completions, that of tokens, the longest completion.
-    divisor = {"grpo": mask.sum(1), "sapo": 1, "gmpo": mask.sum(1), "rloo": 1, "dr_grpo": length}.get(
+    divisor = {"grpo": mask.sum(1), "sapo": mask.sum(1), "luspo": 1, "gmpo": mask.sum(1), "rloo": 1, "dr_grpo": length}.get(
         loss, int(mask.sum()) / count
     )
     inputs = {
@@ -139,7 +144,9 @@ def second_gradient(kind, folder, *, length, eps, resample, **arguments):
         "num_items_in_batch": mask.sum(),
     }
     if kind == "rloo":
-        inputs["old_logps"] = log_p.sum(1)
+        inputs["old_logps"] = log_policy(length, start if old is None else old).sum(1)
+    elif old is not None:
+        inputs["old_per_token_logps"] = log_policy(length, old)
     base = KINDS[kind]
     unbounded = {"learning_rate": 1.0, "max_steps": 1, "max_grad_norm": 1e9}
     trainer = build(
@@ -147,7 +154,7 @@ def second_gradient(kind, folder, *, length, eps, resample, **arguments):
         folder,
         model=policy,
         base=lambda model: SGD(model.parameters(), lr=1.0),
-        wrapped={"strength": eps, "eps": eps, "exclude": "none", "resample": resample, **UNCLIPPED},
+        wrapped={"strength": eps, "eps": eps, "exclude": "none", "resample": resample, **UNCLIPPED, "method": method},
         trainer_class=type(base.__name__, (base,), {"_prepare_inputs": lambda self, _: dict(inputs)}),
         **{**unbounded, "max_completion_length": length, **arguments},
     )
@@ -156,7 +163,10 @@ def second_gradient(kind, folder, *, length, eps, resample, **arguments):
     return start, difference(start, weights(policy)), trainer
 
 
-LOSSES = [("grpo", {"loss_type": loss_type}) for loss_type in ("grpo", "bnpo", "dr_grpo", "dapo")]
+# trl 0.27 has no VESPO.
+PLAIN_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "sapo", "vespo")
+PLAIN_LOSSES = [name for name in PLAIN_LOSSES if name in str(GRPOTrainer._compute_loss.__code__.co_consts)]
+LOSSES = [("grpo", {"loss_type": loss_type}) for loss_type in PLAIN_LOSSES]
 LOSSES += [("grpo", {"loss_type": "cispo", "epsilon_high": 5.0}), ("grpo", {"importance_sampling_level": "sequence"})]
 LOSSES += [("gmpo", {})] if GMPO else []
 
@@ -210,7 +220,8 @@ def test_second_gradient_on_single_tokens_is_that_of_new_completions(kind, argum
     assert relative(g2, exact) < EXACT
     assert relative(means["none"], exact) > 0.01  # or nothing would be shown
     assert penalties(trainer, "reweighted") == [1.0]
-    assert penalties(trainer, "clipped_by_loss") == [0.0]
+    has_range = arguments.get("loss_type") not in ("sapo", "vespo")
+    assert penalties(trainer, "clipped_by_loss") == [0.0] * has_range
 
 
 @pytest.mark.parametrize(
@@ -297,8 +308,8 @@ def test_first_update_is_the_formula(kind, accumulation, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
-def test_a_clip_range_is_open_in_further_passes(kind, tmp_path):
-    """A range of 3e-4 clips at θ − ε·d alone, were it not open there: the differences ahead and behind agree."""
+def test_what_was_not_clipped_at_theta_is_not_clipped_later(kind, tmp_path):
+    """A range of 3e-4 would clip at θ − ε·d alone, were the ratio the one there: the differences ahead and behind agree."""
     settings = {"gradient_accumulation_steps": 2, "epsilon": 3e-4}
     wrapped = {**REAL, "resample": "sequence", "check_every": 1}
     trainer, spy, steps = trained(kind, tmp_path, wrapped, **settings)
@@ -313,17 +324,98 @@ def test_a_clip_range_is_open_in_further_passes(kind, tmp_path):
     assert (trainer.epsilon_low, trainer.epsilon_high) == (3e-4, 3e-4)
 
 
+EPSILON = 0.2
+SMALL = {"radius": 0.03, "check_every": 1, "resample": "sequence", **UNCLIPPED}
+CLIPPING = [("grpo", {"loss_type": name}) for name in ("grpo", "dapo", "cispo")]
+CLIPPING += [("grpo", {"importance_sampling_level": "sequence"}), ("rloo", {})]
+
+
+def held_ratio(loss, level, log_r, mask, epsilon):
+    """What the loss takes for the ratio at θ, 0 where it clips: by its paper's formula, on every completion."""
+    if loss == "rloo":
+        log_r = log_r.sum(1, keepdim=True)
+    if level == "sequence":
+        log_r = log_r.sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+    r, positive = log_r.exp(), rewards(mask.shape[1])[:, None] > 0
+    if loss == "cispo":
+        return r.clamp(max=epsilon)
+    return r.masked_fill((positive & (r > 1 + epsilon)) | (~positive & (r < 1 - epsilon)), 0)
+
+
+@pytest.mark.parametrize(("kind", "arguments"), CLIPPING, ids=named)
+def test_what_the_first_pass_clipped_stays_clipped(kind, arguments, tmp_path):
+    """With an older policy, g2 = −E_π'[r·A·∇log π'] with the r of θ, 0 where that was clipped, at a finite ε."""
+    loss = arguments.get("loss_type", "dapo" if kind == "grpo" else kind)
+    epsilon = {"cispo": 1.2, "rloo": 0.15}.get(loss, EPSILON)
+    start = {name: value.double() for name, value in weights(Policy()).items()}
+    noise = torch.Generator().manual_seed(1)
+    old = {name: value + 0.3 * torch.randn(value.shape, generator=noise).double() for name, value in start.items()}
+    settings = {"length": 2, "eps": 0.5, "resample": "sequence", "old": old}
+    range_ = {"epsilon": epsilon, "epsilon_high": epsilon}
+    _, g2, trainer = second_gradient(kind, tmp_path, **settings, **arguments, **range_)
+    (_, mask), log_r = completions(2), log_policy(2, start) - log_policy(2, old)
+    held = held_ratio(loss, arguments.get("importance_sampling_level"), log_r, mask, epsilon)
+    g1 = expected_gradient(start, start, 2, "completion", held)
+    there = moved(start, g1, 0.5)
+    assert relative(g2, expected_gradient(start, there, 2, "completion", held)) < EXACT
+    # The clip engages for some, and is not the one of the ratio at θ'.
+    unclipped = held_ratio(loss, arguments.get("importance_sampling_level"), log_r, mask, math.inf)
+    assert relative(g2, expected_gradient(start, there, 2, "completion", unclipped)) > 0.01
+    log_w = (log_policy(2, there) - log_policy(2, start)).sum(1, keepdim=True)
+    level = arguments.get("importance_sampling_level")
+    later = log_r + log_w * (mask / mask.sum(1, keepdim=True) if loss == "rloo" else mask)
+    later = held_ratio(loss, level, later, mask, epsilon) / log_w.exp()
+    assert relative(g2, expected_gradient(start, there, 2, "completion", later)) > 1e-4
+    if loss != "cispo":  # which counts positive advantages alone
+        counts = mask if held.shape == mask.shape else torch.ones_like(held)
+        clipped = ((held == 0) * counts).sum() / counts.sum()
+        assert penalties(trainer, "clipped_by_loss") == [pytest.approx(float(clipped), abs=1e-6)]
+
+
+def figures_of(kind, folder, method, epsilon, **arguments):
+    """The figures of a trainer on sampled completions whose ratios leave the range of 0.2 around 1 at θ'."""
+    settings = {"per_device_train_batch_size": 8, "max_completion_length": 12, "steps_per_generation": 1}
+    settings |= {"epsilon": epsilon, "epsilon_high": epsilon, "max_grad_norm": 1e9, "max_steps": 4, **arguments}
+    rate = 1e-5 if kind == "rloo" else 1e-4  # so low that no second iteration clips at θ
+    trainer = build(
+        kind,
+        folder,
+        base=lambda model: SGD(model.parameters(), lr=rate),
+        wrapped={"strength": 1e-9, "method": method, **SMALL},
+        **{"learning_rate": rate, **settings},
+    )
+    trainer.train()
+    names = ("self_check", "curvature", "penalty_ratio", "clipped_by_loss")
+    return {name: torch.tensor(penalties(trainer, name)) for name in names}
+
+
+@pytest.mark.parametrize("method", ["forward", "central"])
+@pytest.mark.parametrize("iterations", [1, 2])
+@pytest.mark.parametrize(("kind", "arguments"), CLIPPING, ids=named)
+def test_a_clip_range_that_is_not_reached_at_theta_changes_nothing(kind, arguments, iterations, method, tmp_path):
+    """Ratios of whole completions leave 1 ± 0.2 at θ'; self-check and curvature are those of 1 ± 10, to 2 %."""
+    narrow, wide = (
+        figures_of(kind, tmp_path, method, epsilon, num_iterations=iterations, **arguments) for epsilon in (EPSILON, 10.0)
+    )
+    # CISPO's bound is the weight itself: it is reached by each token, and all of the loss is 0.2 times as large.
+    scale = EPSILON if arguments.get("loss_type") == "cispo" else 1.0
+    for name, factor in (("self_check", 1.0), ("curvature", scale), ("penalty_ratio", scale)):
+        torch.testing.assert_close(narrow[name], factor * wide[name], rtol=0.02, atol=0)
+    if scale == 1:
+        assert narrow["clipped_by_loss"].tolist() == [0.0] * 4
+
+
 def test_reused_completions_are_clipped(tmp_path):
-    """RLOO's ratio refers to the policy that sampled, and a range of 3e-4 clips behind θ: the figure is the float64 one."""
+    """RLOO's ratio refers to the policy that sampled: a range of 3e-4 clips at θ', and the pass ahead alone is counted."""
     settings = {"gradient_accumulation_steps": 2, "epsilon": 3e-4}
     trainer, spy, steps = trained("rloo", tmp_path, REAL | {"method": "central"}, **settings)
-    fractions = [
+    ahead, behind = (
         formula("rloo", trainer.model, steps.weights[0], spy.inputs[:2], epsilon=(3e-4, 3e-4), strength=1.0, eps=eps)[1]
         for eps in (REAL["eps"], -REAL["eps"])
-    ]
-    assert max(fractions) > 0.1
-    mean = pytest.approx(sum(fractions) / 2, abs=1e-6)  # no ratio is that near the edge
-    assert penalties(trainer, "clipped_by_loss") == [mean]
+    )
+    assert behind > 0.1
+    assert ahead != behind
+    assert penalties(trainer, "clipped_by_loss") == [pytest.approx(ahead, abs=1e-6)]  # no ratio is that near the edge
 
 
 @pytest.mark.parametrize("tool_mask", [None, [1, 0]], ids=["", "tools"])
@@ -333,11 +425,13 @@ def test_whole_ratio_is_of_the_tokens_that_count(tool_mask):
     inputs = {"completion_mask": torch.tensor([[1, 1], [1, 0]])}
     if tool_mask is not None:
         inputs["tool_mask"] = torch.tensor([tool_mask, tool_mask])
+    inputs["advantages"] = torch.tensor([2.0, -1.0])
     kept, there = torch.tensor([[-1.0, -2.0], [-3.0, -4.0]]), torch.tensor([[-1.5, -1.0], [-3.25, -7.0]])
-    with old_policy.repeating("sequence", inputs, FirstPass(kept)):
+    with old_policy.repeating(inputs, FirstPass(kept)):
         assert old_policy(lambda: (there,))[0] is there
-    log_w = [[0.5], [-0.25]] if tool_mask is None else [[-0.5], [-0.25]]
-    assert torch.equal(there - inputs["old_per_token_logps"], torch.tensor(log_w).expand(2, 2))
+    assert torch.equal(inputs["old_per_token_logps"], there)
+    log_w = torch.tensor([0.5, -0.25] if tool_mask is None else [-0.5, -0.25])
+    assert torch.equal(inputs["advantages"], torch.tensor([2.0, -1.0]) * log_w.exp())
 
 
 def test_sequence_starts_from_the_ratio_of_the_first_pass(tmp_path):
@@ -347,9 +441,7 @@ def test_sequence_starts_from_the_ratio_of_the_first_pass(tmp_path):
         trainer = build("grpo", tmp_path, wrapped=wrapped, num_iterations=2, epsilon=0.5)
         trainer.train()
         results.append(weights(trainer.model))
-    plain, regularized = results
-    for name in plain:  # log p − (log p − log r) is rounded, and AdamW's first steps divide by small gradients
-        torch.testing.assert_close(regularized[name], plain[name], rtol=0, atol=1e-5)
+    assert_same(*results)
 
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
@@ -427,15 +519,6 @@ def test_losses_without_a_ratio_are_refused(make, name, warmup_steps, tmp_path):
     with pytest.raises(RuntimeError, match=f"{name}: resample='sequence' takes ratios .* Use resample='reuse'"):
         trainer.train()
     assert_same(weights(trainer.model), before)
-
-
-def test_vespo_is_refused(tmp_path):
-    """Its weight falls as the ratio rises: neither setting can be had."""
-    if "vespo" not in GRPOTrainer._compute_loss.__code__.co_consts:
-        pytest.skip("trl 0.27 has no VESPO")
-    trainer = build("grpo", tmp_path, wrapped={**REAL, "resample": "sequence"}, loss_type="vespo")
-    with pytest.raises(RuntimeError, match="loss_type='vespo' weighs completions by a function"):
-        trainer.train()
 
 
 def test_supervised_training_reports_no_ratio(tmp_path):
