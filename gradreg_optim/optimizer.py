@@ -54,7 +54,8 @@ class Progress:
 
     ``passes`` is the loop over :meth:`GradRegOptimizer.passes` that began last; ``is_complete``: it was the
     last one of its step, and a ``step()`` is to follow. ``outcomes`` are those of the step's micro-batches so
-    far, of which it has ``micro_batches``, the first perhaps that of a check. ``is_proven``: a regularized step has shown that θ comes back.
+    far; it has ``micro_batches`` of them, and ``is_checked`` if the first one is that of a check.
+    ``is_proven``: a regularized step has shown that θ comes back.
     """
 
     figures: dict[str, Figure] = field(default_factory=dict)
@@ -377,9 +378,9 @@ class GradRegOptimizer(OptimizerWrapper):
         )
         if steps >= STEPS and (settled := settle_groups(self.param_groups)):
             say(
-                f"Gradient regularization: strength settled at γ = {settled:.4g} after {steps} regularized steps. "
-                f"To keep it in later runs pass strength={settled:.3g}; for micro-batches of k times as many "
-                "samples pass k times as much."
+                f"Gradient regularization: strength settled at γ = {settled:.4g} after {steps} regularized "
+                f"steps. To keep it in later runs pass strength={settled:.3g}; for micro-batches of k times "
+                "as many samples pass k times as much."
             )
 
     def _abandon_passes(self) -> bool:

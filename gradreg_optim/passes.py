@@ -66,6 +66,7 @@ def _points(
     end: Callable[[Outcome], None],
     part: Part,
 ) -> Generator[Point, None, None]:
+    outcome = Outcome({})
     with (
         storage.apart() if part.number else nullcontext(),
         closing(regularized(storage, plan, losses)) as points,

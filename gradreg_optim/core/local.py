@@ -108,15 +108,15 @@ class LocalStorage:
             for parameter in parameters:
                 parameter.grad = None
             yield
-            pairs = [(p, sums) for p, sums in zip(parameters, before, strict=True) if sums is not None]
-            both = [(real(p.grad), real(sums)) for p, sums in pairs if p.grad is not None]
+            pairs = [(p, old) for p, old in zip(parameters, before, strict=True) if old is not None]
+            both = [(real(p.grad), real(old)) for p, old in pairs if p.grad is not None]
             if both:  # into the new ones, so that the old ones are whole whenever this is interrupted
                 torch._foreach_add_(*map(list, zip(*both, strict=True)))
-            for parameter, sums in pairs:
-                parameter.grad = sums if parameter.grad is None else parameter.grad
+            for parameter, old in pairs:
+                parameter.grad = old if parameter.grad is None else parameter.grad
         except BaseException:
-            for parameter, sums in zip(parameters, before, strict=True):
-                parameter.grad = sums
+            for parameter, gradient in zip(parameters, before, strict=True):
+                parameter.grad = gradient
             raise
 
     # g1.

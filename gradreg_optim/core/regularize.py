@@ -208,9 +208,9 @@ def penalty(
             weights = [item_on_cpu(weight * signal) for weight in weights]
     if settling is not None:
         settling = settle(settling, storage, first, delta, signal)
-        found = strength_so_far(settling)
-        factors = [found if is_auto else 1.0 for is_auto in settling.groups]
-        weights = [item_on_cpu(weight * factor) for weight, factor in zip(weights, factors, strict=True)]
+        strength = item_on_cpu(strength_so_far(settling))
+        factors = [strength if is_auto else 1.0 for is_auto in settling.groups]
+        weights = [weight * factor for weight, factor in zip(weights, factors, strict=True)]
         strengths = [group.strength * factor for group, factor in zip(first.groups, factors, strict=True)]
         figures["strength"] = next(
             s for s, group in zip(strengths, first.groups, strict=True) if group.strength

@@ -135,8 +135,8 @@ class Outcome:
 
     ``is_empty``: the first pass left no gradient on any parameter that is to be regularized. ``is_low``:
     whether the passes have fewer bits than float32, if this step found out. ``auto_radius``: that of the next
-    step, if it adapts. ``settling``: what is known about γ, if it is to be found. ``symptoms``: what :class:`~gradreg_optim.core.witnesses.Witnesses` goes by;
-    ``is_disproved``: they are to be read now.
+    step, if it adapts. ``settling``: what is known about γ, if it is to be found. ``symptoms``: what
+    :class:`~gradreg_optim.core.witnesses.Witnesses` goes by; ``is_disproved``: they are to be read now.
     """
 
     figures: dict[str, Figure]
@@ -174,7 +174,9 @@ def _mean(figures: list[Figure]) -> Figure:
 
 def _mean_of(figures: Sequence[Figure]) -> Tensor:
     values = [computed(figure) for figure in figures]
-    like = next(value for value in values if isinstance(value, Tensor)).float()
-    return sum(
-        like.new_tensor(value) if not isinstance(value, Tensor) else value.to(like) for value in values
-    ) / len(values)
+    like = next(value for value in values if isinstance(value, Tensor))
+    like = like.to(torch.promote_types(like.dtype, torch.float32))
+    numbers = [
+        value.to(like) if isinstance(value, Tensor) else torch.full_like(like, value) for value in values
+    ]
+    return torch.stack(numbers).mean(0)

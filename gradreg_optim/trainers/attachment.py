@@ -104,9 +104,9 @@ class Attachment(TrainerCallback):
                 "The trainer's optimizer is not the GradRegOptimizer that was attached any more: it would "
                 "train without the penalty. Call detach(trainer), or give the trainer a GradRegOptimizer."
             )
-        if self._generations.methods and (resample := self.optimizer.resample) != "reuse":
+        if self._generations.methods:
             why = "its loss compares completions of one policy with each other"
-            raise self._old_policy.refusal(resample, why)
+            self._old_policy.refuse(self.optimizer.resample, why)
 
     def on_step_begin(self, *_args: Any, **_kwargs: Any) -> None:
         """Remember how many steps the wrapper has taken."""

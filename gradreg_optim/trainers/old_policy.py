@@ -30,6 +30,7 @@ from torch import Tensor
 
 from gradreg_optim.reweighting import completion_weights
 from gradreg_optim.trainers.patches import Patches
+from gradreg_optim.wrapping.settings import say
 
 LOG_P_METHOD = "_get_per_token_logps_and_entropies"
 """The trainer's method whose first result is the log-probabilities of completions, (completions, tokens)."""
@@ -54,11 +55,12 @@ class OldPolicy:
     """Records the log-probabilities of a trainer's first pass, and gives the second pass its old policy."""
 
     def __init__(self, trainer: Any) -> None:
-        self._trainer = trainer
+        self._trainer, self._is_told = trainer, False
+        self._draws = hasattr(trainer, LOG_P_METHOD) or hasattr(trainer, "judge")
         self._listener: Callable[[Tensor], None] | None = None
 
     @contextmanager
-    def keeping(self, resample: str, inputs: Mapping[str, Any], first: FirstPass) -> Iterator[None]:
+    def keeping(self, resample: str | None, inputs: Mapping[str, Any], first: FirstPass) -> Iterator[None]:
         """Around the first pass of a loss on ``inputs``: keep what further passes need, or refuse."""
         if resample == "reuse":
             yield
@@ -70,7 +72,8 @@ class OldPolicy:
         with Patches().set(self, "_listener", keep):
             yield
         if first.log_p is None or "advantages" not in inputs:
-            raise self.refusal(resample, "its loss computed no log-probabilities of completions")
+            first.log_p = None
+            self.refuse(resample, "its loss computed no log-probabilities of completions")
 
     @contextmanager
     def repeating(self, inputs: Any, first: FirstPass) -> Iterator[None]:
@@ -96,12 +99,20 @@ class OldPolicy:
         with nullcontext() if then is None else Patches().set(self, "_listener", reweight):
             yield
 
-    def refusal(self, resample: str, why: str) -> RuntimeError:
-        """Return the error about completions that cannot be reweighted."""
-        return RuntimeError(
-            f"{type(self._trainer).__name__}: resample={resample!r} takes ratios to the policy at θ, but "
-            f"{why}. Use resample='reuse', or GRPO or RLOO with one of TRL's own losses, not Liger's."
-        )
+    def refuse(self, resample: str | None, why: str) -> None:
+        """Raise because completions cannot be reweighted; if nobody has asked for it, say so once."""
+        name = type(self._trainer).__name__
+        if resample == "sequence":
+            raise RuntimeError(
+                f"{name}: resample='sequence' takes ratios to the policy at θ, but {why}. Use "
+                "resample='reuse', or GRPO or RLOO with one of TRL's own losses, not Liger's."
+            )
+        if resample is None and self._draws and not self._is_told:
+            self._is_told = True
+            say(
+                f"Gradient regularization: resample='reuse' in {name}, because {why}. Its second pass takes "
+                "completions as they are, and the penalty lacks the change of their distribution."
+            )
 
     def __call__(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call the ``LOG_P_METHOD``. Its first call in a loss is the one on unmodified completions."""

@@ -189,8 +189,8 @@ class Planner:
         if not any(plan.strengths) or since_warmup % group["gradreg_every"]:
             return replace(plan, step=step, points=())
         is_low, radius = group.get("gradreg_is_low"), group.get("gradreg_auto_radius")
-        known = {name: group.get(f"gradreg_ratio_{name}") for name in ("total", "count")}
-        known = {name: value for name, value in known.items() if value is not None}
+        found = {name: group.get(f"gradreg_ratio_{name}") for name in ("total", "count")}
+        known: dict[str, Any] = {name: value for name, value in found.items() if value is not None}
         is_auto = tuple(of["gradreg_strength"] == AUTO for of in groups)
         return replace(
             plan,

@@ -81,18 +81,18 @@ def check_micro_batches(number: Any, done: int, begun: int, norm_of: str | None)
     """Refuse a number of micro-batches that is none, or another than the step of ``done`` has begun with."""
     if not isinstance(number, int) or isinstance(number, bool) or number < 1:
         raise ValueError(
-            f"micro_batches={shown(number)}: it must be an integer >= 1, the number of loops over passes() before "
-            "step()."
+            f"micro_batches={shown(number)}: it must be an integer >= 1, the number of loops over passes() "
+            "before step()."
         )
     if number > 1 and norm_of == "step":
         raise ValueError(
-            f"micro_batches={number} and norm_of='step': the norm of the whole step needs all of it in each pass. "
-            "Run all micro-batches in the body of one loop over passes(), or leave norm_of out."
+            f"micro_batches={number} and norm_of='step': the norm of the whole step needs all of it in each "
+            "pass. Run all micro-batches in the body of one loop over passes(), or leave norm_of out."
         )
     if done and number != begun:
         raise ValueError(
-            f"micro_batches={number} after {done} of {begun} micro-batches: their number holds for a whole step. "
-            "Call step() after all of them, or zero_grad() to begin the step again."
+            f"micro_batches={number} after {done} of {begun} micro-batches: their number holds for a whole "
+            "step. Call step() after all of them, or zero_grad() to begin the step again."
         )
 
 

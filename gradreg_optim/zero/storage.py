@@ -145,7 +145,7 @@ class Partitions(ABC):
 
     @property
     def loss_scale(self) -> float:
-        """DeepSpeed's loss scale, dynamic or static; ``BF16_Optimizer`` has none. Times 1/n of n micro-batches."""
+        """DeepSpeed's loss scale (``BF16_Optimizer`` has none), and the share 1/n of a micro-batch."""
         return float(getattr(self.zero, "loss_scale", 1.0)) / self.part.of
 
     @property
