@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from gradreg_optim.by_name import GradReg
 from gradreg_optim.config import GradRegConfig
+from gradreg_optim.core.step import Point
 from gradreg_optim.optimizer import GradRegOptimizer
+from gradreg_optim.reweighting import reweighted
 
 if TYPE_CHECKING:
     from gradreg_optim.trainers.attach import GradRegCallback, attach, detach
@@ -22,9 +24,11 @@ __all__ = [
     "GradRegCallback",
     "GradRegConfig",
     "GradRegOptimizer",
+    "Point",
     "ZeroGradRegOptimizer",
     "attach",
     "detach",
+    "reweighted",
 ]
 
 _LAZY = {
