@@ -463,6 +463,26 @@ def test_a_clip_range_that_is_not_reached_at_theta_changes_nothing(kind, argumen
         assert narrow["clipped_by_loss"].tolist() == [0.0] * 4
 
 
+def test_completions_clipped_at_theta_keep_their_loss(tmp_path):
+    """RLOO's loss stays the integral of its gradient where it clips: a weight would move it without a gradient."""
+    trainer = build(
+        "rloo",
+        tmp_path,
+        base=lambda model: SGD(model.parameters(), lr=1e-3),
+        wrapped={"strength": 1e-9, **SMALL, "radius": 0.003, "check_every": 0},
+        num_iterations=2,
+        learning_rate=1e-3,
+        per_device_train_batch_size=8,
+        max_completion_length=12,
+        steps_per_generation=1,
+        max_steps=4,
+        max_grad_norm=1e9,
+    )
+    trainer.train()
+    assert penalties(trainer, "clipped_by_loss")[1::2] == [pytest.approx(1 / 8), pytest.approx(1 / 2)]
+    assert penalties(trainer, "loss_check") == pytest.approx([1.0] * 4, abs=0.01)
+
+
 def test_reused_completions_are_clipped(tmp_path):
     """RLOO's ratio refers to the policy that sampled: a range of 3e-4 clips at θ', and the pass ahead alone is counted."""
     settings = {"gradient_accumulation_steps": 2, "epsilon": 3e-4}
