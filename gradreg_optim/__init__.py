@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from gradreg_optim.by_name import GradReg
 from gradreg_optim.config import GradRegConfig
+from gradreg_optim.core.step import Point
 from gradreg_optim.optimizer import GradRegOptimizer
+from gradreg_optim.reweighting import reweighted
 from gradreg_optim.wrapping.settings import PUBLISHED
 
 if TYPE_CHECKING:
@@ -24,9 +26,11 @@ __all__ = [
     "GradRegCallback",
     "GradRegConfig",
     "GradRegOptimizer",
+    "Point",
     "ZeroGradRegOptimizer",
     "attach",
     "detach",
+    "reweighted",
 ]
 
 _LAZY = {

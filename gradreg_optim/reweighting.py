@@ -62,8 +62,8 @@ def reweighted(
 
     >>> log_p, first = torch.tensor([[-1.0, -2.0]], requires_grad=True), torch.tensor([[-1.5, -2.0]])
     >>> ratio, weight = reweighted(log_p, torch.tensor([[1, 1]]), first)
-    >>> ratio.tolist(), weight.log().tolist()
-    ([[1.0, 1.0]], [[0.5]])
+    >>> ratio.tolist(), weight                 # 1, and e to the power of 0.5
+    ([[1.0, 1.0]], tensor([[1.6487]]))
     """
     given = {"log_p": log_p, "mask": mask, "first": first, **({} if old is None else {"old": old})}
     shapes = {name: getattr(value, "shape", None) for name, value in given.items()}

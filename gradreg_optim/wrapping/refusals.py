@@ -101,8 +101,8 @@ def check_resample(resample: str | None) -> None:
     if resample == "sequence":
         raise RuntimeError(
             f"resample={resample!r}: completions are reweighted in the losses of trainers, and this step got "
-            "a closure, which decides itself what its second call makes of them. Keep the log-probabilities "
-            "of its first call there, and leave resample out."
+            "a closure or a loop over passes(), which decides itself what its second pass makes of them. Use "
+            "gradreg_optim.reweighted there, and leave resample out."
         )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -38,6 +40,21 @@ def output_of(*command: str, **environment: str) -> str:
 def test_own_loop() -> None:
     """Both ways to train agree with the formula: passes() with clipping, and a closure."""
     assert output_of("examples/own_loop.py").count(AGREES) == 2
+
+
+@pytest.mark.skipif(
+    "micro_batches" not in inspect.signature(gradreg_optim.GradRegOptimizer.passes).parameters,
+    reason="passes() takes no micro_batches yet",
+)
+@pytest.mark.parametrize("strength", ["0", "0.1"])
+def test_grpo_loop(strength: str) -> None:
+    """The policy learns, with and without the penalty, which is there in every step."""
+    output = output_of("examples/grpo_loop.py", "--strength", strength)
+    first, last = map(float, re.findall(r"the mean reward went from (\S+) to (\S+)", output)[0])
+    assert last > first + 0.3
+    ratios = [float(ratio) for ratio in re.findall(r"penalty ratio (\S+),", output)]
+    assert [ratio > 0 for ratio in ratios] == [strength != "0"] * 7
+    assert output.count("skipped 0") == 7
 
 
 @pytest.mark.skipif(find_spec("accelerate") is None, reason="Accelerate comes with the extra [trl]")

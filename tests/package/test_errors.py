@@ -17,7 +17,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.distributed.fsdp._flat_param import FlatParamHandle
 
 import gradreg_optim
-from gradreg_optim import GradReg, GradRegConfig, GradRegOptimizer
+from gradreg_optim import GradReg, GradRegConfig, GradRegOptimizer, reweighted
 from gradreg_optim.core.foreign import NoSecondGradient
 from gradreg_optim.core.local import device_mesh
 from gradreg_optim.wrapping.refusals import check_engines
@@ -26,7 +26,7 @@ from gradreg_optim.wrapping.refusals import check_engines
 ROOT = pathlib.Path(gradreg_optim.__file__).parent
 CORE = [
     *(path for folder in ("core", "wrapping") for path in sorted((ROOT / folder).rglob("*.py"))),
-    *(ROOT / name for name in ("by_name.py", "config.py", "optimizer.py", "passes.py")),
+    *(ROOT / name for name in ("by_name.py", "config.py", "optimizer.py", "passes.py", "reweighting.py")),
 ]
 
 
@@ -423,8 +423,8 @@ CASES = {
         lambda: stepped(resample="sequence"),
         RuntimeError,
         "resample='sequence'",
-        "this step got a closure, which decides itself",
-        "leave resample out",
+        "this step got a closure or a loop over passes(), which decides itself",
+        "Use gradreg_optim.reweighted there, and leave resample out",
     ),
     "resample in a loop": Case(
         lambda: GradRegOptimizer(sgd(), resample="sequence").passes(),
@@ -432,6 +432,13 @@ CASES = {
         "resample='sequence'",
         "completions are reweighted in the losses of trainers",
         "leave resample out",
+    ),
+    "no first pass": Case(
+        lambda: reweighted(torch.ones(2, 3), torch.ones(2, 3), None),
+        ValueError,
+        "log_p=(2, 3), mask=(2, 3), first=None",
+        "each has to be (completions, tokens), of the same completions",
+        "Keep first = log_p.detach() of the pass at Point.THETA",
     ),
     "method": setting(
         "method",

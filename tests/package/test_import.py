@@ -40,7 +40,7 @@ LIBRARIES = {
 }
 
 
-@pytest.mark.parametrize("name", sorted({"GradReg", "GradRegConfig", "GradRegOptimizer", *LIBRARIES}))
+@pytest.mark.parametrize("name", sorted({"GradReg", "GradRegConfig", "GradRegOptimizer", "Point", "reweighted", *LIBRARIES}))
 def test_public_names(name):
     """Every promised name is there, those of trainers and engines loaded when they are first used."""
     assert name in gradreg_optim.__all__

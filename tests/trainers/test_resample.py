@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 from transformers.utils import ModelOutput
 from trl import GRPOTrainer, RLOOTrainer, SFTTrainer
 
-from gradreg_optim import GradRegConfig, attach
+from gradreg_optim import GradRegConfig, GradRegOptimizer, Point, attach, reweighted
 from gradreg_optim.trainers.old_policy import FirstPass, OldPolicy, clipped_by_loss, clipped_so_far
 
 pytestmark = at_theta
@@ -324,6 +324,64 @@ def test_what_was_not_clipped_at_theta_is_not_clipped_later(kind, tmp_path):
     assert (trainer.epsilon_low, trainer.epsilon_high) == (3e-4, 3e-4)
 
 
+def second_gradient_of_a_loop(start, loss, eps, old=None):
+    """g2 of a loop over ``passes()`` on every completion; ``loss(ratio, weight)`` without their probabilities."""
+    policy, (_, mask) = Policy(), completions(2)
+    policy.load_state_dict(start)
+    settings = {"strength": eps, "eps": eps, **UNCLIPPED, "check_every": 0}
+    optimizer = GradRegOptimizer(SGD(policy.parameters(), lr=1.0), **settings)
+    probabilities = log_policy(2, start).sum(1, keepdim=True).exp()
+    for point in optimizer.passes():
+        optimizer.zero_grad()
+        log_p = log_policy(2)(policy)
+        if point is Point.THETA:
+            first = log_p.detach()
+        ratio, weight = reweighted(log_p, mask, first, old)
+        assert point is not Point.THETA or torch.equal(weight, torch.ones_like(weight))
+        (probabilities * loss(ratio, weight) * mask).sum().backward()
+    optimizer.step()
+    return difference(start, {name: value.double() for name, value in weights(policy).items()})
+
+
+def test_a_loop_reweights_as_a_trainer_does(tmp_path):
+    """g2 is ∇L(θ') in a loop of one's own, too, through GRPO's loss by hand."""
+    start, of_a_trainer, _ = second_gradient("grpo", tmp_path, length=2, eps=0.05, resample="sequence")
+    g2 = second_gradient_of_a_loop(start, lambda ratio, weight: -weight * ratio * rewards(2)[:, None], 0.05)
+    exact, means = claims(2)(start, 0.05)
+    assert relative(g2, exact) < EXACT
+    assert relative(g2, of_a_trainer) < EXACT
+    unweighted = second_gradient_of_a_loop(start, lambda ratio, _: -ratio * rewards(2)[:, None], 0.05)
+    assert relative(unweighted, means["none"]) < EXACT
+
+
+def test_a_loop_clips_as_a_trainer_does(tmp_path):
+    """On completions of an older policy, PPO's loss by hand, times the weight, has the gradient of TRL's."""
+    old = weights(Policy())
+    generator = torch.Generator().manual_seed(1)
+    old = {name: value.double() + 0.3 * torch.randn(value.shape, generator=generator) for name, value in old.items()}
+    settings = {"length": 2, "eps": 0.5, "resample": "sequence", "old": old}
+    start, of_a_trainer, _ = second_gradient("grpo", tmp_path, **settings, epsilon=0.2)
+
+    def loss(ratio, weight):
+        advantages = rewards(2)[:, None]
+        return -weight * torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+
+    g2 = second_gradient_of_a_loop(start, loss, 0.5, log_policy(2, old))
+    assert relative(g2, of_a_trainer) < EXACT
+    unclipped = second_gradient_of_a_loop(start, lambda r, w: -w * r * rewards(2)[:, None], 0.5, log_policy(2, old))
+    assert relative(g2, unclipped) > 0.01
+
+
+def test_weights_are_not_rounded_to_half_precision():
+    """Of log-probabilities in bfloat16, whose differences are exact where they are small."""
+    first = torch.tensor([[-5.0, -6.0]], dtype=torch.bfloat16)
+    log_p = (first + torch.tensor([[0.03125, 0.0]], dtype=torch.bfloat16)).requires_grad_()
+    ratio, weight = reweighted(log_p, torch.ones(1, 2), first)
+    assert ratio.tolist() == [[1.0, 1.0]]
+    assert weight.tolist() == [[pytest.approx(math.exp(0.03125), rel=1e-6)]]
+    assert not weight.requires_grad
+
+
 EPSILON = 0.2
 SMALL = {"radius": 0.03, "check_every": 1, "resample": "sequence", **UNCLIPPED}
 CLIPPING = [("grpo", {"loss_type": name}) for name in ("grpo", "dapo", "cispo")]
@@ -403,6 +461,26 @@ def test_a_clip_range_that_is_not_reached_at_theta_changes_nothing(kind, argumen
         torch.testing.assert_close(narrow[name], factor * wide[name], rtol=0.02, atol=0)
     if scale == 1:
         assert narrow["clipped_by_loss"].tolist() == [0.0] * 4
+
+
+def test_completions_clipped_at_theta_keep_their_loss(tmp_path):
+    """RLOO's loss stays the integral of its gradient where it clips: a weight would move it without a gradient."""
+    trainer = build(
+        "rloo",
+        tmp_path,
+        base=lambda model: SGD(model.parameters(), lr=1e-3),
+        wrapped={"strength": 1e-9, **SMALL, "radius": 0.003, "check_every": 0},
+        num_iterations=2,
+        learning_rate=1e-3,
+        per_device_train_batch_size=8,
+        max_completion_length=12,
+        steps_per_generation=1,
+        max_steps=4,
+        max_grad_norm=1e9,
+    )
+    trainer.train()
+    assert penalties(trainer, "clipped_by_loss")[1::2] == [pytest.approx(1 / 8), pytest.approx(1 / 2)]
+    assert penalties(trainer, "loss_check") == pytest.approx([1.0] * 4, abs=0.01)
 
 
 def test_reused_completions_are_clipped(tmp_path):
