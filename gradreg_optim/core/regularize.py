@@ -57,7 +57,7 @@ from gradreg_optim.core.step import (
     Scalar,
 )
 from gradreg_optim.core.storage import Storage
-from gradreg_optim.core.strength import settle, strength_so_far
+from gradreg_optim.core.strength import first_strength, settle, strength_so_far
 from gradreg_optim.core.witnesses import BEYOND, Evidence, Losses
 
 NEARBY = 0.01
@@ -80,7 +80,7 @@ def regularized(storage: Storage, plan: Plan, losses: Losses) -> Generator[Point
         storage.take_sum()  # and drop it: it is taken once more, at the weights as they are now
         yield Point.THETA
     first = storage.take(plan.strengths, plan.excluded)
-    first.figures["strength"] = next(strength for strength in plan.strengths if strength)
+    first.figures["strength"] = first_strength(plan.strengths, plan.settling)
     try:
         if not storage.has_gradient(first):
             storage.put_back(first)
@@ -211,10 +211,7 @@ def penalty(
         strength = item_on_cpu(strength_so_far(settling))
         factors = [strength if is_auto else 1.0 for is_auto in settling.groups]
         weights = [weight * factor for weight, factor in zip(weights, factors, strict=True)]
-        strengths = [group.strength * factor for group, factor in zip(first.groups, factors, strict=True)]
-        figures["strength"] = next(
-            s for s, group in zip(strengths, first.groups, strict=True) if group.strength
-        )
+        figures["strength"] = first_strength(plan.strengths, settling)
     if plan.max_penalty_ratio is not None:
         limit, square = plan.max_penalty_ratio**2 * total, _square(weights, delta.squares)
         bound = torch.where(square > limit, (limit / square).sqrt(), 1.0)

@@ -14,6 +14,7 @@ without a KL penalty against a learned reward. Three times more did little harm.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -35,6 +36,13 @@ def strength_so_far(settling: Settling) -> Scalar:
     if isinstance(settling.total, Tensor):
         return ratio(AIM * settling.count, settling.total)
     return AIM * settling.count / settling.total if settling.total else 0.0
+
+
+def first_strength(strengths: Sequence[float], settling: Settling | None) -> Scalar:
+    """The strength of the first regularized group."""
+    number = next(number for number, strength in enumerate(strengths) if strength)
+    is_auto = settling is not None and settling.groups[number]
+    return strengths[number] * (strength_so_far(settling) if is_auto else 1.0)  # type: ignore[arg-type]
 
 
 def settle(

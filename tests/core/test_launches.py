@@ -166,11 +166,17 @@ def test_launches_without_triton(settings):
 
 @pytest.mark.parametrize(
     ("settings", "bound"),
-    [({}, 66), ({"eps": 1e-3}, 60), ({"radius": 0.1}, 60), ({"eps": 1e-3, "max_penalty_ratio": 0.5}, 60)],
+    [
+        ({}, 66),
+        ({"eps": 1e-3}, 60),
+        ({"radius": 0.1}, 60),
+        ({"eps": 1e-3, "max_penalty_ratio": 0.5}, 60),
+        ({"eps": 1e-3, "strength": "auto"}, 90),
+    ],
     ids=str,
 )
 def test_launches_with_triton(settings, bound, monkeypatch):
-    """At most 60, and six more if the radius finds itself.
+    """At most 60, six more if the radius finds itself, and 30 more in the ten steps that find the strength.
 
     The five operations are counted as what they launch: a kernel, and what fills and adds its sums.
     """
@@ -206,6 +212,7 @@ def test_launches_with_triton(settings, bound, monkeypatch):
     kernels = Kernels()
     monkeypatch.setattr(multi_tensor, "_kernels_for", lambda tensors: kernels)
     # Zeros stand for sums.
+    settings = {"strength": 1e-2, **settings}
     launches = step_on(like_qwen(torch.bfloat16), check_every=0, **settings) + kernels.launches - 9
     assert launches <= bound
 

@@ -206,7 +206,7 @@ def test_a_zero_gradient_has_no_direction(settings, read, monkeypatch):
 def test_no_gradient_at_all():
     """A batch that reaches no parameter leaves the step to the base optimizer, after one pass; one warning says so."""
     w = nn.Parameter(torch.ones(3))
-    optimizer = unchecked(torch.optim.SGD([w], lr=0.1))
+    optimizer = unchecked(torch.optim.SGD([w], lr=0.1), strength=0.1)
     calls = []
     with pytest.warns(UserWarning, match=r"left no gradient .* 1 parameters 1 require a gradient and 0 have one.*backward"):
         optimizer.step(lambda: calls.append(1))
@@ -214,7 +214,7 @@ def test_no_gradient_at_all():
     assert calls == [1, 2]
     assert_same(w.detach(), torch.ones(3))
     assert optimizer.step_count == 2
-    assert optimizer.metrics == {"strength": 1e-3, "skipped": 0}
+    assert optimizer.metrics == {"strength": 0.1, "skipped": 0}
 
 
 @pytest.mark.parametrize("by", ["exclude", "strength"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 import subprocess
@@ -42,10 +41,6 @@ def test_own_loop() -> None:
     assert output_of("examples/own_loop.py").count(AGREES) == 2
 
 
-@pytest.mark.skipif(
-    "micro_batches" not in inspect.signature(gradreg_optim.GradRegOptimizer.passes).parameters,
-    reason="passes() takes no micro_batches yet",
-)
 @pytest.mark.parametrize("strength", ["0", "0.1"])
 def test_grpo_loop(strength: str) -> None:
     """The policy learns, with and without the penalty, which is there in every step."""

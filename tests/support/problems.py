@@ -94,7 +94,7 @@ def past_the_first_step(optimizer):
 
 def leave_unread(monkeypatch):
     """Let no scalar of a step be read, as on a device."""
-    for module in ("schemes", "regularize"):
+    for module in ("schemes", "regularize", "strength"):
         monkeypatch.setattr(f"gradreg_optim.core.{module}.item_on_cpu", lambda value: value)
 
 
