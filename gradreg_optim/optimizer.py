@@ -44,8 +44,8 @@ from gradreg_optim.wrapping.settings import (
 )
 from gradreg_optim.wrapping.wrapper import OptimizerWrapper
 
-SEEDS = 2**24
-"""The seeds of rounding in one micro-batch and the next are so far apart."""
+SEEDS, OF_SEEDS = 999_983, 2**22
+"""How far apart the seeds of rounding in one micro-batch and the next are, among how many."""
 
 
 @dataclass
@@ -323,7 +323,7 @@ class GradRegOptimizer(OptimizerWrapper):
         storage, plan = self.storage(part), self.plan()
         self.progress.is_checked = plan.is_checked if part.number == 0 else self.progress.is_checked
         if part.number and plan.points:  # one check a step, and other rounding errors in each
-            points, seed = plan.scheme.points, plan.step + part.number * SEEDS
+            points, seed = plan.scheme.points, (plan.step + part.number * SEEDS) % OF_SEEDS
             plan = replace(plan, points=points, step=seed)
         is_parallel = distributed.is_available() and distributed.is_initialized()
         if is_parallel and plan.points and not self.progress.is_proven:
