@@ -110,7 +110,7 @@ def inner_of_differences(first: FirstGradient, left: Gradients, right: Gradients
     products = []
     for group, a, b in zip(first.groups, left, right, strict=True):
         g1 = group.counted(group.g1)
-        products.append(multi_tensor.inner_of_differences(g1, group.counted(a), group.counted(b)))
+        products.append(multi_tensor.inner(group.counted(a), group.counted(b), g1))
     return stack_scalars(products).sum()
 
 

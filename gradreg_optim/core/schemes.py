@@ -71,7 +71,7 @@ def central_difference(storage: Storage, first: FirstGradient, plan: Plan) -> Di
         for gradients in side:
             multi_tensor.scale_(gradients, item_on_cpu(clip))
     for written, subtracted in zip(plus, minus, strict=True):
-        multi_tensor.subtract_(written, subtracted)
+        multi_tensor.add_(written, subtracted, factor=-1.0)
         multi_tensor.scale_(written, 0.5)
     inner, squares, losses, fidelity = summed(storage, first, _moments(first, plus))
     g1_squared = first.g1_squared
@@ -102,10 +102,8 @@ CENTRAL = Scheme(
 
 def _moments(first: FirstGradient, gradients: Gradients) -> list[tuple[Scalar, Scalar]]:
     """⟨g, g1⟩ and ‖g‖² of each group, over this rank's tensors."""
-    return [
-        multi_tensor.moments_along(group.counted(written), group.counted(group.g1))
-        for group, written in zip(first.groups, gradients, strict=True)
-    ]
+    pairs = [(g.counted(taken), g.counted(g.g1)) for g, taken in zip(first.groups, gradients, strict=True)]
+    return [(multi_tensor.inner(taken, g1), multi_tensor.norm_squared(taken)) for taken, g1 in pairs]
 
 
 def summed(

@@ -1,4 +1,4 @@
-"""The Triton back end against the eager one, on a CPU: Triton's interpreter runs its kernels here."""
+"""The Triton back end against the one in torch alone, on a CPU: Triton's interpreter runs its kernels here."""
 
 import math
 import os
@@ -14,7 +14,7 @@ from problems import assert_same, closure_of, past_the_first_step, regression, u
 from torch import nn
 
 from gradreg_optim.core import multi_tensor
-from gradreg_optim.core.multi_tensor import eager
+from gradreg_optim.core.multi_tensor import back_end
 
 pytest.importorskip("triton", reason="triton, which torch brings along for CUDA and ROCm, has no package for this platform")
 
@@ -71,10 +71,10 @@ def test_sums(kernels, sizes, seed, first, second, offset):
     """Norm and moments, of any sizes and dtypes, empty and unaligned tensors among them; g1 is scaled on the way."""
     g1, g2 = random_lists(sizes, seed, first, second, offset=offset)
     close = {"rtol": 1e-5, "atol": 1e-4}  # the order of summation
-    torch.testing.assert_close(kernels.norm_squared(g1), eager.norm_squared(g1), **close)
+    torch.testing.assert_close(kernels.norm_squared(g1), multi_tensor.norm_squared(g1), **close)
     for scale in (1.0, torch.tensor(0.25)):
         scaled, other = copies(g1, g1)
-        expected = eager.moments_(other, g2, scale=scale)
+        expected = multi_tensor.moments_(other, g2, scale=scale)
         torch.testing.assert_close(kernels.moments_(scaled, g2, scale=scale), expected, **close)
         assert_same(scaled, other)
 
@@ -142,12 +142,15 @@ def test_not_a_number_replaces_nothing(kernels):
 
 
 def test_stochastic_rounding(kernels):
-    """Right on average within five standard errors, as the eager one is; neighbours only, and 0 stays."""
+    """Right on average within five standard errors, as the one in torch alone is; neighbours only, and 0 stays."""
     share, count = 0.3, 20000
     weight, direction = torch.ones(count).bfloat16(), torch.full((count,), share * 2**-7)
-    for back_end in (kernels, eager):
+    for interpreted in (kernels, None):
         moved, saved = weight.clone(), torch.empty_like(weight)
-        back_end.save_and_shift_([moved], [saved], [direction], eps=1.0, seed=5 << 40)
+        if interpreted is None:
+            multi_tensor.save_and_shift_([moved], [direction], eps=1.0, seed=5 << 40)
+        else:
+            interpreted.save_and_shift_([moved], [saved], [direction], eps=1.0, seed=5 << 40)
         assert moved.unique().tolist() == [1.0, 1.0 + 2**-7]
         assert float((moved > 1).double().mean()) == pytest.approx(share, abs=5 * math.sqrt(share * (1 - share) / count))
         neighbours = (moved[1:] > 1).double() * (moved[:-1] > 1).double()  # independent of each other
@@ -280,15 +283,15 @@ def test_weights_are_whole_if_a_launch_is_interrupted(interpreted, kernels, monk
 
 
 def test_a_triton_that_does_not_work_is_told_once(kernels, monkeypatch):
-    """Without a C compiler, say: one warning, and the eager back end."""
+    """Without a C compiler, say: one warning, and what is in torch alone."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # but this torch is built without it
-    multi_tensor._kernels.cache_clear()
+    back_end.kernels.cache_clear()
     try:
         with pytest.warns(UserWarning, match="Triton does not work here"):
-            assert multi_tensor._kernels() is None
-        assert multi_tensor._kernels() is None
+            assert back_end.kernels() is None
+        assert back_end.kernels() is None
     finally:
-        multi_tensor._kernels.cache_clear()
+        back_end.kernels.cache_clear()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")

@@ -8,8 +8,6 @@ Triton comes with torch's CUDA and ROCm builds. Tensors are contiguous, on one d
 float16 or float32.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
@@ -20,7 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-Scalar = float | Tensor
+from gradreg_optim.core.step import Scalar
+
+Tensors = Sequence[Tensor]
 
 BLOCK = 4096
 """Elements a program works on."""
@@ -172,7 +172,7 @@ def _combine_kernel(
 # The tables.
 
 
-def fit(tensors: Sequence[Tensor]) -> bool:
+def fit(tensors: Tensors) -> bool:
     """Whether the kernels take these tensors: what they are, not where."""
     return (
         {*map(type, tensors)} <= {Tensor, nn.Parameter}  # others may keep their elements elsewhere
@@ -210,7 +210,7 @@ def _sent(values: Tensor, device: torch.device) -> Tensor:
 class _Launch:
     """One launch over all tensors of some lists that are laid out alike."""
 
-    def __init__(self, *lists: Sequence[Tensor]) -> None:
+    def __init__(self, *lists: Tensors) -> None:
         sizes = tuple([x.numel() for x in lists[0]])
         addresses = tuple([x.data_ptr() for tensors in lists for x in tensors])
         self._device = lists[0][0].device
@@ -238,21 +238,21 @@ class _Launch:
                 kernel[(self.programs,)](*self._first, *arguments, **constants, **self._constants)
 
 
-def _dtypes(names: str, *lists: Sequence[Tensor]) -> dict[str, object]:
+def _dtypes(names: str, *lists: Tensors) -> dict[str, object]:
     return {name: DTYPES[tensors[0].dtype] for name, tensors in zip(names, lists, strict=True)}
 
 
 # The operations.
 
 
-def norm_squared(tensors: Sequence[Tensor]) -> Tensor:
+def norm_squared(tensors: Tensors) -> Tensor:
     """Σ‖x‖²."""
     launch = _Launch(tensors)
     launch(_norm_kernel, sums := launch.sums(1), **_dtypes("X", tensors))
     return sums.sum()
 
 
-def moments_(g1: Sequence[Tensor], g2: Sequence[Tensor], *, scale: Scalar) -> tuple[Tensor, Tensor]:
+def moments_(g1: Tensors, g2: Tensors, *, scale: Scalar = 1.0) -> tuple[Tensor, Tensor]:
     """``g1 ← scale·g1``, then ⟨g2 − g1, g1⟩ and ‖g2 − g1‖²."""
     launch = _Launch(g1, g2)
     launch(
@@ -266,15 +266,15 @@ def moments_(g1: Sequence[Tensor], g2: Sequence[Tensor], *, scale: Scalar) -> tu
     return inner, squares
 
 
-def copy_(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+def copy_(tensors: Tensors, others: Tensors) -> None:
     """``x ← y`` for lists of the same dtype."""
     _Launch(tensors, others)(_copy_kernel, **_dtypes("X", tensors))
 
 
 def save_and_shift_(
-    weights: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    direction: Sequence[Tensor],
+    weights: Tensors,
+    saved: Tensors,
+    direction: Tensors,
     *,
     eps: Scalar,
     seed: int | None,
@@ -284,12 +284,12 @@ def save_and_shift_(
 
 
 def shift_(
-    weights: Sequence[Tensor],
-    direction: Sequence[Tensor],
-    start: Sequence[Tensor] | None = None,
+    weights: Tensors,
+    direction: Tensors,
+    start: Tensors | None = None,
     *,
     eps: Scalar,
-    saved: Sequence[Tensor] | None = None,
+    saved: Tensors | None = None,
     seed: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``weights ← start + ε·d`` (default: from where they are), and ⟨what arrived, d⟩ and ‖d‖².
@@ -315,7 +315,12 @@ def shift_(
 
 
 def combine_(
-    g1: Sequence[Tensor], g2: Sequence[Tensor], *, weight: Scalar, clip: Scalar, is_finite: Scalar
+    g1: Tensors,
+    g2: Tensors,
+    *,
+    weight: Scalar,
+    clip: Scalar = 1.0,
+    is_finite: Scalar = True,
 ) -> None:
     """``g2 ← g1 + weight·(clip·g2 − g1)``, or g1 if not ``is_finite``."""
     launch = _Launch(g1, g2)
