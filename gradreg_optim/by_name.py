@@ -1,7 +1,5 @@
 """GradReg: a wrapper that builds its own inner optimizer, for callers that make an optimizer from a name."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterable, Mapping
 from pkgutil import resolve_name

@@ -1,7 +1,5 @@
 """The settings on a command line: a dataclass made from :data:`gradreg_optim.wrapping.settings.SETTINGS`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, make_dataclass

@@ -6,8 +6,6 @@ the first one left. Whatever else differs between the passes, the witnesses see
 (:mod:`gradreg_optim.core.witnesses`).
 """
 
-from __future__ import annotations
-
 import sys
 import warnings
 import weakref

@@ -36,8 +36,6 @@ The self-check
     n, the noise floor of Δ, since the last check.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -12,8 +12,6 @@ Relied upon (torch 2.6 to 2.15): ``torch.nn.utils.clip_grad._get_total_norm`` an
 which ``clip_grad_norm_`` calls, also where it was imported by name.
 """
 
-from __future__ import annotations
-
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -36,8 +34,8 @@ def same_start(
     model: nn.Module | None,
     state: ModuleState,
     note: Callable[[Any, Any], None],
-    clips: HeldClips,
-    clearing: Clearing,
+    clips: "HeldClips",
+    clearing: "Clearing",
     parameters: Callable[[], Iterable[Tensor]],
 ) -> Callable[[Point], AbstractContextManager[None]]:
     """The context of each pass of one step.

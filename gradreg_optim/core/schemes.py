@@ -8,8 +8,6 @@ difference. Both are exact on a quadratic at any ε. Scalars are 0-d tensors on 
 nothing here waits for it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 

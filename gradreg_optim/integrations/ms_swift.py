@@ -12,8 +12,6 @@ Relied upon (``swift/optimizers``): ``optimizers_map[args.optimizer](args, train
 ``create_optimizer`` is called before DeepSpeed takes the parameters.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

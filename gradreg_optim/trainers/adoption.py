@@ -1,7 +1,5 @@
 """Makes a wrapper the optimizer of a trainer, and gives the trainer its own optimizer back."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from accelerate.optimizer import AcceleratedOptimizer

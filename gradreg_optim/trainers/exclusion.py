@@ -1,7 +1,5 @@
 """What trainers leave out of the penalty: embeddings and heads, found as modules rather than by name."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from typing import Any
 

@@ -7,8 +7,6 @@ Only the reference model runs a second time; its weights do not move.
 Relied upon (trl 0.27 to 1.16): the names of the class and of the methods below.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

@@ -6,8 +6,6 @@ Anything else that a loss changes it changes in every pass; the repeated loss an
 that matters.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import math

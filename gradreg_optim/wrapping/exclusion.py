@@ -4,8 +4,6 @@ It is parameters that are excluded, and they stay so when groups are added, take
 all of a group was replaced, as FSDP2 and tensor parallelism do, positions in it tell.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 

@@ -4,8 +4,6 @@ That package is imported by name, and only once Transformers' trainer is there: 
 torch alone. A scaler that calls the wrapper is found in the calling frames.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from importlib import import_module

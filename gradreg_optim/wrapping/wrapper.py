@@ -4,8 +4,6 @@ LR schedulers, Accelerate, GradScaler and checkpointing all hold on to ``param_g
 ``defaults``; here these are the wrapped optimizer's own objects, so that there is nothing to keep in step.
 """
 
-from __future__ import annotations
-
 import functools
 import warnings
 from abc import abstractmethod

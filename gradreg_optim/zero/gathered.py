@@ -1,7 +1,5 @@
 """ZeRO stages 1 and 2, and ``BF16_Optimizer``: every rank holds all bit16 weights and writes one slice."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from datetime import timedelta
 from itertools import accumulate

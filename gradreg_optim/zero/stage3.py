@@ -1,7 +1,5 @@
 """``DeepSpeedZeroOptimizer_Stage3``: ZeRO stage 3."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch.distributed as dist
