@@ -55,7 +55,14 @@ class GradReg(GradRegOptimizer):
         **base_kwargs: Any,
     ) -> None:
         settings = _settings(gradreg)
-        make = _named(base_optimizer) if isinstance(base_optimizer, str) else base_optimizer
+        try:
+            make = resolve_name(base_optimizer) if isinstance(base_optimizer, str) else base_optimizer
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ImportError(
+                f"base_optimizer={base_optimizer!r} cannot be imported ({error}): it must be the full name "
+                "of an installed optimizer. Write, for example, 'torch.optim.AdamW', or install the package "
+                "that has it."
+            ) from error
         if not isinstance(make, type) or not issubclass(make, Optimizer):
             raise TypeError(
                 f"base_optimizer={shown(base_optimizer)} is no torch.optim.Optimizer: it must be the full "
@@ -74,16 +81,6 @@ def _settings(gradreg: Mapping[str, Any] | None) -> dict[str, Any]:
         )
     check_names("gradreg", map(str, gradreg or {}))
     return {name: from_text(value, _KINDS.get(name)) for name, value in (gradreg or {}).items()}
-
-
-def _named(name: str) -> Any:
-    try:
-        return resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ImportError(
-            f"base_optimizer={name!r} cannot be imported ({error}): it must be the full name of an installed "
-            "optimizer. Write, for example, 'torch.optim.AdamW', or install the package that has it."
-        ) from error
 
 
 def _check_base_kwargs(make: type[Optimizer], base_kwargs: Mapping[str, Any]) -> None:

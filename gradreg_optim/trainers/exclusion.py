@@ -23,18 +23,16 @@ def default_exclusion(model: Any) -> list[nn.Parameter]:
     """Return the parameters of input and output embeddings, and of value, reward and classification heads."""
     layers: list[nn.Module] = [model]
     found: list[Any] = []
-    for (
-        layer
-    ) in layers:  # the loop appends to it: PEFT, value heads, DDP and compilation all wrap the real model
+    # The loop appends to it: PEFT, value heads, DDP and compilation all wrap the real model.
+    for layer in layers:
         for name in _INSIDE:
             inner = getattr(layer, name, None)
             if isinstance(inner, nn.Module) and all(inner is not known for known in layers):
                 layers.append(inner)
         found += [getattr(layer, name, None) for name in HEADS]
         for name in ("get_input_embeddings", "get_output_embeddings"):
-            with suppress(
-                AttributeError, NotImplementedError
-            ):  # a Transformers model without such embeddings
+            # A Transformers model may have no such embeddings.
+            with suppress(AttributeError, NotImplementedError):
                 found.append(getattr(layer, name)())
     return [
         parameter for module in found if isinstance(module, nn.Module) for parameter in module.parameters()

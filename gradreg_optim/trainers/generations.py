@@ -52,10 +52,8 @@ class Generations:
             result, random = next(self.repeated)
             random.restore()
             return copied(result, with_tensors=True)
-        recorded, self.recorded = (
-            self.recorded,
-            None,
-        )  # the methods call one another: record the outermost call only
+        # The methods call one another: record the outermost call only.
+        recorded, self.recorded = self.recorded, None
         try:
             result = method(*args, **kwargs)
         finally:

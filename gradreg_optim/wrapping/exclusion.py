@@ -5,6 +5,7 @@ all of a group was replaced, as FSDP2 and tensor parallelism do, positions in it
 """
 
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -102,13 +103,10 @@ def parameter_names(groups: Iterable[Group], model: nn.Module | None) -> dict[in
     A tied parameter has several names. Empty if neither source has any.
     """
     names: dict[int, list[str]] = {}
-    if model is not None:
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(name)
-    else:
-        for group in groups:
-            for name, parameter in zip(group.get("param_names", ()), group["params"], strict=False):
-                names.setdefault(id(parameter), []).append(name)
+    in_groups = (zip(group.get("param_names", ()), group["params"], strict=False) for group in groups)
+    in_model = None if model is None else model.named_parameters(remove_duplicate=False)
+    for name, parameter in in_model or chain.from_iterable(in_groups):
+        names.setdefault(id(parameter), []).append(name)
     return names
 
 

@@ -6,9 +6,9 @@ LR schedulers, Accelerate, GradScaler and checkpointing all hold on to ``param_g
 
 import functools
 import warnings
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from gradreg_optim.core.plan import Plan
 from gradreg_optim.core.step import Outcome
-from gradreg_optim.core.storage import Storage
 from gradreg_optim.wrapping import upwards
 from gradreg_optim.wrapping.exclusion import Exclusion
 from gradreg_optim.wrapping.groups import (
@@ -41,10 +40,10 @@ from gradreg_optim.wrapping.settings import PLACES, SHARED, check_settings
 
 def shared(name: str, *default: Any) -> Any:
     """An attribute of the wrapped optimizer that is the wrapper's as well."""
-    return property(
-        lambda self: getattr(self.optimizer, name, *default),
-        lambda self, value: setattr(self.optimizer, name, value),
+    read = (
+        (lambda self: getattr(self.optimizer, name, *default)) if default else attrgetter(f"optimizer.{name}")
     )
+    return property(read, lambda self, value: setattr(self.optimizer, name, value))
 
 
 def run_hooks_around(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -111,17 +110,16 @@ class OptimizerWrapper(Optimizer):
         check_arguments(model, scaler)
         check_settings(**settings)
         self.optimizer = optimizer
-        self._settings = settings
         self._schedule = settings["schedule"] if callable(settings["schedule"]) else None
-        if self._schedule is not None:
-            self._settings = {**settings, "schedule": None}  # like LambdaLR's, a callable is not saved
+        # Like LambdaLR's, a callable is not saved.
+        self._settings = settings if self._schedule is None else {**settings, "schedule": None}
         self._model, self._scaler = model, scaler
         self._attachment: Any = None
         self._is_in_step = False
         # Optimizer's step hooks, without Optimizer.__init__, which would build groups of its own.
         self.__setstate__({})
         self._named_groups = named_groups
-        exclusion = Exclusion(exclude, model, self._groups_with_names())
+        self.exclusion = Exclusion(exclude, model, self._groups_with_names())
         for group in self.param_groups:
             # Wrapped before, or loaded from a checkpoint: these settings count, and its step.
             if "gradreg_step" in group:
@@ -132,7 +130,6 @@ class OptimizerWrapper(Optimizer):
             )
         for group in self.param_groups:
             adopt_group(group, self._settings, step=0)
-        self.exclusion = exclusion
         self._planner = Planner()
         self._adopt_new_groups()
         self._planner.settled(self.param_groups, self.exclusion.positions)
@@ -212,15 +209,14 @@ class OptimizerWrapper(Optimizer):
 
     def _remember(self, outcome: Outcome) -> None:
         """Keep in the groups what a step found out for those to come."""
-        found: dict[str, Any] = (
-            {} if outcome.auto_radius is None else {"gradreg_auto_radius": outcome.auto_radius}
-        )
-        if outcome.check is not None and not outcome.check.is_swallowed:
-            found["gradreg_floor"] = outcome.check.floor
-        if outcome.is_low is not None:
-            found["gradreg_is_low"] = outcome.is_low
-        for group in self.param_groups if found else []:
-            group.update(found)
+        check = outcome.check
+        found = {
+            "gradreg_auto_radius": outcome.auto_radius,
+            "gradreg_floor": None if check is None or check.is_swallowed else check.floor,
+            "gradreg_is_low": outcome.is_low,
+        }
+        for group in self.param_groups:
+            group.update({key: value for key, value in found.items() if value is not None})
 
     @property
     def regularizes(self) -> bool:
@@ -231,10 +227,6 @@ class OptimizerWrapper(Optimizer):
         """Step the wrapped optimizer by ``step(*args)``; inside the wrapper's step, without global hooks."""
         with without_global_hooks() if self._is_in_step else nullcontext():
             step(*args)
-
-    @abstractmethod
-    def storage(self) -> Storage:
-        """Where gradients and weights are in the step to come."""
 
     # Checkpoints and pickling.
 
@@ -260,12 +252,10 @@ class OptimizerWrapper(Optimizer):
             modernize(group)
         missing = sorted({key for group in self.param_groups for key in missing_keys(group)})
         if missing:
-            what = (
-                f"The loaded optimizer state has no {', '.join(missing)}: it was saved without "
-                "GradRegOptimizer. "
-            )
             warnings.warn(
-                f"{what}Settings stay as constructed, and warm-up and schedule start at step 0.", stacklevel=2
+                f"The loaded optimizer state has no {', '.join(missing)}: it was saved without "
+                "GradRegOptimizer. Settings stay as constructed, and warm-up and schedule start at step 0.",
+                stacklevel=2,
             )
         for group, own in zip(self.param_groups, current, strict=True):
             for key, value in {**own, "gradreg_step": 0}.items():

@@ -84,7 +84,7 @@ def test_weights_go_and_come_back(kernels, sizes, seed, of_weights, of_direction
     """θ + ε·d rounded to the nearest, copies of θ, what arrived of the step, and θ again."""
     start, direction = random_lists(sizes, seed, of_weights, of_direction, offset=offset)
     moved, saved = copies(start, start)
-    along, squares = kernels.save_and_shift_(moved, saved, direction, eps=eps, seed=None)
+    along, squares = kernels.shift_(moved, direction, saved=saved, eps=eps)
     assert_same(saved, start)
     expected = [(w.float() + float(eps) * d.float()).to(of_weights) for w, d in zip(start, direction, strict=True)]
     assert_near(moved, expected, of_weights)
@@ -135,7 +135,7 @@ def test_not_a_number_replaces_nothing(kernels):
     for dtype in (torch.bfloat16, torch.float32):
         odd = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 1e-40]).to(dtype)
         bits = odd.view(torch.int16).clone()
-        kernels.save_and_shift_([odd], saved := [torch.empty_like(odd)], [torch.ones(5)], eps=1.0, seed=3)
+        kernels.shift_([odd], [torch.ones(5)], saved=(saved := [torch.empty_like(odd)]), eps=1.0, seed=3)
         assert not odd[:3].isfinite().any()
         kernels.copy_([odd], saved)
         assert torch.equal(odd.view(torch.int16), bits)
@@ -150,13 +150,13 @@ def test_stochastic_rounding(kernels):
         if interpreted is None:
             multi_tensor.save_and_shift_([moved], [direction], eps=1.0, seed=5 << 40)
         else:
-            interpreted.save_and_shift_([moved], [saved], [direction], eps=1.0, seed=5 << 40)
+            interpreted.shift_([moved], [direction], saved=[saved], eps=1.0, seed=5 << 40)
         assert moved.unique().tolist() == [1.0, 1.0 + 2**-7]
         assert float((moved > 1).double().mean()) == pytest.approx(share, abs=5 * math.sqrt(share * (1 - share) / count))
         neighbours = (moved[1:] > 1).double() * (moved[:-1] > 1).double()  # independent of each other
         assert float(neighbours.mean()) == pytest.approx(share**2, abs=0.02)
     zeros = torch.zeros(100).bfloat16()
-    kernels.save_and_shift_([zeros], [torch.empty_like(zeros)], [torch.zeros(100)], eps=1.0, seed=1)
+    kernels.shift_([zeros], [torch.zeros(100)], saved=[torch.empty_like(zeros)], eps=1.0, seed=1)
     assert not zeros.any()
 
 
@@ -166,7 +166,7 @@ def test_random_bits_belong_to_step_and_tensor(kernels):
     def moved(seed):
         tensors = [torch.ones(4 * BLOCK).bfloat16() for _ in range(2)]
         saved = [torch.empty_like(x) for x in tensors]
-        kernels.save_and_shift_(tensors, saved, [torch.full_like(x, 2**-8) for x in tensors], eps=1.0, seed=seed)
+        kernels.shift_(tensors, [torch.full_like(x, 2**-8) for x in tensors], saved=saved, eps=1.0, seed=seed)
         return tensors
 
     first, again, other = moved(1 << 40), moved(1 << 40), moved(2 << 40)

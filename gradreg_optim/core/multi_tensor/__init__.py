@@ -128,7 +128,6 @@ def _flat(views: Tensors, dtype: torch.dtype) -> Tensor:
 
 
 def _write_(views: Tensors, flat: Tensor) -> None:
-    """Write the parts of ``flat`` into ``views``."""
     parts = torch.split(flat, [x.numel() for x in views])
     torch._foreach_copy_(list(views), [part.view(x.shape) for part, x in zip(parts, views, strict=True)])
 
@@ -283,7 +282,7 @@ def save_and_shift_(
                 moved.append((theta, copies))
                 arrived.append(shift_(theta, along, eps=eps, seed=own, signs=signs))
             else:  # which restores θ by itself
-                arrived.append(kernels.save_and_shift_(theta, copies, along, eps=eps, seed=own))
+                arrived.append(kernels.shift_(theta, along, saved=copies, eps=eps, seed=own))
                 moved.append((theta, copies))
         return saved, _total(arrived, 2)
     except BaseException:

@@ -193,7 +193,6 @@ def _places(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, int]:
 
 @lru_cache(maxsize=64)
 def _table(sizes: tuple[int, ...], addresses: tuple[int, ...], device: torch.device) -> Tensor:
-    """Sizes and addresses, int64 on the device."""
     return _sent(torch.tensor([*sizes, *addresses], dtype=torch.int64), device)
 
 
@@ -215,9 +214,7 @@ class _Launch:
         addresses = tuple([x.data_ptr() for tensors in lists for x in tensors])
         self._device = lists[0][0].device
         self._places, self.programs = _places(sizes, self._device)
-        is_aligned = all(number % 16 == 0 for number in sizes) and all(
-            address % 16 == 0 for address in addresses
-        )
+        is_aligned = all(number % 16 == 0 for number in sizes + addresses)
         self._constants = {"BLOCK": BLOCK, "IS_ALIGNED": is_aligned}
         self._first = (_table(sizes, addresses, self._device), self._places, len(sizes))
 
@@ -269,18 +266,6 @@ def moments_(g1: Tensors, g2: Tensors, *, scale: Scalar = 1.0) -> tuple[Tensor, 
 def copy_(tensors: Tensors, others: Tensors) -> None:
     """``x ← y`` for lists of the same dtype."""
     _Launch(tensors, others)(_copy_kernel, **_dtypes("X", tensors))
-
-
-def save_and_shift_(
-    weights: Tensors,
-    saved: Tensors,
-    direction: Tensors,
-    *,
-    eps: Scalar,
-    seed: int | None,
-) -> tuple[Tensor, Tensor]:
-    """Copy θ to ``saved``, then :func:`shift_`, in one pass over memory."""
-    return shift_(weights, direction, saved=saved, eps=eps, seed=seed)
 
 
 def shift_(
