@@ -86,10 +86,9 @@ def _settings(gradreg: Mapping[str, Any] | None) -> dict[str, Any]:
 def _check_base_kwargs(make: type[Optimizer], base_kwargs: Mapping[str, Any]) -> None:
     """Raise for settings of the penalty among the inner optimizer's arguments; its error would not help."""
     known = inspect.signature(make).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
-        return
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
     for name in base_kwargs:
-        if name in Settings.__annotations__ and name not in known:
+        if name in Settings.__annotations__ and name not in known and not takes_any:
             raise TypeError(
                 f"{name}={shown(base_kwargs[name])} is no argument of {make.__name__}, which gets what is "
                 f"beside gradreg=. Settings of the penalty go into it: gradreg={{{name!r}: "

@@ -52,7 +52,14 @@ class _Value:
         return is_new and self.before is not None and differ(now, self.before)
 
 
-class ModuleState:
+class OfOneOptimizer:
+    """A copy of the optimizer begins with a new one."""
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
+
+
+class ModuleState(OfOneOptimizer):
     """What the ``modules`` that run in a step hold beside their weights.
 
     That is buffers, frozen parameters, and tensors and plain numbers in attributes; also the plain
@@ -73,10 +80,6 @@ class ModuleState:
         self._owned: set[int] = set()
         self.modules: dict[nn.Module, dict[str, _Value]] = {}  # one object for good: the losses hold it
         self.forget()
-
-    def __reduce__(self) -> Any:
-        """A copy of the optimizer has modules of its own."""
-        return ModuleState, ()
 
     def forget(self) -> None:
         """Forget the step."""
@@ -159,12 +162,11 @@ class ModuleState:
         self.modules[part] = values
 
     def _noted(self, tensor: Tensor, name: str, known: dict[str, bool]) -> _Value:
-        value = _Value(tensor, tensor._version, tensor.data_ptr())
         is_large = isinstance(tensor, nn.Parameter) and tensor.nbytes > SMALL
-        value.is_sample = is_large and not known.get(name, False)
-        if known.get(name, True):
-            value.before = (sampled(tensor.detach()) if value.is_sample else tensor.detach()).clone()
-        return value
+        is_sample = is_large and not known.get(name, False)
+        seen = sampled(tensor.detach()) if is_sample else tensor.detach()
+        before = seen.clone() if known.get(name, True) else None
+        return _Value(tensor, tensor._version, tensor.data_ptr(), before, is_sample)
 
     def _known_of(self, part: nn.Module) -> dict[str, bool]:
         return self._known.setdefault(part, {}).setdefault(part.training, {})

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad
 
 from gradreg_optim.core.local import local_shard
-from gradreg_optim.core.module_state import ModuleState
+from gradreg_optim.core.module_state import ModuleState, OfOneOptimizer
 from gradreg_optim.core.step import Point
 
 
@@ -93,17 +93,11 @@ def backward_replaced(stand_in: Callable[..., None]) -> Iterator[None]:
     backward = torch.autograd.backward
 
     def replaced(*args: Any, **kwargs: Any) -> None:
-        torch.autograd.backward = backward
-        try:
+        with patch.object(torch.autograd, "backward", backward):
             stand_in(backward, *args, **kwargs)
-        finally:
-            torch.autograd.backward = replaced
 
-    torch.autograd.backward = replaced
-    try:
+    with patch.object(torch.autograd, "backward", replaced):
         yield
-    finally:
-        torch.autograd.backward = backward
 
 
 def as_tuple(tensors: Any) -> Any:
@@ -111,7 +105,7 @@ def as_tuple(tensors: Any) -> Any:
     return tensors if tensors is None or isinstance(tensors, Tensor) else tuple(tensors)
 
 
-class HeldClips:
+class HeldClips(OfOneOptimizer):
     """The clips that the first pass of a step ended with. Those of further passes are dropped."""
 
     def __init__(self) -> None:
@@ -122,10 +116,6 @@ class HeldClips:
             clip_grad._clip_grads_with_norm_,
             clip_grad.clip_grad_value_,
         )
-
-    def __reduce__(self) -> Any:
-        """A copy of the optimizer has clips of its own."""
-        return HeldClips, ()
 
     def held(self, pending: list[Callable[[], Any]]) -> AbstractContextManager[Any]:
         """Add clips in the block to ``pending`` instead of applying them."""
@@ -167,7 +157,7 @@ def _listed(parameters: Any) -> list[Tensor]:
     return [parameters] if isinstance(parameters, Tensor) else list(parameters)
 
 
-class Clearing:
+class Clearing(OfOneOptimizer):
     """Notices a first pass that adds to old gradients instead of clearing them, until one has cleared them.
 
     Such a pass (of Lightning, with ``accumulate_grad_batches``) covers all of a step's micro-batches, and the
@@ -179,10 +169,6 @@ class Clearing:
         self.is_seen = False
         self._probe: Any = None  # the smallest parameter with a gradient from before
         self._before: Any = None
-
-    def __reduce__(self) -> Any:
-        """A copy of the optimizer looks again."""
-        return Clearing, ()
 
     def begin(self, parameters: Iterable[Tensor]) -> None:
         """A first pass over ``parameters`` begins."""

@@ -27,8 +27,8 @@ from gradreg_optim.config import GradRegConfig
 from gradreg_optim.trainers.attach import attach
 from gradreg_optim.trainers.patches import Patches
 
+# What in ``trl.scripts`` does not train.
 _OTHERS = ("env", "utils", "vllm_serve")
-"""What in ``trl.scripts`` does not train."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,17 +10,17 @@ from gradreg_optim.wrapping.exclusion import NOTHING
 HEADS = ("score", "classifier", "v_head", "value_head", "reward_head")
 """Attributes under which Transformers and TRL keep value, reward and classification heads."""
 
+# Attributes in which DDP, compilation, PEFT, Transformers and value heads keep the model that they wrap.
 _INSIDE = ("module", "_orig_mod", "base_model", "model", "pretrained_model")
-"""Attributes in which DDP, compilation, PEFT, Transformers and value heads keep the model that they wrap."""
 
 
 def added_exclusion(exclude: tuple[str, ...], model: Any) -> list[nn.Parameter]:
-    """Return what is left out besides the patterns ``exclude``; with ``"none"`` that is nothing."""
-    return [] if exclude == NOTHING else default_exclusion(model)
+    """Return what is left out besides the patterns ``exclude``; with ``"none"`` that is nothing.
 
-
-def default_exclusion(model: Any) -> list[nn.Parameter]:
-    """Return the parameters of input and output embeddings, and of value, reward and classification heads."""
+    It is the parameters of input and output embeddings, and of value, reward and classification heads.
+    """
+    if exclude == NOTHING:
+        return []
     layers: list[nn.Module] = [model]
     found: list[Any] = []
     # The loop appends to it: PEFT, value heads, DDP and compilation all wrap the real model.

@@ -9,6 +9,7 @@ Relied upon (trl 0.27 to 1.16): the names of the class and of the methods below.
 
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -53,12 +54,9 @@ class Generations:
             random.restore()
             return copied(result, with_tensors=True)
         # The methods call one another: record the outermost call only.
-        recorded, self.recorded = self.recorded, None
-        try:
+        with patch.object(self, "recorded", None):
             result = method(*args, **kwargs)
-        finally:
-            self.recorded = recorded
-        if recorded is not None:
+        if self.recorded is not None:
             # Tensors too: trainers subtract penalties from rewards in place.
-            recorded.append((copied(result, with_tensors=True), RandomState(self._devices())))
+            self.recorded.append((copied(result, with_tensors=True), RandomState(self._devices())))
         return result

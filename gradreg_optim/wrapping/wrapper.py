@@ -6,10 +6,11 @@ LR schedulers, Accelerate, GradScaler and checkpointing all hold on to ``param_g
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from operator import attrgetter
 from typing import Any
+from unittest.mock import patch
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -56,30 +57,13 @@ def run_hooks_around(step: Callable[..., Any]) -> Callable[..., Any]:
         wrapper = args[0]
         for before in (*_global_optimizer_pre_hooks.values(), *wrapper._optimizer_step_pre_hooks.values()):
             args, kwargs = before(wrapper, args, kwargs) or (args, kwargs)
-        was_in_step, wrapper._is_in_step = wrapper._is_in_step, True
-        try:
+        with patch.object(wrapper, "_is_in_step", True):
             result = step(*args, **kwargs)
-        finally:
-            wrapper._is_in_step = was_in_step
         for after in (*wrapper._optimizer_step_post_hooks.values(), *_global_optimizer_post_hooks.values()):
             after(wrapper, args, kwargs)
         return result
 
     return hooked
-
-
-@contextmanager
-def without_global_hooks() -> Iterator[None]:
-    """Run the block without hooks on the steps of every optimizer."""
-    everywhere: tuple[dict[int, Any], ...] = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
-    before = [dict(hooks) for hooks in everywhere]
-    for hooks in everywhere:
-        hooks.clear()
-    try:
-        yield
-    finally:
-        for hooks, saved in zip(everywhere, before, strict=True):
-            hooks.update(saved)
 
 
 class OptimizerWrapper(Optimizer):
@@ -218,14 +202,12 @@ class OptimizerWrapper(Optimizer):
         for group in self.param_groups:
             group.update({key: value for key, value in found.items() if value is not None})
 
-    @property
-    def regularizes(self) -> bool:
-        """Whether the step to come takes a second gradient."""
-        return self.plan().regularizes
-
     def _step_wrapped(self, step: Callable[..., Any], *args: Any) -> None:
         """Step the wrapped optimizer by ``step(*args)``; inside the wrapper's step, without global hooks."""
-        with without_global_hooks() if self._is_in_step else nullcontext():
+        everywhere: tuple[Any, ...] = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
+        with ExitStack() as stack:
+            for hooks in everywhere if self._is_in_step else ():
+                stack.enter_context(patch.dict(hooks, clear=True))
             step(*args)
 
     # Checkpoints and pickling.

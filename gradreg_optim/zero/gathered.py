@@ -50,10 +50,9 @@ class GatheredPartitions(Partitions):
     at different places, and a process group cannot be used any more once a collective has timed out in it.
     """
 
-    # Names of DeepSpeed's attributes, which hold, for each group:
-    PARAMETERS: str  # the model's parameters
-    WEIGHTS: str  # the flat bit16 weights
-    SLICES: str  # views of those weights, one a rank
+    # Names of DeepSpeed's attributes, which hold, for each group, the model's parameters, the flat bit16
+    # weights, and views of those weights, one a rank.
+    PARAMETERS = WEIGHTS = SLICES = ""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

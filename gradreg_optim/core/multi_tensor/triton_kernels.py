@@ -9,7 +9,7 @@ float16 or float32.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -227,11 +227,9 @@ class _Launch:
         return value if isinstance(value, Tensor) else _number(float(value), self._device)
 
     def __call__(self, kernel: Any, *arguments: object, **constants: object) -> None:
-        on_device: AbstractContextManager[object] = nullcontext()
-        if self._device.type != "cpu":
-            on_device = torch.cuda.device(self._device)  # Triton launches on the current one
         if self.programs:
-            with on_device:
+            # Triton launches on the current device.
+            with nullcontext() if self._device.type == "cpu" else torch.cuda.device(self._device):
                 kernel[(self.programs,)](*self._first, *arguments, **constants, **self._constants)
 
 
@@ -249,7 +247,7 @@ def norm_squared(tensors: Tensors) -> Tensor:
     return sums.sum()
 
 
-def moments_(g1: Tensors, g2: Tensors, *, scale: Scalar = 1.0) -> tuple[Tensor, Tensor]:
+def moments_(g1: Tensors, g2: Tensors, *, scale: Scalar = 1.0) -> tuple[Tensor, ...]:
     """``g1 ← scale·g1``, then ⟨g2 − g1, g1⟩ and ‖g2 − g1‖²."""
     launch = _Launch(g1, g2)
     launch(
@@ -259,8 +257,7 @@ def moments_(g1: Tensors, g2: Tensors, *, scale: Scalar = 1.0) -> tuple[Tensor, 
         launch.scalar(scale),
         **_dtypes("FS", g1, g2),
     )
-    inner, squares = sums.sum(1)
-    return inner, squares
+    return sums.sum(1).unbind()
 
 
 def copy_(tensors: Tensors, others: Tensors) -> None:
@@ -276,7 +273,7 @@ def shift_(
     eps: Scalar,
     saved: Tensors | None = None,
     seed: int | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """``weights ← start + ε·d`` (default: from where they are), and ⟨what arrived, d⟩ and ‖d‖².
 
     With a ``seed``, bfloat16 is rounded stochastically. ``saved`` gets copies of ``start``.
@@ -295,8 +292,7 @@ def shift_(
         if saved is not None and bool((sums[1] != -1).all()):
             copy_(weights, saved)
         raise
-    along, squares = sums.sum(1)
-    return along, squares
+    return sums.sum(1).unbind()
 
 
 def combine_(
