@@ -3,8 +3,6 @@
 ``import gradreg_optim`` needs torch alone; what stands on other libraries is loaded when it is first used.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

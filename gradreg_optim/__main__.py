@@ -1,7 +1,5 @@
 """``gradreg`` and ``python -m gradreg_optim``: TRL's training scripts with the penalty."""
 
-from __future__ import annotations
-
 from gradreg_optim import import_part
 
 

@@ -1,7 +1,5 @@
 """GradReg: a wrapper that builds its own inner optimizer, for callers that make an optimizer from a name."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterable, Mapping
 from pkgutil import resolve_name
@@ -58,7 +56,14 @@ class GradReg(GradRegOptimizer):
         **base_kwargs: Any,
     ) -> None:
         settings = _settings(gradreg)
-        make = _named(base_optimizer) if isinstance(base_optimizer, str) else base_optimizer
+        try:
+            make = resolve_name(base_optimizer) if isinstance(base_optimizer, str) else base_optimizer
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ImportError(
+                f"base_optimizer={base_optimizer!r} cannot be imported ({error}): it must be the full name "
+                "of an installed optimizer. Write, for example, 'torch.optim.AdamW', or install the package "
+                "that has it."
+            ) from error
         if not isinstance(make, type) or not issubclass(make, Optimizer):
             raise TypeError(
                 f"base_optimizer={shown(base_optimizer)} is no torch.optim.Optimizer: it must be the full "
@@ -81,23 +86,12 @@ def _settings(gradreg: Mapping[str, Any] | None) -> dict[str, Any]:
     return {**start, **{name: from_text(value, _KINDS.get(name)) for name, value in given.items()}}
 
 
-def _named(name: str) -> Any:
-    try:
-        return resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ImportError(
-            f"base_optimizer={name!r} cannot be imported ({error}): it must be the full name of an installed "
-            "optimizer. Write, for example, 'torch.optim.AdamW', or install the package that has it."
-        ) from error
-
-
 def _check_base_kwargs(make: type[Optimizer], base_kwargs: Mapping[str, Any]) -> None:
     """Raise for settings of the penalty among the inner optimizer's arguments; its error would not help."""
     known = inspect.signature(make).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
-        return
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
     for name in base_kwargs:
-        if name in Settings.__annotations__ and name not in known:
+        if name in Settings.__annotations__ and name not in known and not takes_any:
             raise TypeError(
                 f"{name}={shown(base_kwargs[name])} is no argument of {make.__name__}, which gets what is "
                 f"beside gradreg=. Settings of the penalty go into it: gradreg={{{name!r}: "

@@ -1,7 +1,5 @@
 """The settings on a command line: a dataclass made from :data:`gradreg_optim.wrapping.settings.SETTINGS`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, make_dataclass
@@ -22,19 +20,19 @@ def _flag(setting: Setting) -> str:
 
 
 def _field(setting: Setting) -> tuple[str, Any, Any]:
+    choices = {} if setting.rule.choices is None else {"choices": list(setting.rule.choices)}
     default = setting.default if setting.flag_default is None else setting.flag_default
-    metadata: dict[str, Any] = {"help": setting.help}
-    if setting.rule.choices is not None:
-        metadata["choices"] = list(setting.rule.choices)
-    return _flag(setting), setting.rule.kind, field(default=default, metadata=metadata)
+    return (
+        _flag(setting),
+        setting.rule.kind,
+        field(default=default, metadata={"help": setting.help, **choices}),
+    )
 
 
 def from_text(value: Any, kind: Any) -> Any:
     """The number that a text holds, where a number is wanted; anything else as it is."""
     kinds = (kind, *get_args(kind))
-    number = next(
-        (number for number in (int, float) if number in kinds), float if kinds[1:2] == (str,) else None
-    )
+    number = int if int in kinds else float if float in kinds or kinds[1:2] == (str,) else None
     if isinstance(value, str) and number is not None:
         with suppress(ValueError):  # no number at all: the check names it
             return number(value)

@@ -3,8 +3,6 @@
 Each error gives the reason and a way out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NoReturn
 

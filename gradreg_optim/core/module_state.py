@@ -6,14 +6,12 @@ the first one left. Whatever else differs between the passes, the witnesses see
 (:mod:`gradreg_optim.core.witnesses`).
 """
 
-from __future__ import annotations
-
 import sys
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import is_
 from typing import Any
 
@@ -50,20 +48,18 @@ class _Value:
         """Whether the first pass wrote it; new ones are compared: ``.data`` and BatchNorm leave no mark."""
         if self.version != self.tensor._version or self.address != self.tensor.data_ptr():
             return True
-        if not is_new or self.before is None:
-            return False
-        return differ(sampled(self.tensor.detach()) if self.is_sample else self.tensor, self.before)
+        now = sampled(self.tensor.detach()) if self.is_sample else self.tensor
+        return is_new and self.before is not None and differ(now, self.before)
 
 
-@dataclass
-class _Known:
-    """Names of the tensors of a module in one mode (``training``): those seen so far, and those that move."""
+class OfOneOptimizer:
+    """A copy of the optimizer begins with a new one."""
 
-    names: set[str] = field(default_factory=set)
-    moving: set[str] = field(default_factory=set)
+    def __reduce__(self) -> Any:
+        return type(self), ()
 
 
-class ModuleState:
+class ModuleState(OfOneOptimizer):
     """What the ``modules`` that run in a step hold beside their weights.
 
     That is buffers, frozen parameters, and tensors and plain numbers in attributes; also the plain
@@ -76,15 +72,14 @@ class ModuleState:
     """
 
     def __init__(self) -> None:
-        self._known: weakref.WeakKeyDictionary[nn.Module, dict[bool, _Known]] = weakref.WeakKeyDictionary()
+        # By module and mode (``training``): whether each tensor that was seen in it moves.
+        self._known: weakref.WeakKeyDictionary[nn.Module, dict[bool, dict[str, bool]]] = (
+            weakref.WeakKeyDictionary()
+        )
         self._compiled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._owned: set[int] = set()
         self.modules: dict[nn.Module, dict[str, _Value]] = {}  # one object for good: the losses hold it
         self.forget()
-
-    def __reduce__(self) -> Any:
-        """A copy of the optimizer has modules of its own."""
-        return ModuleState, ()
 
     def forget(self) -> None:
         """Forget the step."""
@@ -92,9 +87,8 @@ class ModuleState:
         self._stores: list[tuple[dict[str, Any], dict[str, Any]]] = []  # dicts of modules, and what they held
         self._values: dict[int, _Value] = {}  # by the ``id`` of the tensor
         self._changed: list[tuple[dict[str, Any], str, Any, Any]] = []
-        self._hook_states: list[
-            tuple[Any, dict[str, Any], dict[str, Any]]
-        ] = []  # before and after the first pass
+        # States of communication hooks, and their numbers before and after the first pass.
+        self._hook_states: list[tuple[Any, dict[str, Any], dict[str, Any]]] = []
         self._foreign: list[tuple[Tensor, Tensor | None]] = []
         # By the ``id`` of a module: it and its buffers, if compiled code has noted them; ``None``
         # if it was looked at.
@@ -167,17 +161,15 @@ class ModuleState:
             ]
         self.modules[part] = values
 
-    def _noted(self, tensor: Tensor, name: str, known: _Known) -> _Value:
-        value = _Value(tensor, tensor._version, tensor.data_ptr())
-        value.is_sample = (
-            name not in known.moving and isinstance(tensor, nn.Parameter) and tensor.nbytes > SMALL
-        )
-        if name in known.moving or name not in known.names:
-            value.before = (sampled(tensor.detach()) if value.is_sample else tensor.detach()).clone()
-        return value
+    def _noted(self, tensor: Tensor, name: str, known: dict[str, bool]) -> _Value:
+        is_large = isinstance(tensor, nn.Parameter) and tensor.nbytes > SMALL
+        is_sample = is_large and not known.get(name, False)
+        seen = sampled(tensor.detach()) if is_sample else tensor.detach()
+        before = seen.clone() if known.get(name, True) else None
+        return _Value(tensor, tensor._version, tensor.data_ptr(), before, is_sample)
 
-    def _known_of(self, part: nn.Module) -> _Known:
-        return self._known.setdefault(part, {}).setdefault(part.training, _Known())
+    def _known_of(self, part: nn.Module) -> dict[str, bool]:
+        return self._known.setdefault(part, {}).setdefault(part.training, {})
 
     def end(self) -> None:
         """The first pass has ended: find out what moved."""
@@ -194,41 +186,28 @@ class ModuleState:
             for hook_state, _, after in self._hook_states:
                 after.update(_numbers_of(hook_state))
             for part, values in self.modules.items():
-                self._learn(self._known_of(part), values)
+                known = self._known_of(part)
+                for name, value in values.items():
+                    known[name] = known.get(name, False) or value.has_moved(name not in known)
+                    if known[name] and value.before is not None and not value.is_sample:
+                        value.after = value.tensor.detach().clone()
             self._put_aside(self.modules)
 
     def _compare(self, store: dict[str, Any], state: dict[str, Any]) -> None:
         """Note which names refer to something else than before, and go on from there in further passes."""
-        if len(store) == len(state) and all(map(is_, store.values(), state.values())):
-            return
-        for name in {**state, **store}:
-            before, after = state.get(name, _NOTHING), store.get(name, _NOTHING)
-            if (
-                before is not after
-                and _is_state(before)
-                and _is_state(after)
-                and not name.startswith(_OF_DEEPSPEED)
-            ):
-                self._changed.append((store, name, before, after))
-
-    def _learn(self, known: _Known, values: dict[str, _Value]) -> None:
-        for name, value in values.items():
-            if name not in known.moving and value.has_moved(name not in known.names):
-                known.moving.add(name)
-            if name in known.moving and value.before is not None and not value.is_sample:
-                value.after = value.tensor.detach().clone()
-        known.names.update(values)
+        if len(store) != len(state) or not all(map(is_, store.values(), state.values())):
+            for name in {**state, **store}:
+                before, after = state.get(name, _NOTHING), store.get(name, _NOTHING)
+                is_ours = before is not after and not name.startswith(_OF_DEEPSPEED)
+                if is_ours and _is_state(before) and _is_state(after):
+                    self._changed.append((store, name, before, after))
 
     def _put_aside(self, modules: Iterable[nn.Module]) -> None:
         """Note the gradients of the first pass on parameters of other optimizers, which step on them."""
-        parameters = (
-            p for part in modules for p in part._parameters.values() if p is not None and p.requires_grad
-        )
-        for parameter in (
-            {id(p): p for p in parameters if id(p) not in self._owned}.values() if self._owned else ()
-        ):
-            parameter.grad = detached_from_bucket(parameter.grad)
-            self._foreign.append((parameter, parameter.grad))
+        for parameter in (p for part in modules for p in part._parameters.values() if p is not None):
+            if self._owned and parameter.requires_grad and id(parameter) not in self._owned:
+                parameter.grad = detached_from_bucket(parameter.grad)
+                self._foreign.append((parameter, parameter.grad))
 
     # Further passes.
 
@@ -273,27 +252,17 @@ def is_wrapped(value: Any) -> bool:
     return isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
-def writable(value: Any) -> Tensor | None:
+def writable(value: Tensor) -> Tensor | None:
     """The plain local tensor that holds the numbers of ``value``; ``None`` if there is no such tensor."""
-    if not isinstance(value, Tensor):
-        return None
     while is_wrapped(value):
         value = torch._C._functorch.get_unwrapped(value)
     tensor = local_shard(value)
-    is_plain = (
-        type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_quantized
-    )
-    if not is_plain or tensor.device.type == "meta" or tensor.is_inference():
+    is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    if not is_plain or tensor.is_quantized or tensor.device.type == "meta" or tensor.is_inference():
         return None
-    return None if is_expanded(tensor) else tensor
-
-
-def is_expanded(tensor: Tensor) -> bool:
-    """Whether elements share memory, so that nothing writes them in place."""
-    is_strided = tensor.layout is torch.strided
-    return is_strided and any(
-        step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
-    )
+    # Where elements share memory, nothing writes them in place.
+    axes = zip(tensor.stride(), tensor.shape, strict=True)
+    return None if any(step == 0 and size > 1 for step, size in axes) else tensor
 
 
 def _is_state(value: Any) -> bool:

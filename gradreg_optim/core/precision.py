@@ -36,8 +36,6 @@ The self-check
     n, the noise floor of Δ, since the last check.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -109,8 +107,8 @@ def inner_of_differences(first: FirstGradient, left: Gradients, right: Gradients
     """⟨left − g1, right − g1⟩ over this rank's tensors, g1 as it is before it is clipped."""
     products = []
     for group, a, b in zip(first.groups, left, right, strict=True):
-        g1 = group.counted(group.g1)
-        products.append(multi_tensor.inner_of_differences(g1, group.counted(a), group.counted(b)))
+        lists = a, b, group.g1
+        products.append(multi_tensor.inner(*(lists if group.counts is None else map(group.counted, lists))))
     return stack_scalars(products).sum()
 
 

@@ -291,7 +291,8 @@ def combine_(storage: Storage, first: FirstGradient, delta: Difference, weights:
         if not delta.is_delta:
             multi_tensor.combine_(group.g1, written, weight=weight, clip=delta.clip, is_finite=condition)
             continue
-        multi_tensor.add_penalty_(group.g1, written, weight=weight)
+        multi_tensor.scale_(written, weight)
+        multi_tensor.add_(written, group.g1)
         if isinstance(condition, Tensor):
-            multi_tensor.choose_(condition, written, group.g1)
+            multi_tensor.choose_(written, group.g1, condition=condition)
     storage.keep(first)

@@ -12,12 +12,10 @@ Relied upon (torch 2.6 to 2.15): ``torch.nn.utils.clip_grad._get_total_norm`` an
 which ``clip_grad_norm_`` calls, also where it was imported by name.
 """
 
-from __future__ import annotations
-
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -27,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad
 
 from gradreg_optim.core.local import local_shard
-from gradreg_optim.core.module_state import ModuleState
+from gradreg_optim.core.module_state import ModuleState, OfOneOptimizer
 from gradreg_optim.core.step import Point
 
 
@@ -36,8 +34,8 @@ def same_start(
     model: nn.Module | None,
     state: ModuleState,
     note: Callable[[Any, Any], None],
-    clips: HeldClips,
-    clearing: Clearing,
+    clips: "HeldClips",
+    clearing: "Clearing",
     parameters: Callable[[], Iterable[Tensor]],
 ) -> Callable[[Point], AbstractContextManager[None]]:
     """The context of each pass of one step.
@@ -62,24 +60,22 @@ def same_start(
             clips.apply(pending)  # a backward follows them: they are part of the loss
             tensors, grad_tensors = as_tuple(tensors), as_tuple(grad_tensors)
             note(tensors, grad_tensors)
-            looks = is_first and not clearing.is_seen
-            was_open = looks and clearing.is_open()
-            backward(tensors, grad_tensors, *args, **kwargs)
-            if looks:
-                clearing.look(was_open=was_open)
+            with clearing.watched() if is_first else nullcontext():
+                backward(tensors, grad_tensors, *args, **kwargs)
 
         with ExitStack() as stack:
-            if is_first:
-                if not clearing.is_seen:
-                    clearing.begin(parameters())
-                state.begin_first(model, stack)
-            else:
-                stack.callback(RandomState(devices).restore)
+            if not is_first:
                 stack.callback(state.put, is_before=False)
-                state.put(is_before=True)
+                stack.callback(RandomState(devices).restore)
+            elif not clearing.is_seen:
+                clearing.begin(parameters())
             start.restore()  # θ may come twice
             stack.enter_context(backward_replaced(noted))
             stack.enter_context(clips.held(pending))
+            if is_first:
+                state.begin_first(model, stack)
+            else:
+                state.put(is_before=True)
             yield
         if is_first:
             state.end()
@@ -97,17 +93,11 @@ def backward_replaced(stand_in: Callable[..., None]) -> Iterator[None]:
     backward = torch.autograd.backward
 
     def replaced(*args: Any, **kwargs: Any) -> None:
-        torch.autograd.backward = backward
-        try:
+        with patch.object(torch.autograd, "backward", backward):
             stand_in(backward, *args, **kwargs)
-        finally:
-            torch.autograd.backward = replaced
 
-    torch.autograd.backward = replaced
-    try:
+    with patch.object(torch.autograd, "backward", replaced):
         yield
-    finally:
-        torch.autograd.backward = backward
 
 
 def as_tuple(tensors: Any) -> Any:
@@ -115,7 +105,7 @@ def as_tuple(tensors: Any) -> Any:
     return tensors if tensors is None or isinstance(tensors, Tensor) else tuple(tensors)
 
 
-class HeldClips:
+class HeldClips(OfOneOptimizer):
     """The clips that the first pass of a step ended with. Those of further passes are dropped."""
 
     def __init__(self) -> None:
@@ -126,10 +116,6 @@ class HeldClips:
             clip_grad._clip_grads_with_norm_,
             clip_grad.clip_grad_value_,
         )
-
-    def __reduce__(self) -> Any:
-        """A copy of the optimizer has clips of its own."""
-        return HeldClips, ()
 
     def held(self, pending: list[Callable[[], Any]]) -> AbstractContextManager[Any]:
         """Add clips in the block to ``pending`` instead of applying them."""
@@ -159,9 +145,9 @@ class HeldClips:
     @staticmethod
     @contextmanager
     def _patched(total_norm: Any, clip_with_norm: Any, clip_value: Any) -> Iterator[None]:
-        functions = {"_get_total_norm": total_norm, "_clip_grads_with_norm_": clip_with_norm}
         with (
-            patch.multiple(clip_grad, **functions),
+            patch.object(clip_grad, "_get_total_norm", total_norm),
+            patch.object(clip_grad, "_clip_grads_with_norm_", clip_with_norm),
             patch.object(torch.nn.utils, "clip_grad_value_", clip_value),
         ):
             yield
@@ -171,7 +157,7 @@ def _listed(parameters: Any) -> list[Tensor]:
     return [parameters] if isinstance(parameters, Tensor) else list(parameters)
 
 
-class Clearing:
+class Clearing(OfOneOptimizer):
     """Notices a first pass that adds to old gradients instead of clearing them, until one has cleared them.
 
     Such a pass (of Lightning, with ``accumulate_grad_batches``) covers all of a step's micro-batches, and the
@@ -183,11 +169,6 @@ class Clearing:
         self.is_seen = False
         self._probe: Any = None  # the smallest parameter with a gradient from before
         self._before: Any = None
-        self._is_zero = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy looks again."""
-        return {"is_seen": False, "_probe": None, "_before": None, "_is_zero": False}
 
     def begin(self, parameters: Iterable[Tensor]) -> None:
         """A first pass over ``parameters`` begins."""
@@ -198,50 +179,47 @@ class Clearing:
         if self._probe is not None:  # FSDP2 adds to the shard inside a DTensor
             self._before = (self._probe.grad, local_shard(self._probe.grad)._version)
 
-    def is_open(self) -> bool:
-        """Before a backward: whether the gradient is still the one from before."""
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Around a backward: raise if it adds to a gradient from before, unless that is 0."""
         if self._probe is None:
-            return False
-        gradient, version = self._before
-        if self._probe.grad is not gradient or local_shard(gradient)._version != version:
-            return False
-        self._is_zero = not bool(local_shard(gradient).any())
-        return True
-
-    def look(self, *, was_open: bool) -> None:
-        """After a backward: raise if it added to a gradient that was still open, unless that was 0."""
-        if self._probe is None:
+            yield
             return
-        gradient, version = self._before
-        if was_open and self._probe.grad is gradient and local_shard(gradient)._version == version:
+        probe, (gradient, version) = self._probe, self._before
+
+        def is_open() -> bool:
+            return probe.grad is gradient and local_shard(gradient)._version == version
+
+        was_open = is_open()
+        was_zero = was_open and not bool(local_shard(gradient).any())
+        yield
+        if was_open and is_open():
             return  # it was the backward of something else
-        if was_open and not self._is_zero:
-            self._probe = None
+        self._probe = None
+        if was_open and not was_zero:
             raise RuntimeError(
                 "The closure added to gradients from before it was called: its second call would lack them. "
                 "Clear gradients in the closure and run all micro-batches of the step in it (in Lightning, "
                 "by manual optimization instead of accumulate_grad_batches)."
             )
-        self.is_seen, self._probe = True, None
+        self.is_seen = True
 
 
 class RandomState:
     """The generators a loss may draw from: Python's, NumPy's (if loaded), torch's on CPU and devices."""
 
     def __init__(self, devices: Iterable[torch.device] = ()) -> None:
-        """Record the generators of the host and of ``devices``."""
         self._devices = {device for device in devices if device.type not in ("cpu", "meta")}
-        states: list[tuple[Callable[[Any], object], object]] = [
-            (random.setstate, random.getstate()),
-            (torch.set_rng_state, torch.get_rng_state()),
+        self._restorers: list[Callable[[], object]] = [
+            partial(random.setstate, random.getstate()),
+            partial(torch.set_rng_state, torch.get_rng_state()),
         ]
         if "numpy" in sys.modules:
             of_numpy = sys.modules["numpy"].random
-            states.append((of_numpy.set_state, of_numpy.get_state()))
+            self._restorers.append(partial(of_numpy.set_state, of_numpy.get_state()))
         for device in self._devices:
             module = torch.get_device_module(device)
-            states.append((partial(module.set_rng_state, device=device), module.get_rng_state(device)))
-        self._restorers = [partial(restore, state) for restore, state in states]
+            self._restorers.append(partial(module.set_rng_state, module.get_rng_state(device), device=device))
 
     def restore(self) -> None:
         """Put every generator back to the recorded state."""

@@ -8,8 +8,6 @@ difference. Both are exact on a quadratic at any ε. Scalars are 0-d tensors on 
 nothing here waits for it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -34,8 +32,7 @@ def forward_difference(storage: Storage, first: FirstGradient, plan: Plan) -> Di
             multi_tensor.scale_(group.g1, first.clip)
             found.append(multi_tensor.moments_(group.counted(group.g1), group.counted(g2)))
     inner, squares, losses, fidelity = summed(storage, first, found)
-    g1_squared = first.g1_squared
-    ahead = inner + g1_squared
+    g1_squared, ahead = first.g1_squared, inner + first.g1_squared
     g2_norm = length_of_sum(g1_squared, inner, squares)
     clip = clip_coefficient(g2_norm, plan.g2_clip)
     figures = _figures(g1_squared, ahead, g2_norm, clip, fidelity)
@@ -60,21 +57,17 @@ def central_difference(storage: Storage, first: FirstGradient, plan: Plan) -> Di
         multi_tensor.scale_(group.g1, first.clip)
     plus, minus = first.further.pop(Point.AHEAD), first.further.pop(Point.BEHIND)
     sides = [columns for side in (plus, minus) for columns in zip(*_moments(first, side), strict=True)]
-    scale = storage.loss_scale
-    sums = (
-        storage.sum_over_ranks(stack_scalars([value for column in sides for value in column])).view(4, -1)
-        / scale**2
-    )
+    flat = storage.sum_over_ranks(stack_scalars([value for column in sides for value in column]))
+    sums = flat.view(4, -1) / storage.loss_scale**2
     ahead, norms = sums[0], sums[1::2].sum(1).sqrt()
     clips = clip_coefficient(norms, plan.g2_clip)
     for side, clip in zip((plus, minus), clips, strict=True):
         for gradients in side:
             multi_tensor.scale_(gradients, item_on_cpu(clip))
     for written, subtracted in zip(plus, minus, strict=True):
-        multi_tensor.subtract_(written, subtracted)
+        multi_tensor.add_(written, subtracted, factor=-1.0)
         multi_tensor.scale_(written, 0.5)
     inner, squares, losses, fidelity = summed(storage, first, _moments(first, plus))
-    g1_squared = first.g1_squared
     return Difference(
         inner,
         squares,
@@ -83,7 +76,7 @@ def central_difference(storage: Storage, first: FirstGradient, plan: Plan) -> Di
         is_delta=True,
         is_finite=item_on_cpu(is_finite(squares.sum())),
         losses=losses,
-        figures=_figures(g1_squared, ahead, norms[0], clips.amin(), fidelity),
+        figures=_figures(first.g1_squared, ahead, norms[0], clips.amin(), fidelity),
     )
 
 
@@ -102,10 +95,8 @@ CENTRAL = Scheme(
 
 def _moments(first: FirstGradient, gradients: Gradients) -> list[tuple[Scalar, Scalar]]:
     """⟨g, g1⟩ and ‖g‖² of each group, over this rank's tensors."""
-    return [
-        multi_tensor.moments_along(group.counted(written), group.counted(group.g1))
-        for group, written in zip(first.groups, gradients, strict=True)
-    ]
+    pairs = [(g.counted(taken), g.counted(g.g1)) for g, taken in zip(first.groups, gradients, strict=True)]
+    return [(multi_tensor.inner(taken, g1), multi_tensor.norm_squared(taken)) for taken, g1 in pairs]
 
 
 def summed(

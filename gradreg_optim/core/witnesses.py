@@ -30,7 +30,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradreg_optim.core.local import local_shard
-from gradreg_optim.core.multi_tensor import moments_along
+from gradreg_optim.core.multi_tensor import inner
 from gradreg_optim.core.same_start import as_tuple, backward_replaced
 from gradreg_optim.core.schemes import ratio, stack_scalars
 from gradreg_optim.core.step import Figure, FirstGradient, Outcome, Scalar, computed
@@ -152,7 +152,7 @@ class Losses:
             (group.counted(g2), group.counted(group.g1))
             for group, g2 in zip(first.groups, second, strict=True)
         ]
-        products = [moments_along(*pair)[0] for pair in pairs]
+        products = [inner(*pair) for pair in pairs]
         sums = storage.sum_over_ranks(stack_scalars([*products, *shares]))
         steps = stack_scalars([group.eps for group in first.groups], sums) * first.clip
         squares = first.g1_squared.to(sums) / first.clip**2

@@ -1,7 +1,5 @@
 """Finds the settings of the penalty, called ``grad_reg_<name>``, among the arguments of a stack."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any

@@ -11,8 +11,6 @@ configuration's class, and ``post_trainer_create(cfg, trainer)`` is called betwe
 trainer and its training.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin

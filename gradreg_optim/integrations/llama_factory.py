@@ -11,8 +11,6 @@ Relied upon: ``llamafactory.hparams.read_args()``, and ``llamafactory.train.tune
 whose callbacks the trainers of all stages but PPO get in their constructors.
 """
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

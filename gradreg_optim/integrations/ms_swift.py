@@ -12,10 +12,9 @@ Relied upon (``swift/optimizers``): ``optimizers_map[args.optimizer](args, train
 ``create_optimizer`` is called before DeepSpeed takes the parameters.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
+from unittest.mock import patch
 
 import yaml
 from swift.optimizers import OptimizerCallback, optimizers_map
@@ -45,11 +44,8 @@ def _regularized(callback: type[OptimizerCallback]) -> type[OptimizerCallback]:
             self._config, self._rest = _parted(args.optim_args)
 
         def create_optimizer(self, model: Any = None) -> Any:
-            given, self.args.optim_args = self.args.optim_args, self._rest
-            try:
+            with patch.object(self.args, "optim_args", self._rest):
                 optimizer = super().create_optimizer(model)
-            finally:
-                self.args.optim_args = given
             # ms-swift takes empty groups out of the result; detach() expects the groups that it saw.
             optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
             self.trainer.optimizer = optimizer

@@ -14,8 +14,6 @@ Relied upon (``verl/workers/engine``): ``FSDPEngine._build_optimizer(module)``; 
 before which ``BaseEngine.train_batch`` clears the gradients, and after which it clips them and steps.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

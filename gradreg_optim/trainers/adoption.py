@@ -1,7 +1,5 @@
 """Makes a wrapper the optimizer of a trainer, and gives the trainer its own optimizer back."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from accelerate.optimizer import AcceleratedOptimizer
@@ -44,19 +42,17 @@ class Adoption:
         elif trainer.optimizer is not None:
             self._wrap()
         self._given = self.optimizer
-        if (
-            given is None or self.is_sharded
-        ):  # under DeepSpeed, Transformers drops the optimizer that it was given
+        # Under DeepSpeed, Transformers drops the optimizer that it was given.
+        if given is None or self.is_sharded:
             attachment.patches.answer(trainer, "create_optimizer", self._create_optimizer)
 
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that the wrapper was given, or will be."""
-        optimizer = self.optimizer
-        if optimizer is None:
+        if (own := self.optimizer) is None:
             return self._settings
-        schedule = optimizer._schedule or optimizer._settings["schedule"]
-        return {**optimizer._settings, "schedule": schedule, "exclude": optimizer.exclude}
+        schedule = own._schedule or own._settings["schedule"]
+        return {**own._settings, "schedule": schedule, "exclude": own.exclude}
 
     def _create_optimizer(self, create: Any, *args: Any, **kwargs: Any) -> Any:
         trainer = self._trainer
@@ -103,11 +99,10 @@ class Adoption:
         """Give the wrapper the attachment, and the trainer's model and scaler."""
         if optimizer._attachment is not None:  # of another trainer, which attaches again when it trains again
             optimizer._attachment.patches.close()
-        given = {"_scaler": self._trainer.accelerator.scaler, "_attachment": self._attachment}
-        if optimizer._model is None:
-            given["_model"] = self._trainer.model
-        for name, value in given.items():
-            self._attachment.patches.set(optimizer, name, value)
+        patches, model = self._attachment.patches, optimizer._model
+        patches.set(optimizer, "_scaler", self._trainer.accelerator.scaler)
+        patches.set(optimizer, "_attachment", self._attachment)
+        patches.set(optimizer, "_model", self._trainer.model if model is None else model)
         self.optimizer = optimizer
 
     def shard(self) -> None:
@@ -133,14 +128,8 @@ class Adoption:
         adapters.
         """
         model: Any = self._trainer.model
-        held = {
-            id(parameter): parameter
-            for group in self.optimizer._groups_with_names()
-            for parameter in group["params"]
-        }
-        trainable = {
-            name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
-        }
+        held = {id(p): p for group in self.optimizer._groups_with_names() for p in group["params"]}
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         prefix = getattr(model.base_model, "prefix", "") if hasattr(model, "peft_config") else ""
         adapters = [parameter for name, parameter in trainable.items() if prefix and prefix in name]
         is_reached = not self.is_sharded and any(parameter.grad is not None for parameter in held.values())

@@ -10,8 +10,6 @@ Relied upon (trl 0.27 to 1.16): each script in ``trl.scripts`` has ``make_parser
 ``dataclass_types`` are the arguments of ``main``, and builds a trainer there and calls its ``train()``.
 """
 
-from __future__ import annotations
-
 import pkgutil
 import sys
 from argparse import ArgumentParser
@@ -29,8 +27,8 @@ from gradreg_optim.config import GradRegConfig
 from gradreg_optim.trainers.attach import attach
 from gradreg_optim.trainers.patches import Patches
 
+# What in ``trl.scripts`` does not train.
 _OTHERS = ("env", "utils", "vllm_serve")
-"""What in ``trl.scripts`` does not train."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -7,10 +7,9 @@ Only the reference model runs a second time; its weights do not move.
 Relied upon (trl 0.27 to 1.16): the names of the class and of the methods below.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -54,15 +53,10 @@ class Generations:
             result, random = next(self.repeated)
             random.restore()
             return copied(result, with_tensors=True)
-        recorded, self.recorded = (
-            self.recorded,
-            None,
-        )  # the methods call one another: record the outermost call only
-        try:
+        # The methods call one another: record the outermost call only.
+        with patch.object(self, "recorded", None):
             result = method(*args, **kwargs)
-        finally:
-            self.recorded = recorded
-        if recorded is not None:
+        if self.recorded is not None:
             # Tensors too: trainers subtract penalties from rewards in place.
-            recorded.append((copied(result, with_tensors=True), RandomState(self._devices())))
+            self.recorded.append((copied(result, with_tensors=True), RandomState(self._devices())))
         return result

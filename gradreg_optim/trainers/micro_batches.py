@@ -64,7 +64,7 @@ class Window:
         self.is_complete = False  # after the last backward of the first pass
         self.is_regularized = False  # after the further passes
         self.is_repeating = False
-        self.is_apart = optimizer.norm_of != "step" and optimizer.regularizes
+        self.is_apart = optimizer.norm_of != "step" and optimizer.plan().regularizes
         self.begun = 0  # micro-batches
         self._trainer, self._optimizer = trainer, optimizer
         self._generations, self._old_policy = generations, old_policy

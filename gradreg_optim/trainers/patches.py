@@ -1,7 +1,5 @@
 """Replaces attributes and methods of objects, and restores them afterwards."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -11,7 +9,7 @@ from typing import Any
 class Patches(ExitStack):
     """What was replaced. ``close()``, or the end of a ``with`` block, restores it in the reverse order."""
 
-    def answer(self, owner: Any, name: str, listener: Callable[..., Any]) -> Patches:
+    def answer(self, owner: Any, name: str, listener: Callable[..., Any]) -> "Patches":
         """Replace the method ``owner.name`` by ``listener``, whose first argument is the original."""
         original = getattr(owner, name)
 
@@ -21,7 +19,7 @@ class Patches(ExitStack):
 
         return self.set(owner, name, method)
 
-    def set(self, owner: Any, name: str, value: Any) -> Patches:
+    def set(self, owner: Any, name: str, value: Any) -> "Patches":
         """Set an attribute on the object itself; return the patches, for a ``with``."""
         if name in vars(owner):
             self.callback(setattr, owner, name, vars(owner)[name])

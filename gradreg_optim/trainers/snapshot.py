@@ -6,8 +6,6 @@ Anything else that a loss changes it changes in every pass; the repeated loss an
 that matters.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import math
@@ -24,12 +22,12 @@ from torch.optim import Optimizer
 LARGE, MANY = 2**22, 10_000
 """Elements of tensors and arrays, and of containers, up to which they are copied."""
 
+# Attributes of trainers and of their ``state`` that losses only read, or that have rules of their own.
 _READ_ONLY = {
     "train_dataset", "eval_dataset", "_buffered_inputs", "args", "state", "control", "data_collator",
     "accelerator", "optimizer", "lr_scheduler", "callback_handler", "processing_class", "_gradreg_attachment",
     "log_history",
 }  # fmt: skip
-"""Attributes of trainers and of their ``state`` that losses only read, or that have rules of their own."""
 
 _DATA = (NoneType, bool, int, float, complex, str, bytes, tuple, frozenset, numpy.generic, numpy.ndarray)
 _CONTAINERS = (dict, UserDict, list, deque, set)

@@ -5,8 +5,6 @@ Relied upon (transformers 4.57 to 5.23): callbacks of trackers hold their module
 TensorBoard's has ``tb_writer``.
 """
 
-from __future__ import annotations
-
 import inspect
 import json
 from collections.abc import Callable

@@ -4,8 +4,6 @@ It is parameters that are excluded, and they stay so when groups are added, take
 all of a group was replaced, as FSDP2 and tensor parallelism do, positions in it tell.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -79,16 +77,13 @@ class Exclusion:
 
     def _judge(self, groups: list[Group], model: nn.Module | None, *, must_match: bool = False) -> None:
         """Find out which of the parameters that are not known yet are left out."""
-        if all(parameter in self._is_excluded for group in groups for parameter in group["params"]):
-            return
-        patterns = () if self.patterns == NOTHING else self.patterns
-        by_default = {id(parameter) for parameter in (self.default() if self.default else ())}
-        for group, matching in zip(
-            groups, excluded_positions(groups, patterns, model, must_match=must_match), strict=True
-        ):
-            for position, parameter in enumerate(group["params"]):
-                if parameter not in self._is_excluded:
-                    self._is_excluded[parameter] = position in matching or id(parameter) in by_default
+        new = [p for group in groups for p in group["params"] if p not in self._is_excluded]
+        if new:
+            patterns = () if self.patterns == NOTHING else self.patterns
+            left_out = matching(groups, patterns, model, must_match=must_match)
+            left_out |= {id(parameter) for parameter in (self.default() if self.default else ())}
+            for parameter in new:
+                self._is_excluded[parameter] = id(parameter) in left_out
 
     def _settle(self, groups: list[Group]) -> list[list[int]]:
         self._members = [[id(parameter) for parameter in group["params"]] for group in groups]
@@ -98,49 +93,33 @@ class Exclusion:
         return self.positions
 
 
-def parameter_names(groups: Iterable[Group], model: nn.Module | None) -> dict[int, list[str]]:
-    """All names of each parameter, by ``id``: from the model, or from an optimizer built on named parameters.
-
-    A tied parameter has several names. Empty if neither source has any.
-    """
-    names: dict[int, list[str]] = {}
-    if model is not None:
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(name)
-    else:
-        for group in groups:
-            for name, parameter in zip(group.get("param_names", ()), group["params"], strict=False):
-                names.setdefault(id(parameter), []).append(name)
-    return names
-
-
-def excluded_positions(
+def matching(
     groups: list[Group], patterns: tuple[str, ...], model: nn.Module | None, *, must_match: bool = True
-) -> list[list[int]]:
-    """For each group the positions of the parameters whose names contain one of ``patterns``.
+) -> set[int]:
+    """The ``id`` of each parameter that has one of ``patterns`` in a name; a tied parameter has several.
+
+    Names are those in the model, or in an optimizer that was built on named parameters.
 
     Raises:
         ValueError: there are patterns but no names, or a pattern is part of no name.
     """
     if not patterns:
-        return [[] for _ in groups]
-    names = parameter_names(groups, model)
+        return set()
+    own = [(group.get("param_names", ()), group["params"]) for group in groups]
+    in_groups = (pair for columns in own for pair in zip(*columns, strict=False))
+    named = in_groups if model is None else model.named_parameters(remove_duplicate=False)
+    names = [(name, id(parameter)) for name, parameter in named]
     if not names:
         raise ValueError(
             f"exclude={patterns!r}: parameter names are not known. Pass model=<the module>, or build the "
             "optimizer on model.named_parameters()."
         )
-    known = [
-        name for group in groups for parameter in group["params"] for name in names.get(id(parameter), ())
-    ]
+    held = {id(parameter) for _, parameters in own for parameter in parameters}
+    known = [name for name, key in names if key in held]
     for pattern in patterns:
         if must_match and not any(pattern in name for name in known):
             raise ValueError(
                 f"exclude={patterns!r}: {pattern!r} is part of no parameter name, and a pattern has to "
                 f"match. Names look like {', '.join(map(repr, known[:3]))}."
             )
-
-    def matches(parameter: Tensor) -> bool:
-        return any(pattern in name for name in names.get(id(parameter), ()) for pattern in patterns)
-
-    return [[i for i, parameter in enumerate(group["params"]) if matches(parameter)] for group in groups]
+    return {key for name, key in names if any(pattern in name for pattern in patterns)}

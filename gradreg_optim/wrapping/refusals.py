@@ -1,7 +1,5 @@
 """Optimizers, arguments and engines that cannot be regularized, each with the reason and a way out."""
 
-from __future__ import annotations
-
 import gc
 import inspect
 import re

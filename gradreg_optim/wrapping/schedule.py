@@ -5,8 +5,6 @@ optimizer can hurt, and that letting it grow repairs this: ``"linear"`` and ``"c
 *rise*, from 0 to 1.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Literal, get_args

@@ -4,8 +4,6 @@ That package is imported by name, and only once Transformers' trainer is there: 
 torch alone. A scaler that calls the wrapper is found in the calling frames.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -36,17 +34,15 @@ class _AfterTrainer(MetaPathFinder):
 
             def execute_both(module: ModuleType) -> None:
                 execute(module)
-                if module.__name__ == _TRAINER and not _is_being_imported("gradreg_optim.trainers."):
+                prefix, modules = "gradreg_optim.trainers.", list(sys.modules.items())
+                specs = [part.__spec__ for name, part in modules if name.startswith(prefix)]
+                # A part that is being imported may be what imports the trainer.
+                is_under_way = any(getattr(spec, "_initializing", False) for spec in specs)
+                if module.__name__ == _TRAINER and not is_under_way:
                     import_module(_ATTACH)
 
             spec.loader.exec_module = execute_both
         return spec  # type: ignore[no-any-return]
-
-
-def _is_being_imported(prefix: str) -> bool:
-    """Whether a module with such a name is being imported, and may be what imports the trainer."""
-    modules = [module for name, module in list(sys.modules.items()) if name.startswith(prefix)]
-    return any(getattr(module.__spec__, "_initializing", False) for module in modules)
 
 
 _AFTER_TRAINER = _AfterTrainer()

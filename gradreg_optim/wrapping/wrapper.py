@@ -4,14 +4,13 @@ LR schedulers, Accelerate, GradScaler and checkpointing all hold on to ``param_g
 ``defaults``; here these are the wrapped optimizer's own objects, so that there is nothing to keep in step.
 """
 
-from __future__ import annotations
-
 import functools
 import warnings
-from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from operator import attrgetter
 from typing import Any
+from unittest.mock import patch
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -20,9 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from gradreg_optim.core.plan import Plan
-from gradreg_optim.core.replicas import Part
 from gradreg_optim.core.step import Outcome
-from gradreg_optim.core.storage import Storage
 from gradreg_optim.wrapping import upwards
 from gradreg_optim.wrapping.exclusion import Exclusion
 from gradreg_optim.wrapping.groups import (
@@ -44,10 +41,10 @@ from gradreg_optim.wrapping.settings import PLACES, SHARED, check_settings
 
 def shared(name: str, *default: Any) -> Any:
     """An attribute of the wrapped optimizer that is the wrapper's as well."""
-    return property(
-        lambda self: getattr(self.optimizer, name, *default),
-        lambda self, value: setattr(self.optimizer, name, value),
+    read = (
+        (lambda self: getattr(self.optimizer, name, *default)) if default else attrgetter(f"optimizer.{name}")
     )
+    return property(read, lambda self, value: setattr(self.optimizer, name, value))
 
 
 def run_hooks_around(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,30 +57,13 @@ def run_hooks_around(step: Callable[..., Any]) -> Callable[..., Any]:
         wrapper = args[0]
         for before in (*_global_optimizer_pre_hooks.values(), *wrapper._optimizer_step_pre_hooks.values()):
             args, kwargs = before(wrapper, args, kwargs) or (args, kwargs)
-        was_in_step, wrapper._is_in_step = wrapper._is_in_step, True
-        try:
+        with patch.object(wrapper, "_is_in_step", True):
             result = step(*args, **kwargs)
-        finally:
-            wrapper._is_in_step = was_in_step
         for after in (*wrapper._optimizer_step_post_hooks.values(), *_global_optimizer_post_hooks.values()):
             after(wrapper, args, kwargs)
         return result
 
     return hooked
-
-
-@contextmanager
-def without_global_hooks() -> Iterator[None]:
-    """Run the block without hooks on the steps of every optimizer."""
-    everywhere: tuple[dict[int, Any], ...] = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
-    before = [dict(hooks) for hooks in everywhere]
-    for hooks in everywhere:
-        hooks.clear()
-    try:
-        yield
-    finally:
-        for hooks, saved in zip(everywhere, before, strict=True):
-            hooks.update(saved)
 
 
 class OptimizerWrapper(Optimizer):
@@ -114,17 +94,16 @@ class OptimizerWrapper(Optimizer):
         check_arguments(model, scaler)
         check_settings(**settings)
         self.optimizer = optimizer
-        self._settings = settings
         self._schedule = settings["schedule"] if callable(settings["schedule"]) else None
-        if self._schedule is not None:
-            self._settings = {**settings, "schedule": None}  # like LambdaLR's, a callable is not saved
+        # Like LambdaLR's, a callable is not saved.
+        self._settings = settings if self._schedule is None else {**settings, "schedule": None}
         self._model, self._scaler = model, scaler
         self._attachment: Any = None
         self._is_in_step = False
         # Optimizer's step hooks, without Optimizer.__init__, which would build groups of its own.
         self.__setstate__({})
         self._named_groups = named_groups
-        exclusion = Exclusion(exclude, model, self._groups_with_names())
+        self.exclusion = Exclusion(exclude, model, self._groups_with_names())
         for group in self.param_groups:
             # Wrapped before, or loaded from a checkpoint: these settings count, and its step.
             if "gradreg_step" in group:
@@ -135,7 +114,6 @@ class OptimizerWrapper(Optimizer):
             )
         for group in self.param_groups:
             adopt_group(group, self._settings, step=0)
-        self.exclusion = exclusion
         self._planner = Planner()
         self._adopt_new_groups()
         self._planner.settled(self.param_groups, self.exclusion.positions)
@@ -215,34 +193,24 @@ class OptimizerWrapper(Optimizer):
 
     def _remember(self, outcome: Outcome) -> None:
         """Keep in the groups what a step found out for those to come."""
-        found: dict[str, Any] = (
-            {} if outcome.auto_radius is None else {"gradreg_auto_radius": outcome.auto_radius}
-        )
-        if outcome.check is not None and not outcome.check.is_swallowed:
-            found["gradreg_floor"] = outcome.check.floor
-        if outcome.is_low is not None:
-            found["gradreg_is_low"] = outcome.is_low
-        if outcome.settling is not None:
-            found |= {
-                "gradreg_ratio_total": outcome.settling.total,
-                "gradreg_ratio_count": outcome.settling.count,
-            }
-        for group in self.param_groups if found else []:
-            group.update(found)
-
-    @property
-    def regularizes(self) -> bool:
-        """Whether the step to come takes a second gradient."""
-        return self.plan().regularizes
+        check, settling = outcome.check, outcome.settling
+        found = {
+            "gradreg_auto_radius": outcome.auto_radius,
+            "gradreg_floor": None if check is None or check.is_swallowed else check.floor,
+            "gradreg_is_low": outcome.is_low,
+            "gradreg_ratio_total": None if settling is None else settling.total,
+            "gradreg_ratio_count": None if settling is None else settling.count,
+        }
+        for group in self.param_groups:
+            group.update({key: value for key, value in found.items() if value is not None})
 
     def _step_wrapped(self, step: Callable[..., Any], *args: Any) -> None:
         """Step the wrapped optimizer by ``step(*args)``; inside the wrapper's step, without global hooks."""
-        with without_global_hooks() if self._is_in_step else nullcontext():
+        everywhere: tuple[Any, ...] = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
+        with ExitStack() as stack:
+            for hooks in everywhere if self._is_in_step else ():
+                stack.enter_context(patch.dict(hooks, clear=True))
             step(*args)
-
-    @abstractmethod
-    def storage(self, part: Part) -> Storage:
-        """Where gradients and weights are in the micro-batch to come."""
 
     # Checkpoints and pickling.
 
@@ -268,12 +236,10 @@ class OptimizerWrapper(Optimizer):
             modernize(group)
         missing = sorted({key for group in self.param_groups for key in missing_keys(group)})
         if missing:
-            what = (
-                f"The loaded optimizer state has no {', '.join(missing)}: it was saved without "
-                "GradRegOptimizer. "
-            )
             warnings.warn(
-                f"{what}Settings stay as constructed, and warm-up and schedule start at step 0.", stacklevel=2
+                f"The loaded optimizer state has no {', '.join(missing)}: it was saved without "
+                "GradRegOptimizer. Settings stay as constructed, and warm-up and schedule start at step 0.",
+                stacklevel=2,
             )
         for group, own in zip(self.param_groups, current, strict=True):
             for key, value in {**own, "gradreg_step": 0}.items():

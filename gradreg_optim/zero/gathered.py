@@ -1,7 +1,5 @@
 """ZeRO stages 1 and 2, and ``BF16_Optimizer``: every rank holds all bit16 weights and writes one slice."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from datetime import timedelta
 from itertools import accumulate
@@ -29,9 +27,8 @@ PRIVATE_BF16 = (
     "fp32_groups_has_gradients", "optimizer", "real_dp_process_group", "update_lp_params", "zero_grad",
 )  # fmt: skip
 
-all_gather = (
-    getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-)  # its name before torch 2.13
+# Its name since torch 2.13, and before.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 RESCUE_TIMEOUT = timedelta(hours=1)
 """How long a rank that failed waits for the others, which fail only when their own collective times out."""
@@ -53,10 +50,9 @@ class GatheredPartitions(Partitions):
     at different places, and a process group cannot be used any more once a collective has timed out in it.
     """
 
-    # Names of DeepSpeed's attributes, which hold, for each group:
-    PARAMETERS: str  # the model's parameters
-    WEIGHTS: str  # the flat bit16 weights
-    SLICES: str  # views of those weights, one a rank
+    # Names of DeepSpeed's attributes, which hold, for each group, the model's parameters, the flat bit16
+    # weights, and views of those weights, one a rank.
+    PARAMETERS = WEIGHTS = SLICES = ""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -121,10 +117,8 @@ class Stage12Partitions(GatheredPartitions):
 
     def _gradients_on_device(self) -> list[Tensor]:
         found: dict[tuple[int, int], Tensor] = {}
-        for (
-            index,
-            tensors,
-        ) in self.zero.averaged_gradients.items():  # they concatenate to the partition, with padding
+        # They concatenate to the partition, with padding.
+        for index, tensors in self.zero.averaged_gradients.items():
             tensors[:] = [tensor.contiguous() for tensor in tensors]  # a flat view needs contiguous memory
             starts = accumulate((tensor.numel() for tensor in tensors), initial=0)
             found |= {(index, start): tensor.view(-1) for start, tensor in zip(starts, tensors, strict=False)}

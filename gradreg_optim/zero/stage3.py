@@ -1,7 +1,5 @@
 """``DeepSpeedZeroOptimizer_Stage3``: ZeRO stage 3."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch.distributed as dist
@@ -23,10 +21,10 @@ class Stage3Partitions(Partitions):
 
     ::
 
-        parameters        | weight A     | bias B | weight C         | rank 0            | A[0] | B[0] | C[0]
-        |                    each slice is 1/N of its parameter, padded; rank 1            | A[1] | B[1] |
-        C[1] |                    a bias shorter than N leaves some ranks with rank 2            | A[2] | pad
-        | C[2] |                    padding only
+        parameters    | weight A | bias B | weight C |
+        rank 0        | A[0]     | B[0]   | C[0]     |    each slice is 1/N of its parameter, padded;
+        rank 1        | A[1]     | B[1]   | C[1]     |    a bias shorter than N leaves some ranks with
+        rank 2        | A[2]     | pad    | C[2]     |    padding only
 
     Partition i is a *sub-group*: all slices of one parameter group, or some of them if ``sub_group_size`` is
     small.

@@ -1,4 +1,4 @@
-"""The Triton back end against the eager one, on a CPU: Triton's interpreter runs its kernels here."""
+"""The Triton back end against the one in torch alone, on a CPU: Triton's interpreter runs its kernels here."""
 
 import math
 import os
@@ -14,7 +14,7 @@ from problems import assert_same, closure_of, past_the_first_step, regression, u
 from torch import nn
 
 from gradreg_optim.core import multi_tensor
-from gradreg_optim.core.multi_tensor import eager
+from gradreg_optim.core.multi_tensor import back_end
 
 pytest.importorskip("triton", reason="triton, which torch brings along for CUDA and ROCm, has no package for this platform")
 
@@ -71,10 +71,10 @@ def test_sums(kernels, sizes, seed, first, second, offset):
     """Norm and moments, of any sizes and dtypes, empty and unaligned tensors among them; g1 is scaled on the way."""
     g1, g2 = random_lists(sizes, seed, first, second, offset=offset)
     close = {"rtol": 1e-5, "atol": 1e-4}  # the order of summation
-    torch.testing.assert_close(kernels.norm_squared(g1), eager.norm_squared(g1), **close)
+    torch.testing.assert_close(kernels.norm_squared(g1), multi_tensor.norm_squared(g1), **close)
     for scale in (1.0, torch.tensor(0.25)):
         scaled, other = copies(g1, g1)
-        expected = eager.moments_(other, g2, scale=scale)
+        expected = multi_tensor.moments_(other, g2, scale=scale)
         torch.testing.assert_close(kernels.moments_(scaled, g2, scale=scale), expected, **close)
         assert_same(scaled, other)
 
@@ -84,7 +84,7 @@ def test_weights_go_and_come_back(kernels, sizes, seed, of_weights, of_direction
     """θ + ε·d rounded to the nearest, copies of θ, what arrived of the step, and θ again."""
     start, direction = random_lists(sizes, seed, of_weights, of_direction, offset=offset)
     moved, saved = copies(start, start)
-    along, squares = kernels.save_and_shift_(moved, saved, direction, eps=eps, seed=None)
+    along, squares = kernels.shift_(moved, direction, saved=saved, eps=eps)
     assert_same(saved, start)
     expected = [(w.float() + float(eps) * d.float()).to(of_weights) for w, d in zip(start, direction, strict=True)]
     assert_near(moved, expected, of_weights)
@@ -135,25 +135,28 @@ def test_not_a_number_replaces_nothing(kernels):
     for dtype in (torch.bfloat16, torch.float32):
         odd = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 1e-40]).to(dtype)
         bits = odd.view(torch.int16).clone()
-        kernels.save_and_shift_([odd], saved := [torch.empty_like(odd)], [torch.ones(5)], eps=1.0, seed=3)
+        kernels.shift_([odd], [torch.ones(5)], saved=(saved := [torch.empty_like(odd)]), eps=1.0, seed=3)
         assert not odd[:3].isfinite().any()
         kernels.copy_([odd], saved)
         assert torch.equal(odd.view(torch.int16), bits)
 
 
 def test_stochastic_rounding(kernels):
-    """Right on average within five standard errors, as the eager one is; neighbours only, and 0 stays."""
+    """Right on average within five standard errors, as the one in torch alone is; neighbours only, and 0 stays."""
     share, count = 0.3, 20000
     weight, direction = torch.ones(count).bfloat16(), torch.full((count,), share * 2**-7)
-    for back_end in (kernels, eager):
+    for interpreted in (kernels, None):
         moved, saved = weight.clone(), torch.empty_like(weight)
-        back_end.save_and_shift_([moved], [saved], [direction], eps=1.0, seed=5 << 40)
+        if interpreted is None:
+            multi_tensor.save_and_shift_([moved], [direction], eps=1.0, seed=5 << 40)
+        else:
+            interpreted.shift_([moved], [direction], saved=[saved], eps=1.0, seed=5 << 40)
         assert moved.unique().tolist() == [1.0, 1.0 + 2**-7]
         assert float((moved > 1).double().mean()) == pytest.approx(share, abs=5 * math.sqrt(share * (1 - share) / count))
         neighbours = (moved[1:] > 1).double() * (moved[:-1] > 1).double()  # independent of each other
         assert float(neighbours.mean()) == pytest.approx(share**2, abs=0.02)
     zeros = torch.zeros(100).bfloat16()
-    kernels.save_and_shift_([zeros], [torch.empty_like(zeros)], [torch.zeros(100)], eps=1.0, seed=1)
+    kernels.shift_([zeros], [torch.zeros(100)], saved=[torch.empty_like(zeros)], eps=1.0, seed=1)
     assert not zeros.any()
 
 
@@ -163,7 +166,7 @@ def test_random_bits_belong_to_step_and_tensor(kernels):
     def moved(seed):
         tensors = [torch.ones(4 * BLOCK).bfloat16() for _ in range(2)]
         saved = [torch.empty_like(x) for x in tensors]
-        kernels.save_and_shift_(tensors, saved, [torch.full_like(x, 2**-8) for x in tensors], eps=1.0, seed=seed)
+        kernels.shift_(tensors, [torch.full_like(x, 2**-8) for x in tensors], saved=saved, eps=1.0, seed=seed)
         return tensors
 
     first, again, other = moved(1 << 40), moved(1 << 40), moved(2 << 40)
@@ -280,15 +283,15 @@ def test_weights_are_whole_if_a_launch_is_interrupted(interpreted, kernels, monk
 
 
 def test_a_triton_that_does_not_work_is_told_once(kernels, monkeypatch):
-    """Without a C compiler, say: one warning, and the eager back end."""
+    """Without a C compiler, say: one warning, and what is in torch alone."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # but this torch is built without it
-    multi_tensor._kernels.cache_clear()
+    back_end.kernels.cache_clear()
     try:
         with pytest.warns(UserWarning, match="Triton does not work here"):
-            assert multi_tensor._kernels() is None
-        assert multi_tensor._kernels() is None
+            assert back_end.kernels() is None
+        assert back_end.kernels() is None
     finally:
-        multi_tensor._kernels.cache_clear()
+        back_end.kernels.cache_clear()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")

@@ -197,7 +197,7 @@ def test_launches_with_triton(settings, bound, monkeypatch):
         def norm_squared(self, tensors):
             return self._sums(2)[0]
 
-        def save_and_shift_(self, *lists, eps, seed):
+        def shift_(self, *lists, saved, eps, seed):
             return self._sums(3)
 
         def moments_(self, *lists, scale):

@@ -8,19 +8,17 @@ from problems import assert_same
 from torch import nn
 
 from gradreg_optim.core.multi_tensor import (
-    add_penalty_,
+    add_,
     choose_,
     combine_,
-    inner_of_differences,
+    inner,
     moments_,
-    moments_along,
     norm_squared,
     restore_,
     save_and_shift_,
     scale_,
     shift_,
     step_moments,
-    subtract_,
 )
 from gradreg_optim.core.schemes import clip_coefficient, item_on_cpu, ratio
 
@@ -61,9 +59,9 @@ def test_norm_of_mixed_precisions_is_taken_in_the_widest():
 def test_empty_lists_sum_to_zero():
     """A parameter group without gradients is an ordinary input."""
     assert norm_squared([]) == 0.0
-    for pair in (moments_([], []), moments_along([], []), step_moments([], [], [])):
+    for pair in (moments_([], []), step_moments([], [], [])):
         assert list(pair) == [0.0, 0.0]
-    assert inner_of_differences([], [], []) == 0.0
+    assert inner([], []) == 0.0
 
 
 @given(SHAPES, SEEDS)
@@ -75,7 +73,8 @@ def test_moments_are_those_of_the_difference(shapes, seed):
     close = {"rtol": 1e-12, "atol": 1e-13}  # order of summation
     torch.testing.assert_close(moments_(a, b), (delta @ flat_a, delta @ delta), **close)
     written = [t - s for s, t in zip(a, b, strict=True)]
-    torch.testing.assert_close(moments_along(written, x), (delta @ flat_x, delta @ delta), **close)
+    torch.testing.assert_close(inner(written, x), delta @ flat_x, **close)
+    torch.testing.assert_close(inner(b, b, a), delta @ delta, **close)
     torch.testing.assert_close(step_moments(a, b, x), (delta @ flat_x, flat_x @ flat_x), **close)
 
 
@@ -177,9 +176,8 @@ def test_empty_lists_are_left_alone(scalar):
     restore_([], [])
     moments_([], [], scale=scalar)
     combine_([], [], weight=scalar, clip=scalar)
-    add_penalty_([], [], weight=scalar)
-    subtract_([], [])
-    choose_(torch.tensor(True), [], [])
+    add_([], [])
+    choose_([], [], condition=torch.tensor(True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -9,7 +9,6 @@ from torch import nn
 
 from gradreg_optim import GradRegOptimizer
 from gradreg_optim.core import multi_tensor
-from gradreg_optim.core.multi_tensor import eager
 from gradreg_optim.core.precision import too_short
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -26,7 +25,7 @@ def moved(start, direction, drawn, **settings):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_each_element_moves_as_far_as_ahead(dtype, monkeypatch):
     """With either sign half of the time, in pieces and layouts of all kinds; other steps draw other signs."""
-    monkeypatch.setattr(eager, "SIGNED", 1000)
+    monkeypatch.setattr(multi_tensor, "SIGNED", 1000)
     start = [
         torch.zeros(50, 70, dtype=dtype),
         torch.zeros(70, 50, dtype=dtype).t(),
@@ -74,7 +73,7 @@ def test_masters_of_another_dtype():
 def test_weights_are_whole_if_a_step_sideways_is_interrupted(monkeypatch):
     """In the middle of a list: those that have moved come back."""
     weights, calls = [torch.ones(5), torch.ones(6)], []
-    shift = multi_tensor.eager.shift_
+    shift = multi_tensor._shift_
 
     def interrupted(*args, **kwargs):
         shift(*args, **kwargs)
@@ -82,7 +81,7 @@ def test_weights_are_whole_if_a_step_sideways_is_interrupted(monkeypatch):
         if len(calls) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(multi_tensor.eager, "shift_", interrupted)
+    monkeypatch.setattr(multi_tensor, "_shift_", interrupted)
     with pytest.raises(KeyboardInterrupt):
         multi_tensor.save_and_shift_(weights, [torch.ones(5), torch.ones(6)], eps=1.0, signs=0)
     assert_same(weights, [torch.ones(5), torch.ones(6)])

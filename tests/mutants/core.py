@@ -82,5 +82,5 @@ MUTANTS = [
     ("the expected change leaves out g2", WITNESSES,
      "(self.g1_squared / self.clip + self.ahead)", "(self.g1_squared / self.clip + self.g1_squared)", LOSSES),
     ("a closure need not clear gradients", SAME_START,
-     "if was_open and not self._is_zero:", "if False:", PASSES),
+     "if was_open and not was_zero:", "if False:", PASSES),
 ]  # fmt: skip

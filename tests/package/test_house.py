@@ -99,14 +99,14 @@ def test_a_stack_has_one_file(stack):
 
 
 def test_files_are_short():
-    """No file is longer than 400 lines, and no line wider than 110 columns; it has at most 4480 statements (aim: 4000)."""
+    """No file is longer than 400 lines, and no line wider than 110 columns; it has at most 4274 statements (aim: 4000)."""
     lines = {module: path.read_text(encoding="utf-8").splitlines() for module, path in FILES.items()}
     assert {module: len(found) for module, found in lines.items() if len(found) > 400} == {}
     wide = {
         f"{module}:{number}" for module, found in lines.items() for number, line in enumerate(found, 1) if len(line) > 110
     }
     assert sorted(wide) == []
-    assert sum(isinstance(node, ast.stmt) for tree in TREES.values() for node in ast.walk(tree)) <= 4480
+    assert sum(isinstance(node, ast.stmt) for tree in TREES.values() for node in ast.walk(tree)) <= 4274
 
 
 def test_classes_are_shallow():
@@ -140,7 +140,7 @@ def switches(step):
     return sum(a != b for a, b in itertools.pairwise(visited))
 
 
-@pytest.mark.parametrize(("dtype", "steps", "most"), [(torch.float32, 2, 92), (torch.bfloat16, 0, 225)], ids=str)
+@pytest.mark.parametrize(("dtype", "steps", "most"), [(torch.float32, 2, 76), (torch.bfloat16, 0, 165)], ids=str)
 def test_a_step_switches_file_seldom(dtype, steps, most):
     """Who reads along turns the page no more often than today; the aim is 60 and 150."""
     model, loss = regression(dtype=dtype)

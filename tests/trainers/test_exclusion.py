@@ -6,7 +6,7 @@ import transformers
 from trainers import AT_THETA, PLAIN, REAL, Spy, assert_same, at_theta, llama, own_figures, penalties, weights
 
 from gradreg_optim import GradRegCallback, GradRegConfig, GradRegOptimizer, attach
-from gradreg_optim.trainers.exclusion import default_exclusion
+from gradreg_optim.trainers.exclusion import added_exclusion
 
 pytestmark = at_theta
 
@@ -68,14 +68,14 @@ MODELS = {
 def test_embeddings_and_heads_are_found(build, names):
     """Exactly the input and output embeddings and the heads: BERT's attention outputs and GPT-2's positions stay in."""
     model = build()
-    found = {id(parameter) for parameter in default_exclusion(model)}
+    found = {id(parameter) for parameter in added_exclusion((), model)}
     assert sorted(name for name, parameter in model.named_parameters() if id(parameter) in found) == names
 
 
 def test_saved_head_of_an_adapted_model_is_found():
     """With LoRA the trained copy of the head is left out, and every adapter stays in."""
     model = lora()
-    found = {id(parameter) for parameter in default_exclusion(model)}
+    found = {id(parameter) for parameter in added_exclusion((), model)}
     trained = {name: id(parameter) in found for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {name: "classifier" in name for name in trained}
     assert sorted(set(trained.values())) == [False, True]

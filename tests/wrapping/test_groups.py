@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from problems import assert_same, closure_of, regression, unchecked, weights
 from torch import nn
 
-from gradreg_optim.wrapping.exclusion import excluded_positions, parameter_names
+from gradreg_optim.wrapping.exclusion import matching
 from gradreg_optim.wrapping.groups import KEYS
 
 
@@ -160,8 +160,7 @@ def test_a_tied_parameter_goes_by_all_its_names():
     model = nn.ModuleDict({"embed": nn.Embedding(5, 3), "lm_head": nn.Linear(3, 5, bias=False)})
     model["lm_head"].weight = model["embed"].weight
     for pattern in ("embed", "lm_head"):
-        assert excluded_positions([{"params": list(model.parameters())}], (pattern,), model) == [[0]]
-    assert parameter_names([], model) == {id(model["embed"].weight): ["embed.weight", "lm_head.weight"]}
+        assert matching([{"params": list(model.parameters())}], (pattern,), model) == {id(model["embed"].weight)}
 
 
 @given(
@@ -170,15 +169,16 @@ def test_a_tied_parameter_goes_by_all_its_names():
         min_size=1,
     )
 )
-def test_positions_are_those_of_matching_names(entries):
-    """In any distribution of names over groups exactly the matching positions are excluded."""
+def test_exactly_the_matching_names_are_left_out(entries):
+    """In any distribution of names over groups exactly those that match are excluded."""
     groups = [{"params": [], "param_names": []} for _ in range(3)]
     for name, index in entries:
         groups[index]["params"].append(parameter(1))
         groups[index]["param_names"].append(name)
     patterns = ("embed", "bias")
-    expected = [[i for i, name in enumerate(group["param_names"]) if "embed" in name or "bias" in name] for group in groups]
-    assert excluded_positions(groups, patterns, None, must_match=False) == expected
+    named = [pair for group in groups for pair in zip(group["param_names"], group["params"], strict=True)]
+    expected = {id(own) for name, own in named if "embed" in name or "bias" in name}
+    assert matching(groups, patterns, None, must_match=False) == expected
 
 
 def test_leaving_out_parameters_by_hand():

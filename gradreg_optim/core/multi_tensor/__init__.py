@@ -6,82 +6,84 @@
     moments_              ⟨g2 − g1, g1⟩ and ‖g2 − g1‖²
     combine_              g2 ← g1 + weight·(clip·g2 − g1)
 
-They take any device and dtype, several in one list too. A back end has seven functions: ``fit`` says which
-tensors it takes, ``norm_squared``, ``save_and_shift_``, ``shift_``, ``copy_``, ``moments_`` and ``combine_``
-are the operations on tensors of one dtype and device. :mod:`triton_kernels` does each operation in one launch
-on a GPU, and :mod:`eager` serves all else. Sums run in float32 for half-precision tensors and in the tensors'
-own precision otherwise; results are 0-d tensors on the device of the data, which nothing here waits for, and
-the number 0 for empty lists.
+They take any device and dtype, several in one list too. On a GPU :mod:`triton_kernels` does each of these in
+one launch. What is here uses torch._foreach_*, and flat chunks for what that cannot do: small tensors share a
+chunk and large ones are cut, so that the number of launches does not grow with the number of tensors. Sums
+run in float32 for half-precision tensors and in the tensors' own precision otherwise; results are 0-d tensors
+on the device of the data, which nothing here waits for, and the number 0 for empty lists.
 """
 
-from __future__ import annotations
-
+import functools
 import os
-import warnings
-from collections.abc import Sequence
-from functools import cache
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradreg_optim.core.multi_tensor import eager
-from gradreg_optim.core.multi_tensor.eager import sampled as sampled
-from gradreg_optim.core.multi_tensor.eager import with_signs
+from gradreg_optim.core.multi_tensor import back_end
+from gradreg_optim.core.step import Scalar
 
-Scalar = float | Tensor
+Tensors = Sequence[Tensor]
 Moments = tuple[Scalar, Scalar]
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton's interpreter runs the kernels on a CPU, for tests."""
+CHUNK = 2**27
+"""Elements a chunk on an accelerator. Larger chunks need fewer launches, and more memory for temporaries."""
+CHUNK_ON_CPU = 2**17
+"""Elements a chunk on a CPU: intermediate results stay in its cache."""
+SIGNED = 2**24
+"""Elements that get random signs at a time."""
 
 
-@cache
-def _kernels() -> Any:
-    """The Triton back end, if Triton is there and works, else ``None``."""
-    try:
-        from gradreg_optim.core.multi_tensor import triton_kernels
-
-        if torch.cuda.is_available():
-            triton_kernels.norm_squared([torch.zeros(1, device="cuda")])
-    except ImportError:
-        return None
-    except Exception as error:  # whatever a compiler may raise
-        warnings.warn(
-            "Gradient regularization: Triton does not work here, so that each step takes more kernel "
-            f"launches: {type(error).__name__}: {error}",
-            stacklevel=2,
-        )
-        return None
-    return triton_kernels
-
-
-def _alike(*lists: Sequence[Tensor]) -> list[tuple[Any, list[Sequence[Tensor]]]]:
-    """The lists, divided by dtype and device, as pairs of a back end and lists for it."""
-    if not lists[0]:
-        return []
-    if all(len({x.dtype for x in xs}) == 1 and len({x.device for x in xs}) == 1 for xs in lists):
-        kernels = _kernels_for([xs[0] for xs in lists])
-        if kernels is None or all(map(kernels.fit, lists)):
-            return [(kernels or eager, list(lists))]
-    found: dict[Any, list[list[Tensor]]] = {}
-    for tensors in zip(*lists, strict=True):
-        kernels = _kernels_for(tensors)
-        back_end = kernels if kernels is not None and kernels.fit(tensors) else eager
-        parts = found.setdefault((back_end, *((x.dtype, x.device) for x in tensors)), [[] for _ in lists])
-        for part, tensor in zip(parts, tensors, strict=True):
-            part.append(tensor)
-    return [(key[0], list(parts)) for key, parts in found.items()]
-
-
-def _kernels_for(tensors: Sequence[Tensor]) -> Any:
+def _kernels_for(tensors: Tensors) -> Any:
     """The Triton back end, if these tensors are on one device that it works on; else ``None``."""
     device = tensors[0].device
     is_served = device.type == "cuda" or (device.type == "cpu" and IS_INTERPRETED)
-    return _kernels() if is_served and all(x.device == device for x in tensors) else None
+    return back_end.kernels() if is_served and all(x.device == device for x in tensors) else None
 
 
-# Sums.
+def _alike(*lists: Tensors) -> list[tuple[Any, Sequence[Tensors]]]:
+    """The lists, divided by dtype and device; with each part the kernels, if they take it, else ``None``."""
+    if lists[0] and all(len({(x.dtype, x.device) for x in xs}) == 1 for xs in lists):
+        kernels = _kernels_for([xs[0] for xs in lists])
+        if kernels is None or all(map(kernels.fit, lists)):
+            return [(kernels, lists)]
+    found: dict[Any, list[list[Tensor]]] = {}
+    for tensors in zip(*lists, strict=True):
+        kernels = _kernels_for(tensors)
+        kernels = kernels if kernels is not None and kernels.fit(tensors) else None
+        parts = found.setdefault((kernels, *((x.dtype, x.device) for x in tensors)), [[] for _ in lists])
+        for part, tensor in zip(parts, tensors, strict=True):
+            part.append(tensor)
+    return [(key[0], parts) for key, parts in found.items()]
+
+
+def _on_alike(kernel: str, *, sums: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Run an operation on tensors that are alike at a time, by the ``kernel`` of this name if there is one.
+
+    It returns as many ``sums``, which are added up; nothing is known if one of them is ``None``.
+    """
+
+    def of_any(operation: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(operation)
+        def on_each(*lists: Tensors, **settings: Any) -> Any:
+            parts = _alike(*lists)
+            found = [getattr(kernels, kernel, operation)(*alike, **settings) for kernels, alike in parts]
+            return _total(found, sums)
+
+        return on_each
+
+    return of_any
+
+
+def _total(found: list[Any], sums: int) -> Any:
+    """The sums of some parts' results; ``None`` if one is not known."""
+    if any(result is None for result in found):
+        return None
+    return _added(found) if sums == 1 else tuple(_added([part[i] for part in found]) for i in range(sums))
 
 
 def _added(sums: list[Tensor]) -> Scalar:
@@ -92,24 +94,118 @@ def _added(sums: list[Tensor]) -> Scalar:
     return torch.stack([x.to(sums[0].device, wide) for x in sums]).sum()
 
 
-def _all_added(moments: Sequence[tuple[Tensor, Tensor] | None]) -> Moments | None:
-    """The sums of both, unless some are not known."""
-    known = [pair for pair in moments if pair is not None]
-    return (
-        (_added([a for a, _ in known]), _added([b for _, b in known])) if len(known) == len(moments) else None
-    )
+def chunks(*lists: Tensors) -> Iterator[tuple[list[Tensor], ...]]:
+    """Views of the same elements of each list, a chunk at a time; non-contiguous tensors stay whole.
+
+    >>> parts = list(chunks([torch.zeros(2), torch.zeros(10**6)], [torch.ones(2), torch.ones(10**6)]))
+    >>> [x.numel() for x in parts[0][1]], sum(x.numel() for _, views in parts for x in views)
+    ([2], 1000002)
+    """
+    size = CHUNK_ON_CPU if lists[0][0].device.type == "cpu" else CHUNK
+    pending: list[Tensors] = []
+    count = 0
+    for tensors in zip(*lists, strict=True):
+        for views in _cut(tensors, size) if tensors[0].numel() > size else [tensors]:
+            if pending and count + views[0].numel() > size:
+                yield tuple(map(list, zip(*pending, strict=True)))
+                pending, count = [], 0
+            pending.append(views)
+            count += views[0].numel()
+    if pending:
+        yield tuple(map(list, zip(*pending, strict=True)))
 
 
-def norm_squared(tensors: Sequence[Tensor]) -> Scalar:
+def _cut(tensors: Tensors, size: int) -> Iterable[Tensors]:
+    """Flat views of ``size`` elements of tensors of one shape; the tensors if one is not contiguous."""
+    if not all(x.is_contiguous() for x in tensors):
+        return [tensors]
+    return zip(*(torch.split(x.view(-1), size) for x in tensors), strict=True)
+
+
+def _flat(views: Tensors, dtype: torch.dtype) -> Tensor:
+    """``views`` as one flat tensor that must not be written: it may be a view."""
+    return (views[0].reshape(-1) if len(views) == 1 else torch.cat([x.reshape(-1) for x in views])).to(dtype)
+
+
+def _write_(views: Tensors, flat: Tensor) -> None:
+    parts = torch.split(flat, [x.numel() for x in views])
+    torch._foreach_copy_(list(views), [part.view(x.shape) for part, x in zip(parts, views, strict=True)])
+
+
+def sampled(tensor: Tensor, *, limit: int = 2**12, block: int = 64) -> Tensor:
+    """A view of about ``limit`` elements, in blocks spread evenly over ``tensor``; all of a smaller tensor.
+
+    >>> sampled(torch.arange(100), limit=6, block=2)
+    tensor([[ 0,  1],
+            [33, 34],
+            [66, 67]])
+    """
+    flat = tensor.flatten()
+    if flat.numel() <= limit:
+        return flat
+    return flat.unfold(0, block, flat.numel() // (limit // block))[: limit // block]
+
+
+def with_signs(direction: Tensors, *others: Tensors, seed: int) -> Iterator[tuple[list[Tensor], int]]:
+    """A direction of the same length that leads elsewhere, in pieces of the lists.
+
+    The elements of a tensor of ``direction`` are turned about, as in :func:`torch.roll`, and take random
+    signs. In their own places they would still lead where the loss is curved most. Both depend on the seed,
+    the tensor's place in the list and its shape: ranks whose other tensors differ draw the same for the one
+    that they share. With each piece comes a seed.
+
+    >>> [(pieces, _)] = with_signs([torch.ones(6)], [torch.zeros(6)], seed=0); pieces[0].abs(), pieces[1]
+    (tensor([1., 1., 1., 1., 1., 1.]), tensor([0., 0., 0., 0., 0., 0.]))
+    """
+    for place, tensors in enumerate(zip(direction, *others, strict=True)):
+        draws = random.Random(seed + place)  # torch's generator on a CPU takes 32 bits of a seed alone
+        flat, begin = tensors[0].reshape(-1), draws.randrange(tensors[0].numel() or 1)
+        for along, *rest in _cut(tensors, SIGNED):
+            generator = torch.Generator(along.device).manual_seed(draws.getrandbits(32))
+            signs = torch.empty_like(along).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+            end = begin + along.numel()
+            turned = torch.cat([flat[begin:end], flat[: max(0, end - flat.numel())]])
+            begin = end % (flat.numel() or 1)
+            yield [signs.mul_(turned.view_as(along)), *rest], draws.getrandbits(24)
+
+
+class StochasticRounding:
+    """Rounds float32 values to values of bfloat16, up or down so that they are right on average.
+
+    bfloat16 is the upper half of float32: random bits are added below the cut, and cut off with the rest.
+    Those of a chunk are the bits of the first, some of them flipped in all of its elements alike. Any two are
+    independent, so that errors add up as if all bits had been drawn anew, which would take most of the time
+    of a step on a CPU.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed, self._keys = seed, random.Random(seed)
+        self._first = torch.empty(0)
+
+    def round_(self, values: Tensor) -> Tensor:
+        """Round contiguous float32 ``values`` in place."""
+        if len(self._first) < values.numel():
+            generator = torch.Generator(values.device).manual_seed(self._seed)
+            self._first = torch.empty(values.numel(), dtype=torch.int32, device=values.device)
+            self._first.random_(0, 2**16, generator=generator)
+        noise = self._first[: values.numel()].bitwise_xor(self._keys.getrandbits(16))
+        values.view(-1).view(torch.int32).add_(noise).bitwise_and_(-(2**16))
+        return values
+
+
+@_on_alike("norm_squared", sums=1)
+def norm_squared(tensors: Tensors) -> Tensor:
     """Σ‖x‖² over all ``tensors`` as one 0-d tensor.
 
     >>> norm_squared([torch.tensor([3.0]), torch.tensor([[4.0]])])
     tensor(25.)
     """
-    return _added([back_end.norm_squared(alike) for back_end, (alike,) in _alike(tensors)])
+    norms = torch._foreach_norm(list(tensors), 2, dtype=torch.promote_types(tensors[0].dtype, torch.float32))
+    return torch.stack(list(norms)).square().sum()
 
 
-def moments_(g1: Sequence[Tensor], g2: Sequence[Tensor], *, scale: Scalar = 1.0) -> Moments:
+@_on_alike("moments_", sums=2)
+def moments_(g1: Tensors, g2: Tensors, *, scale: Scalar = 1.0) -> Moments:
     """``g1 ← scale·g1`` in place, then ⟨g2 − g1, g1⟩ and ‖g2 − g1‖², summed over the lists.
 
     The difference is taken element by element before anything is summed: inner products of the two gradients
@@ -118,38 +214,41 @@ def moments_(g1: Sequence[Tensor], g2: Sequence[Tensor], *, scale: Scalar = 1.0)
     >>> moments_([torch.tensor([1.0])], [torch.tensor([3.0])])
     (tensor(2.), tensor(4.))
     """
-    found = [back_end.moments_(*alike, scale=scale) for back_end, alike in _alike(g1, g2)]
-    return _added([inner for inner, _ in found]), _added([squares for _, squares in found])
+    scale_(g1, scale)
+    wide, found = torch.promote_types(g1[0].dtype, torch.float32), list[Tensor]()
+    for firsts, seconds in chunks(g1, g2):
+        first = _flat(firsts, wide)
+        delta = _flat(seconds, wide) - first
+        found += [torch.dot(delta, first), torch.dot(delta, delta)]
+    return torch.stack(found[::2]).sum(), torch.stack(found[1::2]).sum()
 
 
-def moments_along(delta: Sequence[Tensor], along: Sequence[Tensor]) -> Moments:
-    """⟨delta, along⟩ and ‖delta‖², as two 0-d tensors.
-
-    >>> moments_along([torch.tensor([2.0])], [torch.tensor([5.0])])
-    (tensor(10.), tensor(4.))
-    """
-    return _added([eager.inner(*alike) for _, alike in _alike(delta, along)]), norm_squared(delta)
-
-
-def step_moments(start: Sequence[Tensor], end: Sequence[Tensor], direction: Sequence[Tensor]) -> Moments:
+@_on_alike("", sums=2)
+def step_moments(start: Tensors, end: Tensors, direction: Tensors) -> Moments:
     """⟨end − start, d⟩ and ‖d‖²: how much of a step along ``direction`` survived the weights' dtype.
 
-    A sample of a large tensor is enough for that (:func:`eager.sampled`), and saves a pass over memory.
+    ``start`` counts as rounded to the dtype of ``end``. A sample of a large tensor is enough
+    (:func:`sampled`), and saves a pass over memory.
     """
-    found = [eager.step_moments(*alike) for _, alike in _alike(start, end, direction)]
-    return _added([along for along, _ in found]), _added([squares for _, squares in found])
+    lists, home = (start, end, direction), start[0].device
+    origin, there, along = (torch.cat([sampled(x).reshape(-1) for x in xs]).to(home) for xs in lists)
+    wide = torch.promote_types(there.dtype, torch.float32)
+    arrived, along = there.to(wide) - origin.to(there.dtype).to(wide), along.to(wide)
+    return torch.dot(arrived, along), torch.dot(along, along)
 
 
-def inner_of_differences(start: Sequence[Tensor], left: Sequence[Tensor], right: Sequence[Tensor]) -> Scalar:
-    """⟨left − start, right − start⟩ as one 0-d tensor; the differences live a chunk at a time.
+@_on_alike("", sums=1)
+def inner(xs: Tensors, ys: Tensors, start: Tensors | None = None) -> Tensor:
+    """⟨x, y⟩ or, with a ``start``, ⟨x − start, y − start⟩; the differences live a chunk at a time.
 
-    >>> inner_of_differences([torch.tensor([1.0])], [torch.tensor([3.0])], [torch.tensor([6.0])])
+    >>> inner([torch.tensor([3.0])], [torch.tensor([6.0])], [torch.tensor([1.0])])
     tensor(10.)
     """
-    return _added([eager.inner_of_differences(*alike) for _, alike in _alike(start, left, right)])
-
-
-# Weights.
+    wide, products = torch.promote_types(xs[0].dtype, torch.float32), list[Tensor]()
+    for views in chunks(xs, ys, *([] if start is None else [start])):
+        x, y, *origin = (_flat(part, wide) for part in views)
+        products.append(torch.dot(x - origin[0], y - origin[0]) if origin else torch.dot(x, y))
+    return torch.stack(products).sum()
 
 
 def of_group(seed: int | None, number: int) -> int | None:
@@ -158,12 +257,7 @@ def of_group(seed: int | None, number: int) -> int | None:
 
 
 def save_and_shift_(
-    weights: Sequence[Tensor],
-    direction: Sequence[Tensor],
-    *,
-    eps: Scalar,
-    seed: int | None = None,
-    signs: int | None = None,
+    weights: Tensors, direction: Tensors, *, eps: Scalar, seed: int | None = None, signs: int | None = None
 ) -> tuple[list[Tensor], Moments | None]:
     """``θ ← θ + ε·d`` in place, rounded to nearest in the weights' dtype; θ is unchanged if it raises.
 
@@ -177,85 +271,104 @@ def save_and_shift_(
     >>> w = torch.tensor([1.0]); save_and_shift_([w], [torch.tensor([2.0])], eps=0.5), w
     (([tensor([1.])], None), tensor([2.]))
     """
-    if signs is not None:
-        saved = [weight.clone() for weight in weights]
-        try:
-            return saved, shift_(weights, direction, eps=eps, seed=seed, signs=signs)
-        except BaseException:
-            restore_(weights, saved)
-            raise
     saved = [torch.empty_like(weight) for weight in weights]
-    done: list[Sequence[Sequence[Tensor]]] = []
+    moved, arrived = list[tuple[Tensors, Tensors]](), list[Any]()
+    parts = _alike(weights, saved, direction) if signs is None else [(None, (weights, saved, direction))]
     try:
-        arrived = []
-        for number, (back_end, alike) in enumerate(_alike(weights, saved, direction)):
-            seed_of_part = None if seed is None else seed + (number << 18)
-            arrived.append(back_end.save_and_shift_(*alike, eps=eps, seed=seed_of_part))
-            done.append(alike)
-        return saved, _all_added(arrived)
+        for number, (kernels, (theta, copies, along)) in enumerate(parts):
+            own = None if seed is None else seed + (number << 18)
+            if kernels is None:
+                _copy_(copies, theta)
+                moved.append((theta, copies))
+                arrived.append(shift_(theta, along, eps=eps, seed=own, signs=signs))
+            else:  # which restores θ by itself
+                arrived.append(kernels.shift_(theta, along, saved=copies, eps=eps, seed=own))
+                moved.append((theta, copies))
+        return saved, _total(arrived, 2)
     except BaseException:
-        for moved, copies, _ in done:
-            restore_(moved, copies)
+        for theta, copies in moved:
+            restore_(theta, copies)
         raise
 
 
 def shift_(
-    weights: Sequence[Tensor],
-    direction: Sequence[Tensor],
+    weights: Tensors,
+    direction: Tensors,
     *,
     eps: Scalar,
-    start: Sequence[Tensor] | None = None,
+    start: Tensors | None = None,
     seed: int | None = None,
     signs: int | None = None,
-) -> Moments | None:
+) -> Any:
     """``θ ← start + ε·d``, where ``start`` may be masters in another dtype or on another device.
 
     Seeds and result as in :func:`save_and_shift_`; with ``signs`` nothing is measured.
     """
-    if signs is not None:
-        for (along, moved, origin), key in with_signs(
-            direction, weights, weights if start is None else start, seed=signs
-        ):
-            shift_([moved], [along], eps=eps, start=[origin], seed=None if seed is None else seed + key)
+    if signs is None:
+        return _shift_(weights, direction, *(() if start is None else (start,)), eps=eps, seed=seed)
+    origins = weights if start is None else start
+    for (along, moved, origin), key in with_signs(direction, weights, origins, seed=signs):
+        shift_([moved], [along], eps=eps, start=[origin], seed=None if seed is None else seed + key)
+    return None
+
+
+@_on_alike("shift_", sums=2)
+def _shift_(
+    weights: Tensors, direction: Tensors, start: Tensors | None = None, *, eps: Scalar, seed: int | None
+) -> Any:
+    """On an accelerator also :func:`step_moments`, of chunks: sampling each tensor takes a launch each."""
+    is_on_cpu = weights[0].device.type == "cpu"
+    rounding = None if seed is None or weights[0].dtype != torch.bfloat16 else StochasticRounding(seed)
+    if start is None and rounding is None and is_on_cpu and not isinstance(eps, Tensor):
+        torch._foreach_add_(list(weights), list(direction), alpha=eps)
         return None
-    parts = _alike(weights, direction) if start is None else _alike(weights, direction, start)
-    return _all_added([back_end.shift_(*alike, eps=eps, seed=seed) for back_end, alike in parts])
+    start = weights if start is None else start
+    wide, samples = torch.promote_types(start[0].dtype, torch.float32), list[tuple[Tensor, ...]]()
+    for written, origins, steps in chunks(weights, start, direction):
+        origin, along = _flat(origins, wide), _flat(steps, wide).to(origins[0].device)
+        if isinstance(eps, Tensor):
+            moved = origin.addcmul(along, eps.to(wide))
+        else:
+            moved = origin.add(along, alpha=eps)
+        if rounding is not None:
+            rounding.round_(moved)
+        if not is_on_cpu:
+            arrived = sampled(moved).to(written[0].dtype)
+            samples.append((sampled(origin).clone(), arrived, sampled(along).clone()))
+        _write_(written, moved)
+    return step_moments(*zip(*samples, strict=True)) if samples else None
 
 
-def restore_(weights: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
+def restore_(weights: Tensors, saved: Tensors) -> None:
     """θ again, bit for bit, also if an interrupt hits the copy."""
-    parts = _alike(weights, saved)
     try:
-        for back_end, (moved, copies) in parts:
-            back_end.copy_(moved, copies)
+        _copy_(weights, saved)
     except BaseException:
-        for back_end, (moved, copies) in parts:
-            back_end.copy_(moved, copies)
+        _copy_(weights, saved)
         raise
 
 
-# Gradients in place.
+@_on_alike("copy_", sums=0)
+def _copy_(tensors: Tensors, others: Tensors) -> None:
+    torch._foreach_copy_(list(tensors), list(others))
 
 
-def scale_(tensors: Sequence[Tensor], factor: Scalar) -> None:
+def scale_(tensors: Tensors, factor: Scalar) -> None:
     """``x ← factor·x`` in place; free when the factor is known to be 1."""
-    if tensors:  # torch._foreach_* refuses empty lists, which a group without gradients has
-        eager.scale_(tensors, factor)
+    # torch._foreach_* refuses empty lists, which a group without gradients has.
+    if tensors and not (isinstance(factor, float) and factor == 1.0):
+        torch._foreach_mul_(list(tensors), factor)
 
 
-def subtract_(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
-    """``x ← x − y`` in place."""
+def add_(tensors: Tensors, others: Tensors, *, factor: float = 1.0) -> None:
+    """``x ← x + factor·y`` in place."""
     if tensors:
-        torch._foreach_sub_(list(tensors), list(others))
+        torch._foreach_add_(list(tensors), list(others), alpha=factor)
 
 
+@_on_alike("combine_", sums=0)
 def combine_(
-    g1: Sequence[Tensor],
-    g2: Sequence[Tensor],
-    *,
-    weight: Scalar,
-    clip: Scalar = 1.0,
-    is_finite: Scalar = True,
+    g1: Tensors, g2: Tensors, *, weight: Scalar, clip: Scalar = 1.0, is_finite: Scalar = True
 ) -> None:
     """``g2 ← g1 + weight·(clip·g2 − g1)`` in place, or g1 where ``is_finite`` (perhaps a tensor) is false.
 
@@ -265,22 +378,22 @@ def combine_(
     >>> g = torch.tensor([3.0]); combine_([torch.tensor([1.0])], [g], weight=10.0); g
     tensor([21.])
     """
-    for back_end, (firsts, seconds) in _alike(g1, g2):
-        back_end.combine_(firsts, seconds, weight=weight, clip=clip, is_finite=is_finite)
+    if not any(isinstance(scalar, Tensor) for scalar in (weight, clip, is_finite)):
+        scale_(g2, clip)
+        torch._foreach_lerp_(list(g2), list(g1), 1.0 - weight)  # type: ignore[arg-type]
+        return
+    wide = torch.promote_types(g2[0].dtype, torch.float32)
+    share = 1.0 - (weight.to(wide) if isinstance(weight, Tensor) else weight)
+    for firsts, seconds in chunks(g1, g2):
+        first = _flat(firsts, wide)
+        combined = _flat(seconds, wide).mul(clip).lerp_(first, share)
+        if isinstance(is_finite, Tensor):
+            torch.where(is_finite, combined, first, out=combined)
+        _write_(seconds, combined)
 
 
-def choose_(condition: Tensor, tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+@_on_alike("", sums=0)
+def choose_(tensors: Tensors, others: Tensors, *, condition: Tensor) -> None:
     """``x ← x if condition else y`` in place, for a condition that nobody has read."""
-    for _, alike in _alike(tensors, others):
-        eager.choose_(condition, *alike)
-
-
-def add_penalty_(g1: Sequence[Tensor], delta: Sequence[Tensor], *, weight: Scalar) -> None:
-    """``delta ← g1 + weight·delta`` in place.
-
-    >>> d = torch.tensor([3.0]); add_penalty_([torch.tensor([1.0])], [d], weight=2.0); d
-    tensor([7.])
-    """
-    if delta:
-        torch._foreach_mul_(list(delta), weight)
-        torch._foreach_add_(list(delta), list(g1))
+    for xs, ys in chunks(tensors, others):
+        _write_(xs, torch.where(condition, _flat(xs, xs[0].dtype), _flat(ys, xs[0].dtype)))

@@ -8,10 +8,8 @@ Triton comes with torch's CUDA and ROCm builds. Tensors are contiguous, on one d
 float16 or float32.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -20,7 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-Scalar = float | Tensor
+from gradreg_optim.core.step import Scalar
+
+Tensors = Sequence[Tensor]
 
 BLOCK = 4096
 """Elements a program works on."""
@@ -172,7 +172,7 @@ def _combine_kernel(
 # The tables.
 
 
-def fit(tensors: Sequence[Tensor]) -> bool:
+def fit(tensors: Tensors) -> bool:
     """Whether the kernels take these tensors: what they are, not where."""
     return (
         {*map(type, tensors)} <= {Tensor, nn.Parameter}  # others may keep their elements elsewhere
@@ -193,7 +193,6 @@ def _places(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, int]:
 
 @lru_cache(maxsize=64)
 def _table(sizes: tuple[int, ...], addresses: tuple[int, ...], device: torch.device) -> Tensor:
-    """Sizes and addresses, int64 on the device."""
     return _sent(torch.tensor([*sizes, *addresses], dtype=torch.int64), device)
 
 
@@ -210,14 +209,12 @@ def _sent(values: Tensor, device: torch.device) -> Tensor:
 class _Launch:
     """One launch over all tensors of some lists that are laid out alike."""
 
-    def __init__(self, *lists: Sequence[Tensor]) -> None:
+    def __init__(self, *lists: Tensors) -> None:
         sizes = tuple([x.numel() for x in lists[0]])
         addresses = tuple([x.data_ptr() for tensors in lists for x in tensors])
         self._device = lists[0][0].device
         self._places, self.programs = _places(sizes, self._device)
-        is_aligned = all(number % 16 == 0 for number in sizes) and all(
-            address % 16 == 0 for address in addresses
-        )
+        is_aligned = all(number % 16 == 0 for number in sizes + addresses)
         self._constants = {"BLOCK": BLOCK, "IS_ALIGNED": is_aligned}
         self._first = (_table(sizes, addresses, self._device), self._places, len(sizes))
 
@@ -230,29 +227,27 @@ class _Launch:
         return value if isinstance(value, Tensor) else _number(float(value), self._device)
 
     def __call__(self, kernel: Any, *arguments: object, **constants: object) -> None:
-        on_device: AbstractContextManager[object] = nullcontext()
-        if self._device.type != "cpu":
-            on_device = torch.cuda.device(self._device)  # Triton launches on the current one
         if self.programs:
-            with on_device:
+            # Triton launches on the current device.
+            with nullcontext() if self._device.type == "cpu" else torch.cuda.device(self._device):
                 kernel[(self.programs,)](*self._first, *arguments, **constants, **self._constants)
 
 
-def _dtypes(names: str, *lists: Sequence[Tensor]) -> dict[str, object]:
+def _dtypes(names: str, *lists: Tensors) -> dict[str, object]:
     return {name: DTYPES[tensors[0].dtype] for name, tensors in zip(names, lists, strict=True)}
 
 
 # The operations.
 
 
-def norm_squared(tensors: Sequence[Tensor]) -> Tensor:
+def norm_squared(tensors: Tensors) -> Tensor:
     """Σ‖x‖²."""
     launch = _Launch(tensors)
     launch(_norm_kernel, sums := launch.sums(1), **_dtypes("X", tensors))
     return sums.sum()
 
 
-def moments_(g1: Sequence[Tensor], g2: Sequence[Tensor], *, scale: Scalar) -> tuple[Tensor, Tensor]:
+def moments_(g1: Tensors, g2: Tensors, *, scale: Scalar = 1.0) -> tuple[Tensor, ...]:
     """``g1 ← scale·g1``, then ⟨g2 − g1, g1⟩ and ‖g2 − g1‖²."""
     launch = _Launch(g1, g2)
     launch(
@@ -262,36 +257,23 @@ def moments_(g1: Sequence[Tensor], g2: Sequence[Tensor], *, scale: Scalar) -> tu
         launch.scalar(scale),
         **_dtypes("FS", g1, g2),
     )
-    inner, squares = sums.sum(1)
-    return inner, squares
+    return sums.sum(1).unbind()
 
 
-def copy_(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+def copy_(tensors: Tensors, others: Tensors) -> None:
     """``x ← y`` for lists of the same dtype."""
     _Launch(tensors, others)(_copy_kernel, **_dtypes("X", tensors))
 
 
-def save_and_shift_(
-    weights: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    direction: Sequence[Tensor],
-    *,
-    eps: Scalar,
-    seed: int | None,
-) -> tuple[Tensor, Tensor]:
-    """Copy θ to ``saved``, then :func:`shift_`, in one pass over memory."""
-    return shift_(weights, direction, saved=saved, eps=eps, seed=seed)
-
-
 def shift_(
-    weights: Sequence[Tensor],
-    direction: Sequence[Tensor],
-    start: Sequence[Tensor] | None = None,
+    weights: Tensors,
+    direction: Tensors,
+    start: Tensors | None = None,
     *,
     eps: Scalar,
-    saved: Sequence[Tensor] | None = None,
+    saved: Tensors | None = None,
     seed: int | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """``weights ← start + ε·d`` (default: from where they are), and ⟨what arrived, d⟩ and ‖d‖².
 
     With a ``seed``, bfloat16 is rounded stochastically. ``saved`` gets copies of ``start``.
@@ -310,12 +292,16 @@ def shift_(
         if saved is not None and bool((sums[1] != -1).all()):
             copy_(weights, saved)
         raise
-    along, squares = sums.sum(1)
-    return along, squares
+    return sums.sum(1).unbind()
 
 
 def combine_(
-    g1: Sequence[Tensor], g2: Sequence[Tensor], *, weight: Scalar, clip: Scalar, is_finite: Scalar
+    g1: Tensors,
+    g2: Tensors,
+    *,
+    weight: Scalar,
+    clip: Scalar = 1.0,
+    is_finite: Scalar = True,
 ) -> None:
     """``g2 ← g1 + weight·(clip·g2 − g1)``, or g1 if not ``is_finite``."""
     launch = _Launch(g1, g2)
