@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from gradreg_optim.config import from_text
 from gradreg_optim.optimizer import GradRegOptimizer
-from gradreg_optim.wrapping.settings import PUBLISHED, SETTINGS, Settings, check_names, shown
+from gradreg_optim.wrapping.settings import SETTINGS, Settings, check_names, published, shown
 
 _KINDS = {setting.name: setting.rule.kind for setting in SETTINGS}
 
@@ -81,9 +81,10 @@ def _settings(gradreg: Mapping[str, Any] | None) -> dict[str, Any]:
             "GradRegOptimizer's keyword arguments. Write, for example, gradreg={'strength': 1e-2}."
         )
     given = dict(gradreg or {})
-    start = PUBLISHED if given.pop("published", False) else {}
+    is_published = given.pop("published", False)
     check_names("gradreg", map(str, given))
-    return {**start, **{name: from_text(value, _KINDS.get(name)) for name, value in given.items()}}
+    given = {name: from_text(value, _KINDS.get(name)) for name, value in given.items()}
+    return {**(published(given) if is_published else {}), **given}
 
 
 def _check_base_kwargs(make: type[Optimizer], base_kwargs: Mapping[str, Any]) -> None:
