@@ -98,7 +98,7 @@ def detach(trainer: Trainer) -> None:
 
 
 class GradRegCallback(TrainerCallback):
-    """Attaches the trainer that has it: ``SFTTrainer(…, callbacks=[GradRegCallback(strength=1e-2)])``.
+    """Attaches the trainer that has it: ``SFTTrainer(…, callbacks=[GradRegCallback()])``.
 
     It calls :func:`~gradreg_optim.attach` at the end of the constructor of ``Trainer``. A callback that is
     added later does so when ``train()`` is called. ``detach(trainer)`` also removes the callback.
