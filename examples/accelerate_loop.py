@@ -78,20 +78,29 @@ def train_in_closed_form(weight: Tensor, strength: float, steps: int, micro_batc
     return weight
 
 
+def auto_or_number(text: str) -> float | str:
+    """γ, as ``--strength`` takes it."""
+    strength = text if text == "auto" else float(text)
+    if not isinstance(strength, str) and not strength >= 0:
+        raise argparse.ArgumentTypeError(f"{text} must be auto, or at least 0")
+    return strength
+
+
 def main() -> None:
     """Train and compare the weights."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--strength", default="auto", help="γ, the weight of the penalty; auto finds it")
+    parser.add_argument(
+        "--strength", type=auto_or_number, default="auto", help="γ, the weight of the penalty; auto finds it"
+    )
     parser.add_argument("--epochs", type=int, default=40, help="optimizer steps")
     parser.add_argument("--accumulation", type=int, default=2, help="micro-batches of a step on each process")
     parser.add_argument("--cpu", action="store_true", help="leave GPUs alone")
     args = parser.parse_args()
-    strength = args.strength if args.strength == "auto" else float(args.strength)
-    begin = SETTLING if strength == "auto" else 0
+    begin = SETTLING if args.strength == "auto" else 0
     if args.epochs <= begin or args.accumulation < 1:
         parser.error(f"--epochs must be above {begin}, --accumulation at least 1")
     accelerator = Accelerator(cpu=args.cpu, gradient_accumulation_steps=args.accumulation)
-    weights, found = train(accelerator, strength, args.epochs)
+    weights, found = train(accelerator, args.strength, args.epochs)
     micro_batches = args.accumulation * accelerator.num_processes
     expected = train_in_closed_form(weights[begin], found, args.epochs - begin, micro_batches)
     # The rounding error of a difference of two float64 gradients, divided by ε = 1e-3.

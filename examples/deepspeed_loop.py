@@ -99,20 +99,29 @@ def train_in_closed_form(weight: Tensor, strength: float, steps: int) -> Tensor:
     return weight.float()
 
 
+def auto_or_number(text: str) -> float | str:
+    """γ, as ``--strength`` takes it."""
+    strength = text if text == "auto" else float(text)
+    if not isinstance(strength, str) and not strength >= 0:
+        raise argparse.ArgumentTypeError(f"{text} must be auto, or at least 0")
+    return strength
+
+
 def main() -> None:
     """Train and compare the weights."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), default=2, help="of ZeRO")
-    parser.add_argument("--strength", default="auto", help="γ, the weight of the penalty; auto finds it")
+    parser.add_argument(
+        "--strength", type=auto_or_number, default="auto", help="γ, the weight of the penalty; auto finds it"
+    )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--local_rank", type=int, help="given by DeepSpeed's launcher")
     args = parser.parse_args()
-    strength = args.strength if args.strength == "auto" else float(args.strength)
-    begin = SETTLING if strength == "auto" else 0
+    begin = SETTLING if args.strength == "auto" else 0
     if args.steps <= begin:
         parser.error(f"--steps must be above {begin}")
     deepspeed.init_distributed()
-    weights, found = train(args.stage, strength, args.steps)
+    weights, found = train(args.stage, args.strength, args.steps)
     expected = train_in_closed_form(weights[begin], found, args.steps - begin)
     # The rounding error of a difference of two float32 gradients, divided by ε = 1e-3 and multiplied by γ.
     torch.testing.assert_close(weights[-1], expected, rtol=1e-4, atol=1e-4)

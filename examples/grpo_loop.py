@@ -98,15 +98,25 @@ def train(strength: float | str, steps: int) -> list[float]:
     return means
 
 
+def auto_or_number(text: str) -> float | str:
+    """γ, as ``--strength`` takes it."""
+    strength = text if text == "auto" else float(text)
+    if not isinstance(strength, str) and not strength >= 0:
+        raise argparse.ArgumentTypeError(f"{text} must be auto, or at least 0")
+    return strength
+
+
 def main() -> None:
     """Train and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--strength", default="auto", help="γ, the weight of the penalty; auto finds it")
+    parser.add_argument(
+        "--strength", type=auto_or_number, default="auto", help="γ, the weight of the penalty; auto finds it"
+    )
     parser.add_argument("--steps", type=int, default=60)
     args = parser.parse_args()
     if args.steps < 1:
         parser.error("--steps must be at least 1")
-    means = train(args.strength if args.strength == "auto" else float(args.strength), args.steps)
+    means = train(args.strength, args.steps)
     print(f"the mean reward went from {means[0]:.2f} to {means[-1]:.2f}")
 
 

@@ -91,19 +91,28 @@ def train_in_closed_form(
     return weight
 
 
+def auto_or_number(text: str) -> float | str:
+    """γ, as ``--strength`` takes it."""
+    strength = text if text == "auto" else float(text)
+    if not isinstance(strength, str) and not strength >= 0:
+        raise argparse.ArgumentTypeError(f"{text} must be auto, or at least 0")
+    return strength
+
+
 def main() -> None:
     """Train with both loops and compare the weights."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--strength", default="auto", help="γ, the weight of the penalty; auto finds it")
+    parser.add_argument(
+        "--strength", type=auto_or_number, default="auto", help="γ, the weight of the penalty; auto finds it"
+    )
     parser.add_argument("--steps", type=int, default=40)
     args = parser.parse_args()
-    strength = args.strength if args.strength == "auto" else float(args.strength)
-    begin = SETTLING if strength == "auto" else 0
+    begin = SETTLING if args.strength == "auto" else 0
     if args.steps <= begin:
         parser.error(f"--steps must be above {begin}")
     loops = ((train_with_passes, MICRO_BATCHES, MAX_NORM), (train_with_closure, 1, None))
     for train, micro_batches, max_norm in loops:
-        weights, found = train(strength, args.steps)
+        weights, found = train(args.strength, args.steps)
         expected = train_in_closed_form(weights[begin], found, args.steps - begin, micro_batches, max_norm)
         # The rounding error of a difference of two float64 gradients, divided by ε = 1e-3.
         torch.testing.assert_close(weights[-1], expected, rtol=1e-9, atol=1e-9)

@@ -19,9 +19,9 @@ class GradReg(GradRegOptimizer):
 
     ::
 
-        GradReg(params, "torch.optim.AdamW", gradreg={"strength": 1e-2}, lr=1e-6, weight_decay=0.01)
+        GradReg(params, "torch.optim.AdamW", gradreg={"strength": 0.3}, lr=1e-6, weight_decay=0.01)
         # is
-        GradRegOptimizer(torch.optim.AdamW(params, lr=1e-6, weight_decay=0.01), strength=1e-2)
+        GradRegOptimizer(torch.optim.AdamW(params, lr=1e-6, weight_decay=0.01), strength=0.3)
 
     Args:
         params: parameters, named parameters or groups, as the optimizer inside takes them.
@@ -78,7 +78,7 @@ def _settings(gradreg: Mapping[str, Any] | None) -> dict[str, Any]:
     if gradreg is not None and not isinstance(gradreg, Mapping):
         raise TypeError(
             f"gradreg={shown(gradreg)} is a {type(gradreg).__name__}: it must be a mapping of "
-            "GradRegOptimizer's keyword arguments. Write, for example, gradreg={'strength': 1e-2}."
+            "GradRegOptimizer's keyword arguments. Write, for example, gradreg={'strength': 0.3}."
         )
     given = dict(gradreg or {})
     is_published = given.pop("published", False)

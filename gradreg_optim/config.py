@@ -59,7 +59,7 @@ class GradRegConfig(_Flags):  # type: ignore[misc]
     Raises:
         ValueError: a value breaks its rule; the message names value, rule and remedy.
 
-    >>> GradRegConfig(grad_reg_strength=1e-2).kwargs()["strength"]
+    >>> GradRegConfig(grad_reg_strength="1e-2").kwargs()["strength"]
     0.01
     """
 

@@ -597,7 +597,7 @@ CASES = {
         TypeError,
         "gradreg=0.1 is a float",
         "must be a mapping",
-        "gradreg={'strength': 1e-2}",
+        "gradreg={'strength': 0.3}",
     ),
     "a misspelt name in gradreg": Case(
         lambda: GradReg([], gradreg={"strenght": 0.1}),
