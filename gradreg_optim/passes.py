@@ -14,6 +14,7 @@ from gradreg_optim.core.regularize import regularized
 from gradreg_optim.core.replicas import Part
 from gradreg_optim.core.step import Outcome, Point
 from gradreg_optim.core.storage import Storage
+from gradreg_optim.core.strength import with_others
 from gradreg_optim.core.witnesses import Losses
 
 
@@ -83,7 +84,7 @@ def _points(
             with part.replicas.unreduced() if part.is_apart else nullcontext(), surroundings(point):
                 yield point
         if plan.settling is not None and outcome.settling is None:
-            storage.sum_over_replicas(torch.zeros(2))  # other ranks add up theirs
+            outcome.settling = with_others(plan.settling, storage, torch.zeros(2))  # this rank has none
     end(outcome)
 
 
