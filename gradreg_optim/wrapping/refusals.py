@@ -94,6 +94,21 @@ def check_micro_batches(number: Any, done: int, begun: int, norm_of: str | None)
         )
 
 
+def check_complete(done: int, begun: int, was_under_way: bool) -> None:
+    """Refuse a step in the middle of a loop over passes, or after some of its micro-batches."""
+    if was_under_way:
+        raise RuntimeError(
+            "step() was called before the passes of this step ended: .grad does not hold the combined "
+            "gradient. Let the loop over optimizer.passes() run to its end, and call step() after it."
+        )
+    if done:
+        raise RuntimeError(
+            f"step() was called after {done} of {begun} micro-batches: .grad holds their sum alone. Loop "
+            "over optimizer.passes(micro_batches=n) once for each of the n micro-batches of a step, or call "
+            "optimizer.zero_grad() to begin the step again; for a last step of fewer, pass their number."
+        )
+
+
 def check_resample(resample: str | None) -> None:
     """Refuse completions to be reweighted in a loop of the user's own."""
     if resample == "sequence":
