@@ -24,7 +24,7 @@ from gradreg_optim.core.same_start import Clearing, HeldClips, same_start
 from gradreg_optim.core.step import Figure, Outcome, Point, Scalar, averaged, computed
 from gradreg_optim.core.storage import Storage
 from gradreg_optim.core.witnesses import Losses, Witnesses
-from gradreg_optim.passes import Passes, Progress, call_in_each, require_idle
+from gradreg_optim.passes import Passes, Progress, call_in_each, marks_of_gradients, require_idle
 from gradreg_optim.wrapping import upwards
 from gradreg_optim.wrapping.groups import agree, settle_groups
 from gradreg_optim.wrapping.refusals import (
@@ -256,7 +256,8 @@ class GradRegOptimizer(OptimizerWrapper):
         check_resample(self.resample)
         self.progress.abandon()
         done = len(self.progress.outcomes)
-        check_micro_batches(micro_batches, done, self.progress.micro_batches, self.norm_of)
+        is_whole = marks_of_gradients(self.param_groups) == self.progress.marks
+        check_micro_batches(micro_batches, done, self.progress.micro_batches, self.norm_of, is_whole)
         if self.progress.is_complete and self._scaler is None:  # a scaler skips steps
             self.witnesses.tell(
                 "steps",
@@ -310,6 +311,7 @@ class GradRegOptimizer(OptimizerWrapper):
             self._remember(outcome)
             self.progress.is_proven = self.progress.is_proven or outcome.symptoms is not None
             outcomes.append(outcome)
+            self.progress.marks = [] if part.is_last else marks_of_gradients(self.param_groups)
             if part.is_last:
                 if plan.points:
                     is_read = plan.is_low is None or self.progress.is_checked

@@ -26,8 +26,8 @@ class Progress:
 
     ``passes`` is the loop over :meth:`~gradreg_optim.GradRegOptimizer.passes` that began last;
     ``is_complete``: it was the last one of its step, and a ``step()`` is to follow. ``outcomes`` are those of
-    the step's micro-batches so far, of ``micro_batches``; ``is_checked``: the first one is that of a check.
-    ``is_proven``: a regularized step has shown that θ comes back.
+    the step's micro-batches so far, of ``micro_batches``, and ``marks`` those of gradients that they left.
+    ``is_checked``: the first one is that of a check; ``is_proven``: a step has shown that θ comes back.
     """
 
     figures: dict[str, Figure] = field(default_factory=dict)
@@ -35,6 +35,7 @@ class Progress:
     passes: weakref.ref[Passes] | None = None
     is_complete: bool = False
     outcomes: list[Outcome] = field(default_factory=list)
+    marks: list[tuple[int, int]] = field(default_factory=list)
     micro_batches: int = 1
     is_checked: bool = False
     is_proven: bool = False
@@ -142,16 +143,17 @@ def call_in_each(
     return losses[0], True
 
 
+def marks_of_gradients(groups: list[dict[str, Any]]) -> list[tuple[int, int]]:
+    """What tells whether somebody has replaced or written gradients."""
+    parameters = (parameter for group in groups for parameter in group["params"])
+    return [(id(p.grad), p.grad._version) for p in parameters if p.grad is not None]
+
+
 def require_idle(closure: Callable[[], Any], groups: list[dict[str, Any]]) -> None:
     """Call a closure that comes after a loop over passes; raise if it touches the gradients of ``groups``."""
-
-    def gradients() -> list[tuple[int, int]]:
-        parameters = (parameter for group in groups for parameter in group["params"])
-        return [(id(p.grad), p.grad._version) for p in parameters if p.grad is not None]
-
-    before = gradients()
+    before = marks_of_gradients(groups)
     torch.enable_grad()(closure)()
-    if gradients() != before:
+    if marks_of_gradients(groups) != before:
         raise RuntimeError(
             "step(closure) after a loop over passes(): the closure changed the combined gradient. Run "
             "forward and backward in one of the two: in `for _ in optimizer.passes():` followed by "

@@ -75,8 +75,11 @@ def check_arguments(model: Any, scaler: Any) -> None:
         )
 
 
-def check_micro_batches(number: Any, done: int, begun: int, norm_of: str | None) -> None:
-    """Refuse a number of micro-batches that is none, or another than the step of ``done`` has begun with."""
+def check_micro_batches(number: Any, done: int, begun: int, norm_of: str | None, is_whole: bool) -> None:
+    """Refuse a number of micro-batches that is none, or another than the step of ``done`` has begun with.
+
+    ``is_whole``: nobody has touched the sum of the gradients so far.
+    """
     if not isinstance(number, int) or isinstance(number, bool) or number < 1:
         raise ValueError(
             f"micro_batches={shown(number)}: it must be an integer >= 1, the number of loops over passes() "
@@ -91,6 +94,12 @@ def check_micro_batches(number: Any, done: int, begun: int, norm_of: str | None)
         raise ValueError(
             f"micro_batches={number} after {done} of {begun} micro-batches: their number holds for a whole "
             "step. Call step() after all of them, or zero_grad() to begin the step again."
+        )
+    if done and not is_whole:
+        raise RuntimeError(
+            f"the gradients were changed after {done} of {begun} micro-batches: .grad held their sum. Clear "
+            "gradients inside the loop over passes() alone, clip after the last loop, or call the "
+            "optimizer's zero_grad() to begin the step again."
         )
 
 
