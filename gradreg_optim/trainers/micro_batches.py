@@ -73,6 +73,7 @@ class Window:
         self._is_engine = hasattr(
             optimizer, "held_step"
         )  # DeepSpeed's, which decides itself when to reduce gradients
+        optimizer.progress.outcomes.clear()  # of a window that was interrupted
         self._begin_passes()
 
     @property

@@ -113,24 +113,25 @@ def rloo_loss(model, window):
 LOSSES = {"sft": sft_loss, "dpo": dpo_loss, "grpo": grpo_loss, "rloo": rloo_loss}
 
 
-def formula(kind, model, values, inputs, *, strength, eps, norm_of, excluded=EXCLUDED, **_):
+def formula(kind, model, values, inputs, *, strength, eps, norm_of="step", excluded=EXCLUDED, ranks=1, **_):
     """g1 + (γ/ε)·(g2 − g1) at ``values``, and g1, in float64; g1 where a name contains an excluded part.
 
     For the norm of micro-batches it is the mean over them, each with its own g1 and g2. ``inputs`` are those
-    of all passes.
+    of all passes; a micro-batch is that of so many ``ranks``, whose inputs follow one another.
     """
     window = distinct(inputs)
+    count = len(window) // ranks
 
     def gradients(at, number=None):
         twin = double(model, at)
         losses = LOSSES[kind](twin, window)
-        (sum(losses) if number is None else len(window) * losses[number]).backward()
+        (sum(losses) if number is None else count * sum(losses[number::count])).backward()
         return {name: parameter.grad for name, parameter in twin.named_parameters()}
 
     values = {name: value.double() for name, value in values.items()}
     regularized = {name for name in values if not any(part in name for part in excluded)}
     combined = []
-    for number in range(len(window)) if norm_of == "micro_batch" else [None]:
+    for number in range(count) if norm_of == "micro_batch" else [None]:
         g1 = gradients(values, number)
         g2 = gradients({name: value + eps * g1[name] * (name in regularized) for name, value in values.items()}, number)
         combined.append({name: g1[name] + strength / eps * (g2[name] - g1[name]) * (name in regularized) for name in values})
