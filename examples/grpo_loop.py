@@ -5,6 +5,9 @@
 A small recurrent policy learns to repeat its prompt. A program verifies the answers. Each step draws groups
 of answers, splits them into micro-batches of whole groups, and takes the passes of each micro-batch: at θ,
 where the answers were drawn, and at θ', where ``reweighted`` makes up for that.
+
+This verifier is right, so there is no hacking to prevent, and the penalty slows the policy down: compare
+``--strength 0``.
 """
 
 from __future__ import annotations
@@ -61,7 +64,7 @@ def verify(prompts: Tensor, answers: Tensor) -> Tensor:
     return (answers[:, : PROMPT + 1] == expected).float().mean(1)
 
 
-def train(strength: float, steps: int) -> list[float]:
+def train(strength: float | str, steps: int) -> list[float]:
     """Train a policy; returns the mean reward of each step."""
     torch.manual_seed(0)
     model, means = Policy(), []
@@ -95,14 +98,24 @@ def train(strength: float, steps: int) -> list[float]:
     return means
 
 
+def auto_or_number(text: str) -> float | str:
+    """γ, as ``--strength`` takes it."""
+    strength = text if text == "auto" else float(text)
+    if not isinstance(strength, str) and not strength >= 0:
+        raise argparse.ArgumentTypeError(f"{text} must be auto, or at least 0")
+    return strength
+
+
 def main() -> None:
     """Train and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--strength", type=float, default=0.1, help="γ, the weight of the penalty")
+    parser.add_argument(
+        "--strength", type=auto_or_number, default="auto", help="γ, the weight of the penalty; auto finds it"
+    )
     parser.add_argument("--steps", type=int, default=60)
     args = parser.parse_args()
-    if args.strength < 0 or args.steps < 1:
-        parser.error("--strength must be at least 0, and --steps at least 1")
+    if args.steps < 1:
+        parser.error("--steps must be at least 1")
     means = train(args.strength, args.steps)
     print(f"the mean reward went from {means[0]:.2f} to {means[-1]:.2f}")
 

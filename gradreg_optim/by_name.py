@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from gradreg_optim.config import from_text
 from gradreg_optim.optimizer import GradRegOptimizer
-from gradreg_optim.wrapping.settings import PUBLISHED, SETTINGS, Settings, check_names, shown
+from gradreg_optim.wrapping.settings import SETTINGS, Settings, check_names, published, shown
 
 _KINDS = {setting.name: setting.rule.kind for setting in SETTINGS}
 
@@ -19,9 +19,9 @@ class GradReg(GradRegOptimizer):
 
     ::
 
-        GradReg(params, "torch.optim.AdamW", gradreg={"strength": 1e-2}, lr=1e-6, weight_decay=0.01)
+        GradReg(params, "torch.optim.AdamW", gradreg={"strength": 0.3}, lr=1e-6, weight_decay=0.01)
         # is
-        GradRegOptimizer(torch.optim.AdamW(params, lr=1e-6, weight_decay=0.01), strength=1e-2)
+        GradRegOptimizer(torch.optim.AdamW(params, lr=1e-6, weight_decay=0.01), strength=0.3)
 
     Args:
         params: parameters, named parameters or groups, as the optimizer inside takes them.
@@ -78,12 +78,13 @@ def _settings(gradreg: Mapping[str, Any] | None) -> dict[str, Any]:
     if gradreg is not None and not isinstance(gradreg, Mapping):
         raise TypeError(
             f"gradreg={shown(gradreg)} is a {type(gradreg).__name__}: it must be a mapping of "
-            "GradRegOptimizer's keyword arguments. Write, for example, gradreg={'strength': 1e-2}."
+            "GradRegOptimizer's keyword arguments. Write, for example, gradreg={'strength': 0.3}."
         )
     given = dict(gradreg or {})
-    start = PUBLISHED if given.pop("published", False) else {}
+    is_published = given.pop("published", False)
     check_names("gradreg", map(str, given))
-    return {**start, **{name: from_text(value, _KINDS.get(name)) for name, value in given.items()}}
+    given = {name: from_text(value, _KINDS.get(name)) for name, value in given.items()}
+    return {**(published(given) if is_published else {}), **given}
 
 
 def _check_base_kwargs(make: type[Optimizer], base_kwargs: Mapping[str, Any]) -> None:

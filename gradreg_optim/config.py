@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any, get_args
 
-from gradreg_optim.wrapping.settings import PUBLISHED, SETTINGS, Setting, check_settings, exclude_patterns
+from gradreg_optim.wrapping.settings import SETTINGS, Setting, check_settings, exclude_patterns, published
 
 EXCLUDE = (
     "Parts of parameter names left out of the penalty; `none` leaves out nothing. "
@@ -59,7 +59,7 @@ class GradRegConfig(_Flags):  # type: ignore[misc]
     Raises:
         ValueError: a value breaks its rule; the message names value, rule and remedy.
 
-    >>> GradRegConfig(grad_reg_strength=1e-2).kwargs()["strength"]
+    >>> GradRegConfig(grad_reg_strength="1e-2").kwargs()["strength"]
     0.01
     """
 
@@ -76,8 +76,8 @@ class GradRegConfig(_Flags):  # type: ignore[misc]
         for clip in ("g1_clip", "g2_clip"):
             kwargs[clip] = kwargs[clip] or None
         if self.grad_reg_published:
-            defaults = {setting.name: setting.default for setting in SETTINGS}
-            kwargs |= {name: value for name, value in PUBLISHED.items() if kwargs[name] == defaults[name]}
+            given = {s.name: kwargs[s.name] for s in SETTINGS if kwargs[s.name] != s.default}
+            kwargs |= published(given)
         return {**kwargs, "exclude": exclude_patterns(self.grad_reg_exclude)}
 
 

@@ -1,11 +1,11 @@
-"""Which training stacks work? Runs the example of each, and the comparison with a closure, and writes the
-table.
+"""Which training stacks work? Runs the example of each, and the comparison with a loop by hand, and writes
+the table.
 
     make stacks                                     # builds the environments first
     python -m benchmarks.stacks verl                # one of them again; today's result keeps the others
 
 Each stack has an environment ``.venv-stacks/<stack>``. It *works* if its example ends without an error and
-:mod:`benchmarks.stacks.compare` finds the weights of the closure up to the rounding of float32.
+:mod:`benchmarks.stacks.compare` finds the weights of a loop by hand up to the rounding of float32.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ LIBRARIES = ("torch", "transformers", "trl", "accelerate")
 TOLERANCE = 1e-6
 """Of a weight, which two steps of AdamW at a learning rate of 1e-3 move by 2e-3: some roundings of float32,
 which Adam's division by √v magnifies where a gradient is about 0."""
-LEGEND = f"""Two steps of two micro-batches of a model of 60,000 parameters, in float32 on a CPU, with γ = ε =
-1e-2. Difference: the largest of any weight between the stack with its plugin and
-`GradRegOptimizer.step(closure)` driven by hand in one process, from the same weights on the same batches; at
-most {TOLERANCE:.0e}. Penalty: the largest difference between the stack and the same steps without penalty."""
+LEGEND = f"""Two steps of two micro-batches of a model of 60,000 parameters, in float32 on a CPU, with default
+settings. Difference: the largest of any weight between the stack with its plugin and a loop over
+`GradRegOptimizer.passes()` written by hand in one process, from the same weights on the same batches; at most
+{TOLERANCE:.0e}. Penalty: the largest difference between the stack and the same steps without penalty."""
 
 
 def surroundings(stack: str) -> dict[str, str]:

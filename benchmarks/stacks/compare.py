@@ -1,11 +1,11 @@
-"""Is a stack with its plugin the optimizer with a closure? Runs in the environment of the stack.
+"""Is a stack with its plugin the optimizer in a loop by hand? Runs in the environment of the stack.
 
     python -m benchmarks.stacks.compare ms_swift
 
 Two steps of two micro-batches by the stack, from ``examples/<stack>``; then from the same weights, on the
-batches that the stack made, by ``GradRegOptimizer.step(closure)``, with a loss that is written here. Without
-clipping and weight decay, since a closure cannot clip. Prints the largest difference of two weights, and of
-those to training without the penalty.
+batches that the stack made, by a loop over ``GradRegOptimizer.passes()``, with a loss that is written here.
+Without clipping and weight decay. Prints the largest difference of two weights, and of those to training
+without the penalty.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from gradreg_optim import GradRegOptimizer
 
 STEPS, MICRO_BATCHES = 2, 2
 PLAIN = {"max_grad_norm": 0, "weight_decay": 0}
-SETTINGS = {"strength": 1e-2, "eps": 1e-2, "exclude": ("embed_tokens", "lm_head")}
-"""Those of the examples; trainers leave out the embeddings by themselves."""
+EXCLUDE = ("embed_tokens", "lm_head")
+"""What trainers leave out by themselves; else the settings are the defaults, as in the examples."""
+OF_STEP = ("verl",)
+"""Stacks whose passes are over the whole step; elsewhere the norm is that of each micro-batch."""
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "labels")
 
@@ -58,30 +60,27 @@ def recorded(train: Callable[[], Any]) -> tuple[nn.Module, nn.Module, list[Batch
     return before[0], after[0], batches
 
 
-def by_hand(model: nn.Module, batches: list[Batch], strength: float, stack: str) -> nn.Module:
-    """``model`` after the same steps with a closure, whose loss is the mean over the tokens of a step."""
+def by_hand(model: nn.Module, batches: list[Batch], strength: float | str, stack: str) -> nn.Module:
+    """``model`` after the same steps by hand; the loss of a step is the mean over its tokens."""
     model = copy.deepcopy(model).train()
     adamw = torch.optim.AdamW(
         model.parameters(), lr=1e-3, betas=BETAS.get(stack, (0.9, 0.999)), weight_decay=0.0
     )
-    optimizer = GradRegOptimizer(adamw, **{**SETTINGS, "strength": strength}, model=model)
+    optimizer = GradRegOptimizer(adamw, strength=strength, exclude=EXCLUDE, model=model)
     for step in range(STEPS):
         window = batches[step * MICRO_BATCHES : (step + 1) * MICRO_BATCHES]
         counts = [int((batch["labels"][:, 1:] != -100).sum()) for batch in window]
         targets = [len(window) * count if stack in MEANS_OF_MEANS else sum(counts) for count in counts]
-
-        def closure(window: list[Batch] = window, targets: list[int] = targets) -> float:
-            optimizer.zero_grad()
-            total = 0.0
-            for batch, count in zip(window, targets, strict=True):
-                inputs = {name: value for name, value in batch.items() if name != "labels"}
-                logits = model(**inputs).logits[:, :-1].flatten(0, 1).float()
-                loss = cross_entropy(logits, batch["labels"][:, 1:].flatten(), reduction="sum") / count
-                loss.backward()
-                total += loss.item()
-            return total
-
-        optimizer.step(closure)
+        pairs = list(zip(window, targets, strict=True))
+        for together in [pairs] if stack in OF_STEP else [[pair] for pair in pairs]:
+            for _ in optimizer.passes(micro_batches=len(pairs) // len(together)):
+                optimizer.zero_grad()
+                for batch, count in together:
+                    inputs = {name: value for name, value in batch.items() if name != "labels"}
+                    logits = model(**inputs).logits[:, :-1].flatten(0, 1).float()
+                    loss = cross_entropy(logits, batch["labels"][:, 1:].flatten(), reduction="sum") / count
+                    loss.backward()
+        optimizer.step()
     return model
 
 
@@ -166,7 +165,7 @@ def difference(one: nn.Module, other: nn.Module) -> float:
 def main(stack: str) -> None:
     before, after, batches = verl() if stack == "verl" else recorded(globals()[stack])
     assert len(batches) == STEPS * MICRO_BATCHES, len(batches)
-    penalized, plain = (by_hand(before, batches, strength, stack) for strength in (SETTINGS["strength"], 0.0))
+    penalized, plain = (by_hand(before, batches, strength, stack) for strength in ("auto", 0.0))
     result = {
         "difference": difference(after, penalized),
         "penalty": difference(after, plain),

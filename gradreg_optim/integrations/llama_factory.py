@@ -2,7 +2,7 @@
 
 In place of ``llamafactory-cli train``::
 
-    python -m gradreg_optim.integrations.llama_factory train.yaml grad_reg_strength=1e-2     # or in the file
+    python -m gradreg_optim.integrations.llama_factory train.yaml grad_reg_strength=auto     # or in the file
     torchrun --nproc_per_node 8 -m gradreg_optim.integrations.llama_factory train.yaml
 
 In Python, give ``run_exp`` a :class:`~gradreg_optim.GradRegCallback`, which is all that this file does.

@@ -2,7 +2,7 @@
 
 A file ``plugin.py`` with the line ``import gradreg_optim.integrations.ms_swift``, and::
 
-    swift sft --external_plugins plugin.py --optimizer gradreg --optim_args grad_reg_strength=1e-2 …
+    swift sft --external_plugins plugin.py --optimizer gradreg --optim_args grad_reg_strength=auto …
 
 ``--optim`` chooses the optimizer inside, to which the rest of ``--optim_args`` goes. ``gradreg_multimodal``,
 ``gradreg_galore`` and so on are ms-swift's own ``--optimizer`` with the penalty. Megatron refuses these

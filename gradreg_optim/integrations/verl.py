@@ -4,11 +4,12 @@ For the actor, and likewise for ``critic`` and, without the prefix, for ``verl.t
 
     actor_rollout_ref.model.external_lib=gradreg_optim.integrations.verl
     actor_rollout_ref.actor.strategy=fsdp2
-    +actor_rollout_ref.actor.optim.override_optimizer_config.grad_reg_strength=1e-2
+    +actor_rollout_ref.actor.optim.override_optimizer_config.grad_reg_strength=auto
 
-``optim`` chooses the optimizer inside. Embeddings and value heads are left out of the penalty, as in
-trainers. What a step reports is of its first pass, beside ``grad_reg/…``. On other engines (Megatron, VeOmni)
-the keys are an error, as they are without ``external_lib``.
+``optim`` chooses the optimizer inside. One ``grad_reg_*`` key switches the penalty on. Embeddings and value
+heads are left out of the penalty, as in trainers. Unlike there, the norm is that of the whole step, and the
+second pass takes completions as they are. What a step reports is of its first pass, beside ``grad_reg/…``.
+On other engines (Megatron, VeOmni) the keys are an error, as they are without ``external_lib``.
 
 Relied upon (``verl/workers/engine``): ``FSDPEngine._build_optimizer(module)``; ``forward_backward_batch``,
 before which ``BaseEngine.train_batch`` clears the gradients, and after which it clips them and steps.

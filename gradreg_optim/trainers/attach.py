@@ -74,7 +74,7 @@ def checked_settings(where: str, config: GradRegConfig | None, settings: Mapping
         raise TypeError(
             f"config={shown(config)} is a {type(config).__name__}: settings are a GradRegConfig or keyword "
             "arguments. Call, for example, "
-            f"{where}({'trainer, ' if where == 'attach' else ''}strength=1e-2)."
+            f"{where}({'trainer, ' if where == 'attach' else ''}strength=0.3)."
         )
     given: dict[str, Any] = {**(config.kwargs() if config is not None else {}), **settings}
     check_names(where, given)
@@ -98,7 +98,7 @@ def detach(trainer: Trainer) -> None:
 
 
 class GradRegCallback(TrainerCallback):
-    """Attaches the trainer that has it: ``SFTTrainer(…, callbacks=[GradRegCallback(strength=1e-2)])``.
+    """Attaches the trainer that has it: ``SFTTrainer(…, callbacks=[GradRegCallback()])``.
 
     It calls :func:`~gradreg_optim.attach` at the end of the constructor of ``Trainer``. A callback that is
     added later does so when ``train()`` is called. ``detach(trainer)`` also removes the callback.

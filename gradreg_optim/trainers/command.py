@@ -2,8 +2,8 @@
 
 ::
 
-    gradreg sft --config sft.yaml                                     # the file says grad_reg_strength: 1e-2
-    gradreg grpo --model_name_or_path … --grad_reg_strength 1e-2      # or a flag
+    gradreg sft --config sft.yaml                                     # the file has grad_reg_strength: 0.3
+    gradreg grpo --model_name_or_path … --grad_reg_strength 0.3       # or a flag
     accelerate launch --config_file zero2.yaml -m gradreg_optim sft --config sft.yaml
 
 Relied upon (trl 0.27 to 1.16): each script in ``trl.scripts`` has ``make_parser()``, whose

@@ -4,7 +4,7 @@ These losses estimate ∇J(θ) = E[A(y) ∇log π_θ(y)], y ∼ π_θ, through a
 The second pass runs at θ' on the same completions. Both modes cost the same, apart from one stored number per
 token.
 
-``"reuse"``, the published default: if the inputs hold no old log-probabilities, GRPO takes the policy at θ'
+``"reuse"``, as published: if the inputs hold no old log-probabilities, GRPO takes the policy at θ'
     as old. Its ratio is 1, so (g2 − g1)/ε lacks one term of H·d: E[A ∇log π (∇log π · d)], the change of the
     distribution of y. Old log-probabilities in the inputs (RLOO's; GRPO's with several iterations or steps
     per generation, or vLLM's correction) stay: they belong to the policy that drew y. Clip ranges act at θ'.

@@ -39,6 +39,7 @@ PUBLISHED: dict[str, Any] = {
 }
 """The settings of the published step (arXiv 2602.18037)."""
 
+
 DELETED = {
     "fraction": "every=k with k times the strength costs as little",
     "memory": "there is one way to keep θ",
@@ -117,6 +118,10 @@ def _positive(value: Any) -> bool:
     return value is None or (_number(value) and 0 < value < math.inf)
 
 
+def _auto(value: Any) -> bool:
+    return isinstance(value, str) and value == AUTO
+
+
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
@@ -138,11 +143,11 @@ def _none_or_one_of(kind: Any) -> Rule:
 STRENGTH = Rule(
     "'auto' or a finite number >= 0",
     str | None,  # what parsers of command lines allow
-    lambda value: value == AUTO or (_number(value) and 0 <= value < math.inf),
+    lambda value: _auto(value) or (_number(value) and 0 <= value < math.inf),
 )
 POSITIVE = Rule("None or a finite number > 0", float | None, _positive)
 RADIUS = Rule(
-    "None, 'auto' or a finite number > 0", str | None, lambda value: value == AUTO or _positive(value)
+    "None, 'auto' or a finite number > 0", str | None, lambda value: _auto(value) or _positive(value)
 )
 CLIP = Rule("None or a number > 0", float, _above_zero)
 BOUND = Rule("None or a number > 0", float | None, _above_zero)
@@ -280,6 +285,12 @@ def say(message: str) -> None:
     """Tell the user something that is no fault, in the log of the first rank."""
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank()):
         logging.getLogger("gradreg_optim").warning(message)
+
+
+def published(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of :data:`PUBLISHED` that ``given`` leaves open; a radius takes the place of the published ε."""
+    known = {*given, *(["eps"] if given.get("radius") is not None else [])}
+    return {name: value for name, value in PUBLISHED.items() if name not in known}
 
 
 def settings_among(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
     Example::
 
         engine, *_ = deepspeed.initialize(model=model, optimizer=AdamW(model.parameters()), config=config)
-        optimizer = ZeroGradRegOptimizer(engine, strength=1e-2, eps=1e-3)
+        optimizer = ZeroGradRegOptimizer(engine)
 
         def closure():                       # the usual inner loop over one accumulation window
             for batch in micro_batches:

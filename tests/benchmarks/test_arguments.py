@@ -58,8 +58,8 @@ def test_wrong_arguments(
 
 
 EXAMPLES = {
-    "examples/own_loop.py": (["--strength", "-1"], "--strength must be at least 0"),
-    "examples/grpo_loop.py": (["--steps", "0"], "--steps at least 1"),
+    "examples/own_loop.py": (["--strength", "-1"], "--strength: -1 must be auto, or at least 0"),
+    "examples/grpo_loop.py": (["--steps", "0"], "--steps must be at least 1"),
     "examples/accelerate_loop.py": (["--accumulation", "0"], "--accumulation at least 1"),
 }
 MISSING = {

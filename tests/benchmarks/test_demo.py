@@ -166,7 +166,7 @@ REFUSALS = {
     "fewer tasks than a step draws": (["--task_size", "3"], ["task_size=3", "at least 6", "Raise it"]),
     "settings of a task that has none": (["--task_config", "{}"], ["'{}'", "--task", "reasoning-gym"]),
     "unknown model": (["--model_name_or_path", NO_MODEL], [NO_MODEL, "local folder or", "Check the name"]),
-    "negative strength": (["--grad_reg_strength", "-1"], ["strength=-1.0", "finite number >= 0", "1e-2"]),
+    "negative strength": (["--grad_reg_strength", "-1"], ["strength=-1.0", "finite number >= 0", "auto finds it"]),
     "a word for a number": (["--max_steps", "many"], ["--max_steps", "'many'", "--help"]),
     "unknown flag": (["--grad_reg_size", "1"], ["'--grad_reg_size'", "must be flags of", "--help"]),
     "groups that do not fill the batch": (["--num_generations", "5"], ["24", "divisible", "5"]),

@@ -41,12 +41,12 @@ def test_own_loop() -> None:
     assert output_of("examples/own_loop.py").count(AGREES) == 2
 
 
-@pytest.mark.parametrize("strength", ["0", "0.1"])
-def test_grpo_loop(strength: str) -> None:
+@pytest.mark.parametrize(("strength", "gain"), [("0", 0.3), ("0.1", 0.3), ("auto", 0.1)])
+def test_grpo_loop(strength: str, gain: float) -> None:
     """The policy learns, with and without the penalty, which is there in every step."""
     output = output_of("examples/grpo_loop.py", "--strength", strength)
     first, last = map(float, re.findall(r"the mean reward went from (\S+) to (\S+)", output)[0])
-    assert last > first + 0.3
+    assert last > first + gain
     ratios = [float(ratio) for ratio in re.findall(r"penalty ratio (\S+),", output)]
     assert [ratio > 0 for ratio in ratios] == [strength != "0"] * 7
     assert output.count("skipped 0") == 7
@@ -56,7 +56,7 @@ def test_grpo_loop(strength: str) -> None:
 @pytest.mark.parametrize("accumulation", ["1", "2"])
 def test_accelerate_loop(accumulation: str) -> None:
     """On one process, with and without accumulation."""
-    output = output_of("examples/accelerate_loop.py", "--cpu", "--epochs", "5", "--accumulation", accumulation)
+    output = output_of("examples/accelerate_loop.py", "--cpu", "--epochs", "15", "--accumulation", accumulation)
     assert AGREES in output
 
 
@@ -64,8 +64,8 @@ def test_accelerate_loop(accumulation: str) -> None:
 def test_accelerate_loop_on_two_processes() -> None:
     """Each process has half of the data, and the weights are those of one process on all of it."""
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    output = output_of(*launch, "examples/accelerate_loop.py", "--cpu", "--epochs", "5")
-    assert f"processes: 2; the weights {AGREES}" in output
+    output = output_of(*launch, "examples/accelerate_loop.py", "--cpu", "--epochs", "15")
+    assert re.search(rf"processes: 2; γ = \d.*{AGREES}", output)
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is an extra")
@@ -78,7 +78,7 @@ def test_deepspeed_loop(stage: str) -> None:
         output = output_of(*launch, "examples/deepspeed_loop.py", "--stage", stage, DS_ACCELERATOR="cpu")
     finally:
         remove_shared_memory(port)
-    assert f"processes: 2; the weights {AGREES}" in output
+    assert re.search(rf"processes: 2; γ = \d.*{AGREES}", output)
 
 
 @pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib belongs to the demo extra")

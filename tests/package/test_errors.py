@@ -106,6 +106,15 @@ def a_closure_that_computes_after_passes():
     optimizer.step(closure_of(optimizer, loss))
 
 
+def one_of_two():
+    model, loss = regression()
+    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), check_every=0)
+    for _ in optimizer.passes(micro_batches=2):
+        optimizer.zero_grad()
+        loss().backward()
+    return optimizer
+
+
 def in_shared_memory():
     model, loss = regression()
     model.share_memory()
@@ -271,8 +280,8 @@ CASES = {
         "its second call would lack them",
         "Clear gradients in",
     ),
-    "strength": setting("strength", -1.0, "must be a finite number >= 0", "0 switches off"),
-    "strength, NaN": setting("strength", math.nan, "must be a finite number >= 0", "Published values are 1e-2 and 1e-3"),
+    "strength": setting("strength", -1.0, "must be 'auto' or a finite number >= 0", "0 switches the penalty off"),
+    "strength, NaN": setting("strength", math.nan, "must be 'auto' or a finite number >= 0", "auto finds it in ten steps"),
     "eps": setting("eps", 0.0, "must be None or a finite number > 0", "published value is 1e-3"),
     "eps, infinite": setting("eps", math.inf, "must be None or a finite number > 0", "published value is 1e-3"),
     "radius": setting("radius", -0.1, "must be None, 'auto' or a finite number > 0", "Leave it out to use eps"),
@@ -295,8 +304,8 @@ CASES = {
         lambda: GradRegConfig(grad_reg_strength=-1.0),
         ValueError,
         "strength=-1.0",
-        "must be a finite number >= 0",
-        "0 switches off",
+        "must be 'auto' or a finite number >= 0",
+        "0 switches the penalty off",
     ),
     "a group's own setting": Case(
         lambda: GradRegOptimizer(sgd(gradreg_radius=-1.0)),
@@ -418,7 +427,36 @@ CASES = {
         "the first one did",
         "Let the closure clear the gradients and run forward and backward each time",
     ),
-    "resample": setting("resample", "draw", "must be one of ('reuse', 'sequence')", "reuse is the published choice"),
+    "resample": setting("resample", "draw", "must be None or one of ('reuse', 'sequence')", "reuse is the published choice"),
+    "norm_of": setting("norm_of", "batch", "must be None or one of ('step', 'micro_batch')", "keeps the penalty"),
+    "micro_batches": Case(
+        lambda: GradRegOptimizer(sgd()).passes(micro_batches=0),
+        ValueError,
+        "micro_batches=0",
+        "must be an integer >= 1",
+        "the number of loops over passes() before step()",
+    ),
+    "micro_batches and the norm of the step": Case(
+        lambda: GradRegOptimizer(sgd(), norm_of="step").passes(micro_batches=2),
+        ValueError,
+        "micro_batches=2 and norm_of='step'",
+        "needs all of it in each pass",
+        "or leave norm_of out",
+    ),
+    "micro_batches that change": Case(
+        lambda: one_of_two().passes(micro_batches=3),
+        ValueError,
+        "micro_batches=3 after 1 of 2",
+        "their number holds for a whole step",
+        "zero_grad() to begin the step again",
+    ),
+    "a step before all micro-batches": Case(
+        lambda: one_of_two().step(),
+        RuntimeError,
+        "after 1 of 2 micro-batches",
+        "Loop over optimizer.passes(micro_batches=n) once for each",
+        "for a last step of fewer, pass their number",
+    ),
     "resample without a trainer": Case(
         lambda: stepped(resample="sequence"),
         RuntimeError,
@@ -559,7 +597,7 @@ CASES = {
         TypeError,
         "gradreg=0.1 is a float",
         "must be a mapping",
-        "gradreg={'strength': 1e-2}",
+        "gradreg={'strength': 0.3}",
     ),
     "a misspelt name in gradreg": Case(
         lambda: GradReg([], gradreg={"strenght": 0.1}),

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradreg_optim import GradRegConfig, GradRegOptimizer
+from gradreg_optim import PUBLISHED, GradReg, GradRegConfig, GradRegOptimizer
 from gradreg_optim.wrapping.settings import check_settings, exclude_patterns
 
 POSITIVE = st.floats(min_value=0, exclude_min=True, allow_infinity=False, allow_nan=False)
@@ -36,6 +36,7 @@ FIELDS = {
     "check_every": "grad_reg_check_every",
     "shrink": "grad_reg_shrink",
     "every": "grad_reg_every",
+    "norm_of": "grad_reg_norm_of",
     "resample": "grad_reg_resample",
 }
 
@@ -51,7 +52,8 @@ def constructor():
 def test_every_setting_has_a_flag():
     """The dataclass covers the constructor, objects that no command line can name aside."""
     assert set(constructor()) - {"model", "scaler"} == set(FIELDS)
-    assert {field.name for field in dataclasses.fields(GradRegConfig)} == set(FIELDS.values())
+    names = {field.name for field in dataclasses.fields(GradRegConfig)}
+    assert names == {*FIELDS.values(), "grad_reg_published"}
     assert all(field.metadata["help"] for field in dataclasses.fields(GradRegConfig))
 
 
@@ -70,6 +72,33 @@ def test_flags_reach_the_constructor(name, value):
     kwargs = GradRegConfig(**{FIELDS[name]: value}).kwargs()
     assert kwargs[name] == value
     GradRegOptimizer(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1), **{**kwargs, "exclude": ()})
+
+
+@pytest.mark.parametrize("strength", ["auto", "0.3", 0.3])
+def test_strength_is_a_word_or_a_number(strength):
+    """As a command line or YAML has it."""
+    expected = strength if strength == "auto" else 0.3
+    assert GradRegConfig(grad_reg_strength=strength).kwargs()["strength"] == expected
+    parser = pytest.importorskip("transformers.hf_argparser", reason="the parser is part of Transformers")
+    (config,) = parser.HfArgumentParser(GradRegConfig).parse_args_into_dataclasses(["--grad_reg_strength", str(strength)])
+    assert config.kwargs()["strength"] == expected
+
+
+def test_published():
+    """All settings of the published step, but for those that are given, as flags and by name."""
+    rest = {name: value for name, value in GradRegConfig().kwargs().items() if name not in PUBLISHED}
+    assert GradRegConfig(grad_reg_published=True).kwargs() == {**PUBLISHED, **rest}
+    kwargs = GradRegConfig(grad_reg_published=True, grad_reg_strength=1e-3, grad_reg_radius="auto").kwargs()
+    assert kwargs == {**PUBLISHED, **rest, "strength": 1e-3, "eps": None, "radius": "auto"}
+    parser = pytest.importorskip("transformers.hf_argparser", reason="the parser is part of Transformers")
+    (config,) = parser.HfArgumentParser(GradRegConfig).parse_args_into_dataclasses(["--grad_reg_published", "true"])
+    assert config.kwargs() == {**PUBLISHED, **rest}
+    by_name = GradReg([torch.zeros(1, requires_grad=True)], gradreg={"published": True, "strength": 0.1, "radius": "auto"})
+    group = by_name.param_groups[0]
+    assert (group["gradreg_strength"], group["gradreg_eps"], group["gradreg_radius"]) == (0.1, None, "auto")
+    assert (by_name.norm_of, by_name.resample, group["gradreg_rounding"]) == ("step", "reuse", "nearest")
+    plain = GradReg([torch.zeros(1, requires_grad=True)], gradreg={"published": False}).param_groups[0]
+    assert plain["gradreg_strength"] == "auto"
 
 
 def test_zero_switches_a_clip_off():

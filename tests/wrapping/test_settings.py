@@ -83,8 +83,10 @@ def test_numbers_of_other_libraries(kinds):
 @pytest.mark.parametrize("value", [torch.tensor([0.1]), numpy.array([0.1, 0.2]), torch.tensor(True), torch.tensor(-1.0), 1j])
 def test_what_is_no_number_is_refused(value):
     """More than one element, a truth value or a number outside the range: the rule of the setting."""
-    with pytest.raises(ValueError, match="strength must be a finite number >= 0"):
+    with pytest.raises(ValueError, match="strength must be 'auto' or a finite number >= 0"):
         GradRegOptimizer(sgd(), strength=value)
+    with pytest.raises(ValueError, match="radius must be None, 'auto' or a finite number > 0"):
+        GradRegOptimizer(sgd(), radius=value)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +153,7 @@ def test_settings_are_no_attributes(name):
     optimizer.my_note = 0.5  # what is no setting is nobody's business
 
 
-CHOICES = {"method", "rounding", "schedule", "resample"}
+CHOICES = {"method", "norm_of", "rounding", "schedule", "resample"}
 
 
 def test_choices_are_typed():
@@ -247,7 +249,7 @@ def test_yaml():
     assert kwargs["warmup_steps"] == 5
     assert kwargs["exclude"] == ("lm_head",)
     for text in ("0.1x", "", "true"):
-        with pytest.raises(ValueError, match="strength must be a finite number >= 0"):
+        with pytest.raises(ValueError, match="strength must be 'auto' or a finite number >= 0"):
             GradRegConfig(grad_reg_strength=text)
     with pytest.raises(ValueError, match="warmup_steps must be an integer"):
         GradRegConfig(grad_reg_warmup="1.5")
@@ -267,7 +269,7 @@ def ratios(steps, strength, **settings):
 @pytest.mark.parametrize(
     ("strength", "words"),
     [
-        (5.0, r"over 20 steps the penalty was 30.1 times as long as the gradient.*multiply strength by 0.01"),
+        (5.0, r"over 20 steps the penalty was 30.1 times as long as the gradient.*multiply strength by 0.03"),
         (1e-3, "it changes next to nothing.*raise strength"),
     ],
 )
