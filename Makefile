@@ -63,7 +63,7 @@ demo-zero: $(DEV)  ## Train the demo's model under DeepSpeed ZeRO-2, a few steps
 	    --per_device_train_batch_size 8 --max_steps 8 --output_dir runs/demo-zero $(ARGS)
 
 .PHONY: reward-hacking
-reward-hacking: $(DEMO)  ## Show a policy that hacks a learned reward, without and with regularization, in minutes (ARGS="...")
+reward-hacking: $(DEMO)  ## Show a policy that finds the loophole of its verifier, without and with regularization, in minutes (ARGS="...")
 	$(PY) -m benchmarks.hacking $(ARGS)
 
 .PHONY: test

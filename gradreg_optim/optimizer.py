@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,15 +21,19 @@ from gradreg_optim.core.module_state import ModuleState
 from gradreg_optim.core.plan import Plan
 from gradreg_optim.core.replicas import Part, Replicas
 from gradreg_optim.core.same_start import Clearing, HeldClips, same_start
-from gradreg_optim.core.schemes import stack_scalars
 from gradreg_optim.core.step import Figure, Outcome, Point, Scalar, averaged, computed
 from gradreg_optim.core.storage import Storage
-from gradreg_optim.core.strength import STEPS
 from gradreg_optim.core.witnesses import Losses, Witnesses
-from gradreg_optim.passes import Passes, call_in_each
+from gradreg_optim.passes import Passes, Progress, call_in_each, marks_of_gradients, require_idle
 from gradreg_optim.wrapping import upwards
-from gradreg_optim.wrapping.groups import settle_groups
-from gradreg_optim.wrapping.refusals import check_engines, check_micro_batches, check_resample, no_gradient
+from gradreg_optim.wrapping.groups import agree, settle_groups
+from gradreg_optim.wrapping.refusals import (
+    check_complete,
+    check_engines,
+    check_micro_batches,
+    check_resample,
+    no_gradient,
+)
 from gradreg_optim.wrapping.schedule import Schedule, ScheduleName
 from gradreg_optim.wrapping.settings import (
     Method,
@@ -39,37 +43,12 @@ from gradreg_optim.wrapping.settings import (
     Rounding,
     Strength,
     check_names,
-    say,
     settings_among,
 )
 from gradreg_optim.wrapping.wrapper import OptimizerWrapper
 
 SEEDS, OF_SEEDS = 999_983, 2**22
 """How far apart the seeds of rounding in one micro-batch and the next are, among how many."""
-
-
-@dataclass
-class Progress:
-    """What steps leave for later calls; one object, which Lightning's copy of the optimizer shares.
-
-    ``passes`` is the loop over :meth:`GradRegOptimizer.passes` that began last; ``is_complete``: it was the
-    last one of its step, and a ``step()`` is to follow. ``outcomes`` are those of the step's micro-batches so
-    far; it has ``micro_batches`` of them, and ``is_checked`` if the first one is that of a check.
-    ``is_proven``: a regularized step has shown that θ comes back.
-    """
-
-    figures: dict[str, Figure] = field(default_factory=dict)
-    skipped: Scalar = 0
-    passes: weakref.ref[Passes] | None = None
-    is_complete: bool = False
-    outcomes: list[Outcome] = field(default_factory=list)
-    micro_batches: int = 1
-    is_checked: bool = False
-    is_proven: bool = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy has no loop under way."""
-        return {**self.__dict__, "passes": None, "outcomes": []}
 
 
 class GradRegOptimizer(OptimizerWrapper):
@@ -114,11 +93,10 @@ class GradRegOptimizer(OptimizerWrapper):
             ``strength`` by ``every`` to compensate; this worked in every experiment we ran.
         exclude: parts of parameter names. Matching parameters are neither perturbed nor regularized; their
             update uses g1. ``"none"`` excludes nothing. Default in trainers: embeddings and heads.
-        norm_of: whose gradient has the norm. ``"step"``: that of the whole step, as published; its penalty
-            on the noise of the gradient fades with the batch. ``"micro_batch"``: each micro-batch's, on
-            average, (γ/2)·(1/n)·Σ‖n·∇ℓ_i‖² for L = Σ ℓ_i: that part stays, whatever n is. γ is in proportion
-            to the samples of a micro-batch. Default: ``"micro_batch"`` in trainers, elsewhere ``"step"``; see
-            :meth:`passes`.
+        norm_of: whose gradient has the norm. ``"step"``: the whole step's, as published; the penalty on the
+            gradient's noise fades with the batch. ``"micro_batch"``: each micro-batch's, on average: it
+            stays. γ is in proportion to the samples of a micro-batch. Default: ``"micro_batch"`` in trainers,
+            elsewhere ``"step"``; see :meth:`passes`.
         resample: in trainers of GRPO and RLOO, the completions of the second pass. ``"reuse"``: as they are,
             as published. ``"sequence"``: reweighted by the ratio of whole completions
             (:mod:`gradreg_optim.trainers.old_policy`). Default: ``"sequence"`` where the loss allows it.
@@ -220,7 +198,7 @@ class GradRegOptimizer(OptimizerWrapper):
             RuntimeError: there is no closure, no completed :meth:`passes` and no attached trainer; or the
                 loss is another one at each call.
         """
-        was_under_way = self._abandon_passes()
+        was_under_way = self.progress.abandon()
         if closure is None or self.progress.is_complete:
             return self._step_on_gradients(was_under_way, closure)
         check_resample(self.resample)
@@ -237,8 +215,7 @@ class GradRegOptimizer(OptimizerWrapper):
 
         In a pass over a micro-batch that is its gradient; between two of them the step begins again.
         """
-        passes = None if self.progress.passes is None else self.progress.passes()
-        if passes is None or passes.is_done:
+        if not self.progress.is_under_way:
             self.progress.outcomes.clear()
         super().zero_grad(set_to_none)
 
@@ -267,22 +244,20 @@ class GradRegOptimizer(OptimizerWrapper):
                     (compute_loss(batch) / n).backward()
             optimizer.step()
 
-        After each loop ``.grad`` holds the sum so far; if one is left early, its micro-batch has to be begun
-        again. Under DistributedDataParallel a rank's own gradient counts, and gradients are reduced once, at
-        the end of the last loop; under FSDP2 and ZeRO the micro-batch is that of all ranks.
-
-        Args:
-            micro_batches: their number n in this step.
+        After each loop ``.grad`` holds the sum so far; one that is left early has to be begun again. Under
+        DistributedDataParallel a rank's own gradient counts, and gradients are reduced once, after the last
+        loop; under FSDP2 and ZeRO the micro-batch is that of all ranks.
 
         Raises:
             RuntimeError: ``resample`` is set, which a loop body cannot serve; see also :meth:`step`.
-            ValueError: ``micro_batches`` is not an integer >= 1, or not the number that this step began with;
-                or ``norm_of`` is ``"step"`` and it is more than 1.
+            ValueError: ``micro_batches`` is no integer >= 1, not the number that this step began with, or
+                more than 1 although ``norm_of="step"``.
         """
         check_resample(self.resample)
-        self._abandon_passes()
+        self.progress.abandon()
         done = len(self.progress.outcomes)
-        check_micro_batches(micro_batches, done, self.progress.micro_batches, self.norm_of)
+        is_whole = marks_of_gradients(self.param_groups) == self.progress.marks
+        check_micro_batches(micro_batches, done, self.progress.micro_batches, self.norm_of, is_whole)
         if self.progress.is_complete and self._scaler is None:  # a scaler skips steps
             self.witnesses.tell(
                 "steps",
@@ -305,8 +280,7 @@ class GradRegOptimizer(OptimizerWrapper):
     ) -> Passes:
         """Begin the next of a step's ``micro_batches``: its passes, each inside ``surroundings``.
 
-        ``completes``: a ``step()`` will follow the last one. ``is_apart``: a norm is that of one of them,
-        on this rank.
+        ``completes``: a ``step()`` will follow the last. ``is_apart``: a norm is that of one, on this rank.
         """
         outcomes = self.progress.outcomes
         if len(outcomes) >= micro_batches or not is_apart:
@@ -337,56 +311,21 @@ class GradRegOptimizer(OptimizerWrapper):
             self._remember(outcome)
             self.progress.is_proven = self.progress.is_proven or outcome.symptoms is not None
             outcomes.append(outcome)
+            self.progress.marks = [] if part.is_last else marks_of_gradients(self.param_groups)
             if part.is_last:
                 if plan.points:
-                    self._agree(is_read=plan.is_low is None or self.progress.is_checked)
+                    is_read = plan.is_low is None or self.progress.is_checked
+                    agree(self.param_groups, self._replicas, is_read=is_read)
                 self._replicas.reduce()
                 self.note(averaged(outcomes))
                 outcomes.clear()
-                self._settle(plan)
+                if plan.points and plan.settling is not None:
+                    settle_groups(self.param_groups)
                 self._clips.apply(self._clips.pending)
                 if completes:
                     self._end_loop()
 
         return Passes(plan, storage, losses, around, end, part)
-
-    def _agree(self, *, is_read: bool) -> None:
-        """Give all ranks the mean of what they have found from gradients of their own.
-
-        ``is_read``: it may be numbers that were not known before; reading them waits.
-        """
-        keys = ("gradreg_is_low", "gradreg_floor", "gradreg_auto_radius")
-        found = [self.param_groups[0][key] for key in keys]
-        if not self._replicas.waiting or not (is_read or found[2] is not None):
-            return
-        numbers = [*(value or 0.0 for value in found), *(float(value is not None) for value in found)]
-        sums, counts = self._replicas.sum(stack_scalars(numbers)).view(2, -1)
-        means: list[Any] = list((sums / counts.clamp(min=1)).unbind())
-        if is_read:
-            means = [mean if count else None for mean, count in zip(means, counts.tolist(), strict=True)]
-            is_low, floor = (None if mean is None else float(mean) for mean in means[:2])
-            found[:2] = [None if is_low is None else is_low > 0, floor]
-        for group in self.param_groups:
-            group.update(zip(keys, [*found[:2], means[2]], strict=True))
-
-    def _settle(self, plan: Plan) -> None:
-        """After the steps that find γ: keep it as a number. Waits for the device, once."""
-        if plan.settling is None or not plan.points:
-            return
-        steps = self.param_groups[0]["gradreg_auto_steps"] = 1 + (
-            self.param_groups[0]["gradreg_auto_steps"] or 0
-        )
-        if steps >= STEPS and (settled := settle_groups(self.param_groups)):
-            say(
-                f"Gradient regularization: strength settled at γ = {settled:.4g} after {steps} regularized "
-                f"steps. To keep it in later runs pass strength={settled:.3g}; for micro-batches of k times "
-                "as many samples pass k times as much."
-            )
-
-    def _abandon_passes(self) -> bool:
-        """Bring the weights back if :meth:`passes` stand at a point; whether they did."""
-        passes = None if self.progress.passes is None else self.progress.passes()
-        return passes is not None and passes.close()
 
     def note(self, outcome: Outcome) -> None:
         """Take in what a step did: its metrics, and what a check found."""
@@ -438,22 +377,11 @@ class GradRegOptimizer(OptimizerWrapper):
         After :meth:`passes` a closure may come that leaves the gradients alone, as in Lightning's
         manual optimization.
         """
-        if was_under_way:
-            raise RuntimeError(
-                "step() was called before the passes of this step ended: .grad does not hold the combined "
-                "gradient. Let the loop over optimizer.passes() run to its end, and call step() after it."
-            )
-        if done := len(self.progress.outcomes):
-            raise RuntimeError(
-                f"step() was called after {done} of {self.progress.micro_batches} micro-batches: .grad holds "
-                "their sum alone. Loop over optimizer.passes(micro_batches=n) once for each of the n "
-                "micro-batches of a step, or call optimizer.zero_grad() to begin the step again; for a last "
-                "step of fewer, pass their number."
-            )
+        check_complete(len(self.progress.outcomes), self.progress.micro_batches, was_under_way)
         if self.progress.is_complete:
             self.progress.is_complete = False
             if closure is not None:
-                self._require_idle(closure)
+                require_idle(closure, self.param_groups)
             upwards.check_scaler(self._scaler)
             self._base_step()
         elif self._is_state_initialization():
@@ -469,20 +397,4 @@ class GradRegOptimizer(OptimizerWrapper):
                 "the loss, or run both in `for _ in optimizer.passes():` before step(), or let a Trainer "
                 "drive the optimizer (optimizers=(optimizer, None), or gradreg_optim.attach(trainer) if "
                 "the trainer creates it)."
-            )
-
-    def _require_idle(self, closure: Callable[[], Any]) -> None:
-        """Call a closure that comes after :meth:`passes`; raise if it touches the gradients."""
-
-        def gradients() -> list[tuple[int, int]]:
-            parameters = (parameter for group in self.param_groups for parameter in group["params"])
-            return [(id(p.grad), p.grad._version) for p in parameters if p.grad is not None]
-
-        before = gradients()
-        torch.enable_grad()(closure)()
-        if gradients() != before:
-            raise RuntimeError(
-                "step(closure) after a loop over passes(): the closure changed the combined gradient. Run "
-                "forward and backward in one of the two: in `for _ in optimizer.passes():` followed by "
-                "step(), or in step(closure)."
             )

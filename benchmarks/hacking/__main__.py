@@ -1,6 +1,6 @@
 """Does gradient regularization keep a policy from hacking its reward?
 
-    python -m benchmarks.hacking                      # the plain run and a regularized one, in minutes
+    python -m benchmarks.hacking                      # the case that matters, in minutes
     python -m benchmarks.hacking --study full         # every arm, tuned, and then reported on other seeds
 
 The study is small, but its parts are real. TRL's ``SFTTrainer`` trains a transformer on a synthetic language.
@@ -11,12 +11,16 @@ own policy and proxy, which all arms share.
 
 The arms are those of :mod:`benchmarks.hacking.arms`. In the full study each family has the same number of
 settings, which run on seeds that are not reported. The setting with the highest final gold is run again with
-factors on the learning rate, and the best of those runs on the reported seeds. The small study takes the
-settings that the full one chose.
+factors on the learning rate, and the best of those runs on the reported seeds.
+
+The small study is one case, :data:`CASE`: a verifier with a loophole and 256 answers a step. It compares the
+plain run with the KL penalty that was tuned for it, and with GR of the whole step and of micro-batches of 64,
+where nothing else is chosen: ``attach(trainer)``.
 
 Two other rewards can be hacked (:mod:`benchmarks.hacking.rewards`). ``--reward judge`` adds a format and a
 grade, as LLM judges give them. ``--reward loophole`` is a verifier that is right, except for answers that
-break it.
+break it. With given ``--arms`` or in the full study the reward is the learned one, and a step has 64 answers,
+unless the flags say otherwise.
 
 Each run is a file in ``--folder`` and is not repeated if the file exists. So a study that was stopped
 continues, and more ``--seeds`` add to it. Any settings can be compared without tuning, at any length::
@@ -64,6 +68,8 @@ the gain in proxy of the plain run of its seed. If only some seeds have a value,
 the cell says how many. "‖g1‖ and accuracy" is Spearman's rank correlation, over a run, of ‖g1‖ with the
 proxy's accuracy on the policy's answers."""
 TITLE = "# Reward hacking at small scale"
+CASE: dict[str, Any] = {"reward": "loophole", "scale_rewards": "none", "prompts_per_step": 32}
+"""The scale of the small study, where no flag says otherwise."""
 Parts = dict[str, Runs]
 """The reported runs of each table, by its title. Every table has the plain runs."""
 
@@ -80,16 +86,18 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=None, help="path of the results, without suffix")
     scale = parser.add_argument_group("scale", "what changes the outcome; a folder holds one scale")
     for name, kind in scale_fields().items():
-        scale.add_argument(f"--{name.replace('_', '-')}", type=kind, default=getattr(Scale, name))
+        scale.add_argument(f"--{name.replace('_', '-')}", type=kind, default=None)
     return parser.parse_args(argv)
 
 
 def small(study: Study, args: argparse.Namespace) -> tuple[Parts, dict[str, Any]]:
-    """Compare the plain run with given settings, without tuning."""
-    chosen = {name: arms.named(name) for name in dict.fromkeys([PLAIN, *(args.arms or arms.SMALL)])}
+    """Compare the plain run with given settings or those of the case, without tuning."""
+    names = dict.fromkeys([PLAIN, *(args.arms or ())])
+    chosen = {name: arms.named(name) for name in names} if args.arms else arms.CASE
     seeds = range(REPORTED_SEEDS, REPORTED_SEEDS + args.seeds)
     reported = study.runs(chosen.values(), seeds, "reward hacking")
-    return {"Settings as given": by_family(chosen, reported)}, {}
+    title = "Settings as given" if args.arms else "Where a penalty of the step fades"
+    return {title: by_family(chosen, reported)}, {}
 
 
 def full(study: Study, args: argparse.Namespace) -> tuple[Parts, dict[str, Any]]:
@@ -166,7 +174,8 @@ def main(argv: list[str]) -> None:
     """
     args = parse_arguments(argv)
     args.seeds = args.seeds or (2 if args.study == "small" else 8)
-    scale = Scale(**{name: getattr(args, name) for name in scale_fields()})
+    given = {name: getattr(args, name) for name in scale_fields() if getattr(args, name) is not None}
+    scale = Scale(**(given if args.arms or args.study == "full" else CASE | given))
     output = args.output or args.folder / f"{date.today()}-reward-hacking"
     try:
         words_around(output.with_suffix(".md"), TITLE)  # before anything is run
@@ -183,7 +192,9 @@ def write(parts: Parts, extra: dict[str, Any], study: Study, output: Path) -> No
     summaries = {title: summarise(runs) for title, runs in parts.items()}
     text = "\n".join(tables(summaries, accuracy, stamped))
     rewrite(output.with_suffix(".md"), text, TITLE)
-    title = f"GRPO against a reward that can be hacked, {len(accuracy)} seeds"
+    answers = study.scale.prompts_per_step * study.scale.generations
+    what = f"{study.scale.reward} reward, {answers} answers a step"
+    title = f"GRPO against a reward that can be hacked ({what}), {len(accuracy)} seeds"
     picture(parts, output.with_suffix(".png"), title)
     record = {
         "stamp": stamped,

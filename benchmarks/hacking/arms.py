@@ -15,7 +15,9 @@ Run = dict[str, Any]
 """The arm, the seed, the curve of measurements, and the seconds of a step without measuring."""
 Runs = dict[str, list[Run]]
 """By arm or family."""
-UNNOTICED = {"strength": 1e-12}
+PUBLISHED_NORM = {"norm_of": "step", "resample": "reuse"}
+"""Of the whole step, with the completions as they are: what published arms have unless they say otherwise."""
+UNNOTICED = {"strength": 1e-12, **PUBLISHED_NORM}
 """A penalty that float32 rounds to nothing. The training is plain, and the wrapper logs its figures."""
 
 EPS, RADIUS = 1e-2, 0.03
@@ -35,11 +37,12 @@ class Arm:
 
     Args:
         name: the names of its runs' files begin with it.
-        wrapper: settings of the wrapper.
+        wrapper: settings of the wrapper. None at all: the defaults, as ``attach(trainer)`` has them.
         trainer: settings of GRPOConfig.
         rate: a factor on the learning rate.
         weights: "float32"; "bfloat16", without fp32 masters; or "rounded", float32 weights that every step
             rounds to bfloat16.
+        micro_batch: the answers of a micro-batch; 0: those of the step.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Arm:
     trainer: dict[str, Any] = field(default_factory=dict)
     rate: float = 1.0
     weights: str = "float32"
+    micro_batch: int = 0
 
     def prepared(self, policy: nn.Module) -> nn.Module:
         """The policy with its weights in the form that this arm keeps."""
@@ -54,13 +58,13 @@ class Arm:
             round_(policy.parameters())
         return policy.to(torch.bfloat16) if self.weights == "bfloat16" else policy
 
-    def optimizer(self, base: torch.optim.Optimizer, **settings: Any) -> GradRegOptimizer:
-        """The wrapper of this arm around ``base``."""
+    def optimizer(self, base: torch.optim.Optimizer, **settings: Any) -> torch.optim.Optimizer:
+        """The wrapper of this arm around ``base``; ``base``, if nothing is chosen."""
         if self.weights == "rounded":
             base.register_step_post_hook(
                 lambda stepped, *_: round_(p for g in stepped.param_groups for p in g["params"])
             )
-        return GradRegOptimizer(base, **{**settings, **self.wrapper})
+        return GradRegOptimizer(base, **{**settings, **self.wrapper}) if self.wrapper else base
 
 
 @torch.no_grad()
@@ -71,7 +75,8 @@ def round_(parameters: Iterable[torch.Tensor]) -> None:
 
 
 def _regularized(name: str, strengths: tuple[float, ...], **settings: Any) -> list[Arm]:
-    return [Arm(f"{name}-{strength:g}", {"strength": strength, **settings}) for strength in strengths]
+    given = PUBLISHED_NORM | settings
+    return [Arm(f"{name}-{strength:g}", {"strength": strength, **given}) for strength in strengths]
 
 
 STRENGTHS = (0.3, 1.0, 3.0, 10.0)
@@ -138,6 +143,7 @@ def named(name: str) -> Arm:
     """
     settings = [arm for grid in FAMILIES.values() for arm in grid]
     known = {other.name: other for arm in settings for other in (at_rate(arm, rate) for rate in RATES)}
+    known |= {arm.name: arm for arm in (WHOLE, *MICRO_BATCHES)}
     regularized = [arm for arm in settings if "eps" in arm.wrapper]
     known |= {other.name: other for arm in regularized for other in ablations(arm).values()}
     if name not in known:
@@ -145,5 +151,39 @@ def named(name: str) -> Arm:
     return known[name]
 
 
-SMALL = (PLAIN, "gr-sequence-1-rate-0.5")
-"""The small study compares the plain run with the setting that the full study chose."""
+MICRO_BATCH = 64
+"""The answers of a micro-batch, unless an arm says otherwise."""
+
+
+def nothing_chosen(*, beta: float = 0.0, micro_batch: int = MICRO_BATCH) -> Arm:
+    """GR as ``attach(trainer)`` has it, alone or on top of a KL penalty."""
+    names = [f"kl-{beta:g}"] * bool(beta) + ["default"]
+    name = _of_size("-".join(names), micro_batch)
+    return Arm(name, {}, {"beta": beta} if beta else {}, micro_batch=micro_batch)
+
+
+def micro_batches(strength: float, micro_batch: int = MICRO_BATCH) -> Arm:
+    """GR of micro-batches with a strength and the step that the whole one has in the other arms."""
+    settings = {"strength": strength, "eps": EPS, "norm_of": "micro_batch", "resample": "sequence"}
+    return Arm(_of_size(f"gr-micro-{strength:g}", micro_batch), settings, micro_batch=micro_batch)
+
+
+def _of_size(name: str, micro_batch: int) -> str:
+    return name if micro_batch == MICRO_BATCH else f"{name}-m{micro_batch}"
+
+
+WHOLE = Arm("gr-step-auto", {"strength": "auto", "norm_of": "step", "resample": "sequence"})
+"""As where nothing is chosen, but of the whole step."""
+MICRO_BATCHES = [
+    arm
+    for size in (MICRO_BATCH, 16, 8)
+    for arm in (nothing_chosen(micro_batch=size), *(micro_batches(strength, size) for strength in STRENGTHS))
+]
+
+CASE = {
+    PLAIN: Arm(PLAIN),
+    "KL penalty": named("kl-0.3-rate-0.5"),
+    "GR of the step": WHOLE,
+    "GR of micro-batches": nothing_chosen(),
+}
+"""What the small study compares: the KL penalty is the one that was tuned for its case."""

@@ -55,7 +55,8 @@ TUNING_SEEDS, REPORTED_SEEDS = range(3), range(22, 34)
 def arm(*, beta: float = 0.0, strength: float = 0.0) -> Arm:
     """A KL penalty, GR, or both."""
     names = [f"kl-{beta:g}"] * bool(beta) + [f"gr-sequence-{strength:g}"] * bool(strength)
-    wrapper = {"strength": strength, "eps": EPS, "resample": "sequence"} if strength else {"strength": 0.0}
+    whole = {"strength": strength, "eps": EPS, "norm_of": "step", "resample": "sequence"}
+    wrapper = whole if strength else {"strength": 0.0}
     return Arm("-".join(names) or PLAIN, wrapper, {"beta": beta} if beta else {})
 
 

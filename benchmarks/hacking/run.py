@@ -21,8 +21,18 @@ from benchmarks.hacking.arms import Arm, Run
 from benchmarks.hacking.language import golds, request
 from benchmarks.hacking.rewards import agreement
 from benchmarks.hacking.world import COMMON, Scale, World, sample, tokenizer
+from gradreg_optim import attach
 
-FIGURES = ("g1_norm", "penalty_ratio", "curvature", "cosine", "perturbation_fidelity", "self_check", "radius")
+FIGURES = (
+    "strength",
+    "g1_norm",
+    "penalty_ratio",
+    "curvature",
+    "cosine",
+    "perturbation_fidelity",
+    "self_check",
+    "radius",
+)
 """The metrics of the wrapper that a run keeps, averaged between two measurements."""
 
 
@@ -111,6 +121,8 @@ def train(arm: Arm, world: World, scale: Scale, seed: int, folder: Path) -> Run:
     # A check takes two gradients more, and without shrink it does not change training.
     checks = {"check_every": scale.measure_every, "shrink": False}
     meter = PolicyMeter(world, scale, 1000 * seed + 400)
+    answers = scale.prompts_per_step * scale.generations
+    micro_batch = min(arm.micro_batch or answers, answers)
     trainer = GRPOTrainer(
         model=policy,
         reward_funcs=world.proxy,
@@ -121,7 +133,8 @@ def train(arm: Arm, world: World, scale: Scale, seed: int, folder: Path) -> Run:
                 "max_steps": scale.steps,
                 "learning_rate": rate,
                 "lr_scheduler_type": "constant",
-                "per_device_train_batch_size": scale.prompts_per_step * scale.generations,
+                "per_device_train_batch_size": micro_batch,
+                "gradient_accumulation_steps": answers // micro_batch,
                 "num_generations": scale.generations,
                 "max_completion_length": scale.answer_tokens,
                 "logging_steps": scale.measure_every,
@@ -134,6 +147,8 @@ def train(arm: Arm, world: World, scale: Scale, seed: int, folder: Path) -> Run:
         processing_class=tokenizer(),
         optimizers=(arm.optimizer(adamw, model=policy, g1_clip=None, g2_clip=None, **checks), None),
     )
+    if not arm.wrapper:
+        attach(trainer)
     course = Course(meter, scale.measure_every)
     trainer.add_callback(course)
     start = time.perf_counter()

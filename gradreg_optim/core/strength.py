@@ -48,7 +48,7 @@ def first_strength(strengths: Sequence[float], settling: Settling | None) -> Sca
 def settle(
     settling: Settling, storage: Storage, first: FirstGradient, delta: Difference, signal: Tensor | None
 ) -> Settling:
-    """Take in the u of this difference, on average over ranks whose gradients are not reduced yet."""
+    """Take in the u of this difference."""
     chosen = stack_scalars([float(is_auto) for is_auto in settling.groups], delta.squares)
     lengths = ratio(
         delta.squares, stack_scalars([group.eps for group in first.groups], delta.squares).square()
@@ -57,8 +57,12 @@ def settle(
     counts = is_finite(u) & (u > 0)
     if signal is not None:
         counts = counts & (signal >= SIGNAL)
-    found = storage.sum_over_replicas(torch.stack([torch.where(counts, u, 0.0), counts.to(u.dtype)]))
-    total, count = found.to(u).unbind()
+    return with_others(settling, storage, torch.stack([torch.where(counts, u, 0.0), counts.to(u.dtype)]))
+
+
+def with_others(settling: Settling, storage: Storage, own: Tensor) -> Settling:
+    """Add this rank's ``own`` u and its count, and those of ranks whose gradients are not reduced yet."""
+    total, count = storage.sum_over_replicas(own).to(own.device).unbind()
     return replace(
         settling, total=item_on_cpu(settling.total + total), count=item_on_cpu(settling.count + count)
     )

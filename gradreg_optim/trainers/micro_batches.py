@@ -73,6 +73,7 @@ class Window:
         self._is_engine = hasattr(
             optimizer, "held_step"
         )  # DeepSpeed's, which decides itself when to reduce gradients
+        optimizer.progress.outcomes.clear()  # of a window that was interrupted
         self._begin_passes()
 
     @property
@@ -96,10 +97,6 @@ class Window:
             self._begin_passes()
         self.begun += 1
         self._expected = "loss" if self.regularizes else ""
-
-    def unreduced(self) -> AbstractContextManager[None]:
-        """Around a pass over a micro-batch: a norm is that of this rank's own gradient."""
-        return self._optimizer._replicas.unreduced() if self.is_apart else nullcontext()
 
     @contextmanager
     def reduced_by_engine(self) -> Iterator[None]:
@@ -193,7 +190,7 @@ class Window:
             if is_first:
                 self._look_at_modules(self.micro_batches[0].model)
             modules = nullcontext() if is_first else state.repeated()
-            with self._prepared(modules), self.unreduced(), torch.enable_grad():
+            with self._prepared(modules), torch.enable_grad():
                 for micro_batch in self.micro_batches:
                     is_sent = micro_batch.is_last or self._is_engine
                     with nullcontext() if is_sent else self._trainer.accelerator.no_sync(micro_batch.model):

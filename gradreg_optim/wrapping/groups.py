@@ -21,8 +21,9 @@ from torch.optim import Optimizer
 
 from gradreg_optim.core.plan import START, Plan, Settling
 from gradreg_optim.core.precision import AUTO, DEFAULT_CHECK_EVERY, PUBLISHED_EPS
-from gradreg_optim.core.schemes import CENTRAL, FORWARD
-from gradreg_optim.core.strength import strength_so_far
+from gradreg_optim.core.replicas import Replicas
+from gradreg_optim.core.schemes import CENTRAL, FORWARD, stack_scalars
+from gradreg_optim.core.strength import STEPS, strength_so_far
 from gradreg_optim.wrapping.schedule import Schedule, strength_factor
 from gradreg_optim.wrapping.settings import (
     DELETED,
@@ -32,6 +33,7 @@ from gradreg_optim.wrapping.settings import (
     check_names,
     check_settings,
     plain,
+    say,
     suggestion,
 )
 
@@ -145,17 +147,43 @@ def check_group(group: Group) -> None:
     check_settings(**{key.removeprefix("gradreg_"): group[key] for key in SETTING_KEYS})
 
 
-def settle_groups(groups: list[Group]) -> float:
-    """Give the groups that wait for it the γ that was found; returns it, 0 if there is none yet. Waits."""
+def settle_groups(groups: list[Group]) -> None:
+    """Count a step that finds γ; after the last one write it into the groups that ask for it. Waits there."""
     first = groups[0]
-    if first.get("gradreg_ratio_total") is None:
-        return 0.0
+    first["gradreg_auto_steps"] = steps = (first["gradreg_auto_steps"] or 0) + 1
+    if steps < STEPS or first["gradreg_ratio_total"] is None:
+        return
     total, count = float(first["gradreg_ratio_total"]), float(first["gradreg_ratio_count"])
-    found = float(strength_so_far(Settling((), total, count)))
-    for group in groups if found else []:
+    strength = float(strength_so_far(Settling((), total, count)))
+    for group in groups if strength else []:
         if group["gradreg_strength"] == AUTO:
-            group["gradreg_strength"] = found
-    return found
+            group["gradreg_strength"] = strength
+    if strength:
+        say(
+            f"Gradient regularization: strength settled at γ = {strength:.4g} after {steps} regularized "
+            f"steps. To keep it in later runs pass strength={strength:.3g}; for micro-batches of k times as "
+            "many samples pass k times as much."
+        )
+
+
+def agree(groups: list[Group], replicas: Replicas, *, is_read: bool) -> None:
+    """Give all ranks the mean of what they have found from gradients of their own.
+
+    ``is_read``: it may be numbers that were not known before; reading them waits.
+    """
+    keys = FOUND_KEYS[:3]
+    found = [groups[0][key] for key in keys]
+    if not replicas.waiting or not (is_read or found[2] is not None):
+        return
+    numbers = [*(value or 0.0 for value in found), *(float(value is not None) for value in found)]
+    sums, counts = replicas.sum(stack_scalars(numbers)).view(2, -1)
+    means: list[Any] = list((sums / counts.clamp(min=1)).unbind())
+    if is_read:
+        means = [mean if count else None for mean, count in zip(means, counts.tolist(), strict=True)]
+        is_low, floor = (None if mean is None else float(mean) for mean in means[:2])
+        found[:2] = [None if is_low is None else is_low > 0, floor]
+    for group in groups:
+        group.update(zip(keys, [*found[:2], means[2]], strict=True))
 
 
 def is_state_initialization(optimizer: Optimizer) -> bool:

@@ -75,8 +75,11 @@ def check_arguments(model: Any, scaler: Any) -> None:
         )
 
 
-def check_micro_batches(number: Any, done: int, begun: int, norm_of: str | None) -> None:
-    """Refuse a number of micro-batches that is none, or another than the step of ``done`` has begun with."""
+def check_micro_batches(number: Any, done: int, begun: int, norm_of: str | None, is_whole: bool) -> None:
+    """Refuse a number of micro-batches that is none, or another than the step of ``done`` has begun with.
+
+    ``is_whole``: nobody has touched the sum of the gradients so far.
+    """
     if not isinstance(number, int) or isinstance(number, bool) or number < 1:
         raise ValueError(
             f"micro_batches={shown(number)}: it must be an integer >= 1, the number of loops over passes() "
@@ -91,6 +94,27 @@ def check_micro_batches(number: Any, done: int, begun: int, norm_of: str | None)
         raise ValueError(
             f"micro_batches={number} after {done} of {begun} micro-batches: their number holds for a whole "
             "step. Call step() after all of them, or zero_grad() to begin the step again."
+        )
+    if done and not is_whole:
+        raise RuntimeError(
+            f"the gradients were changed after {done} of {begun} micro-batches: .grad held their sum. Clear "
+            "gradients inside the loop over passes() alone, clip after the last loop, or call the "
+            "optimizer's zero_grad() to begin the step again."
+        )
+
+
+def check_complete(done: int, begun: int, was_under_way: bool) -> None:
+    """Refuse a step in the middle of a loop over passes, or after some of its micro-batches."""
+    if was_under_way:
+        raise RuntimeError(
+            "step() was called before the passes of this step ended: .grad does not hold the combined "
+            "gradient. Let the loop over optimizer.passes() run to its end, and call step() after it."
+        )
+    if done:
+        raise RuntimeError(
+            f"step() was called after {done} of {begun} micro-batches: .grad holds their sum alone. Loop "
+            "over optimizer.passes(micro_batches=n) once for each of the n micro-batches of a step, or call "
+            "optimizer.zero_grad() to begin the step again; for a last step of fewer, pass their number."
         )
 
 

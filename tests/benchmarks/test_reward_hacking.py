@@ -37,6 +37,12 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(f"benchmarks.{name}")
 
 
+def toy_scale(**settings: Any) -> Any:
+    """The scale of the small study at toy size."""
+    sizes = {name.replace("-", "_"): value for name, value in TOY.items()}
+    return module("hacking.world").Scale(**{**module("hacking.__main__").CASE, **sizes, **settings})
+
+
 def study(folder: Path, *flags: str, **scale: Any) -> None:
     """The small study on one seed, in this process."""
     sizes = [f"--{name}={value}" for name, value in {**TOY, **scale}.items()]
@@ -62,10 +68,12 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_study_leaves_curves_a_table_and_a_picture(toy: Path) -> None:
-    """Two arms from one start: the same at step 0, different once trained, all measured that is promised."""
+    """Arms from one start: the same at step 0, different once trained, all measured that is promised."""
     results = json.loads((toy / "results.json").read_text())
-    assert list(results["runs"]) == list(module("hacking.arms").SMALL)
-    plain, regularized = (results["runs"][family][0]["curve"] for family in results["runs"])
+    case = module("hacking.arms").CASE
+    assert list(results["runs"]) == [arm.name for arm in case.values()]
+    assert results["scale"]["reward"] == "loophole"
+    plain, regularized = (results["runs"][name][0]["curve"] for name in ("none", "default"))
     assert [point["step"] for point in plain] == [point["step"] for point in regularized] == [0, 1, 2, 3]
     assert plain[0] == regularized[0]
     assert plain[0]["kl"] == pytest.approx(0, abs=1e-6)
@@ -76,17 +84,18 @@ def test_a_study_leaves_curves_a_table_and_a_picture(toy: Path) -> None:
         "gold",
         "kl",
         "proxy_accuracy",
+        "strength",
         "g1_norm",
         "penalty_ratio",
         "curvature",
-        "self_check",
     }
     assert all(measured <= point.keys() for curve in (plain, regularized) for point in curve[1:])
+    assert all("self_check" in point for point in plain[1:])
     assert max(point["penalty_ratio"] for point in plain[1:]) < 1e-8  # the plain run is measured, not regularized
     assert min(point["penalty_ratio"] for point in regularized[1:]) > 1e-3
     table = (toy / "results.md").read_text()
     assert "| none | none |" in table
-    assert "| gr-sequence-1-rate-0.5 |" in table
+    assert all(f"| {family} | {arm.name} |" in table for family, arm in case.items())
     assert (toy / "results.png").stat().st_size > 10_000
 
 
@@ -153,8 +162,7 @@ def test_a_folder_holds_runs_of_one_scale(toy: Path) -> None:
 
 def test_an_unnoticed_penalty_is_no_penalty(toy: Path) -> None:
     """The plain arm, which measures by a penalty of 1e-12, trains as without a penalty, bit for bit."""
-    arms, run, world = module("hacking.arms"), module("hacking.run"), module("hacking.world")
-    scale = world.Scale(**{name.replace("-", "_"): value for name, value in TOY.items()})
+    arms, run, world, scale = module("hacking.arms"), module("hacking.run"), module("hacking.world"), toy_scale()
     start = world.prepare(scale, 10, toy / "runs" / "world-10")
     measured = json.loads((toy / "runs" / "none-10.json").read_text())["curve"]
     bare = run.train(arms.Arm("bare", {"strength": 0.0}), start, scale, 10, toy / "bare")["curve"]
@@ -164,11 +172,10 @@ def test_an_unnoticed_penalty_is_no_penalty(toy: Path) -> None:
 
 def test_checks_leave_training_alone(toy: Path) -> None:
     """A run with self-checks ends where it ends without them, bit for bit, in the penalty too."""
-    arms, run, world = module("hacking.arms"), module("hacking.run"), module("hacking.world")
-    scale = world.Scale(**{name.replace("-", "_"): value for name, value in TOY.items()})
+    arms, run, world, scale = module("hacking.arms"), module("hacking.run"), module("hacking.world"), toy_scale()
     start = world.prepare(scale, 10, toy / "runs" / "world-10")
-    checked = json.loads((toy / "runs" / "gr-sequence-1-rate-0.5-10.json").read_text())["curve"]
     arm = arms.named("gr-sequence-1-rate-0.5")
+    checked = run.train(arm, start, scale, 10, toy / "checked")["curve"]
     bare = arms.replace(arm, wrapper={**arm.wrapper, "check_every": 0})
     curve = run.train(bare, start, scale, 10, toy / "bare")["curve"]
     for name in ("proxy", "gold", "kl", "example"):
@@ -177,10 +184,24 @@ def test_checks_leave_training_alone(toy: Path) -> None:
     assert not any("self_check" in point for point in curve)
 
 
+def test_nothing_chosen_is_what_attach_has_of_each_micro_batch(toy: Path) -> None:
+    """The same run as with the defaults spelled out, bit for bit; other micro-batches, another run."""
+    arms, run, world, scale = module("hacking.arms"), module("hacking.run"), module("hacking.world"), toy_scale()
+    start = world.prepare(scale, 10, toy / "runs" / "world-10")
+    given = {"strength": "auto", "norm_of": "micro_batch", "resample": "sequence", "g1_clip": 10.0, "g2_clip": 10.0}
+    given |= {"check_every": None, "shrink": True}
+    quarters = [arms.nothing_chosen(micro_batch=4), arms.Arm("given", given, micro_batch=4)]
+    one, other = (run.train(arm, start, scale, 10, toy / "bare")["curve"] for arm in quarters)
+    assert one == other
+    assert one[-1]["strength"] > 0
+    whole = json.loads((toy / "runs" / "default-10.json").read_text())["curve"]  # of 8 answers, all of the step
+    assert whole[-1]["kl"] != one[-1]["kl"]
+
+
 def test_measuring_leaves_training_alone(toy: Path) -> None:
     """Measured at the end only, the run ends where it ends when it is measured at every step."""
     arms, run, world = module("hacking.arms"), module("hacking.run"), module("hacking.world")
-    scale = world.Scale(**{name.replace("-", "_"): value for name, value in TOY.items()} | {"measure_every": 3})
+    scale = toy_scale(measure_every=3)
     start = world.prepare(scale, 10, toy / "runs" / "world-10")
     often = json.loads((toy / "runs" / "none-10.json").read_text())["curve"]
     seldom = run.train(arms.Arm("none"), start, scale, 10, toy / "seldom")["curve"]
@@ -222,7 +243,7 @@ def test_the_corpus_hides_where_gold_falls() -> None:
 def test_divergence_is_that_of_the_samples(toy: Path) -> None:
     """The exact KL of each token, summed, is the mean log-ratio of many answers, end token included."""
     run, world = module("hacking.run"), module("hacking.world")
-    scale = world.Scale(answer_tokens=4, measured_prompts=400, measured_answers=25, policy_width=16, policy_layers=1)
+    scale = toy_scale(answer_tokens=4, measured_prompts=400, measured_answers=25)
     start = world.prepare(scale, 10, toy / "runs" / "world-10")
     meter = run.PolicyMeter(start, scale, 0)
     policy = start.policy()

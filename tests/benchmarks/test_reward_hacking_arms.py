@@ -19,10 +19,22 @@ def test_every_family_has_the_same_budget_and_names_its_runs_apart() -> None:
     settings = [arm for grid in arms.FAMILIES.values() for arm in grid]
     every = [arms.at_rate(arm, rate) for arm in settings for rate in arms.RATES]
     every += arms.ablations(arms.named("gr-sequence-1")).values()
+    every += [arms.WHOLE, *arms.MICRO_BATCHES]
     assert len({arm.name for arm in every}) == len(every)
     assert [arms.named(arm.name) for arm in every] == every
+    assert all(arms.named(arm.name) == arm for arm in arms.CASE.values())
     with pytest.raises(ValueError, match=r"--arms kl-7: must be among none, rate-0\.5"):
         arms.named("kl-7")
+
+
+def test_each_regularized_arm_says_whose_norm_it_has_or_nothing_at_all() -> None:
+    """Defaults may change; what a published arm does may not."""
+    arms = module("hacking.arms")
+    named = [arm for grid in arms.FAMILIES.values() for arm in grid] + [arms.WHOLE, *arms.MICRO_BATCHES]
+    named += arms.ablations(arms.named("gr-sequence-1")).values()
+    for arm in named:
+        assert not arm.wrapper or {"strength", "norm_of", "resample"} <= arm.wrapper.keys(), arm.name
+        assert (arm.wrapper.get("norm_of") == "step") == (arm not in arms.MICRO_BATCHES), arm.name
 
 
 def bowl(arm: Any, steps: int = 1, **settings: Any) -> tuple[list[list[torch.Tensor]], Any]:

@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import assert_same, by_closure, by_loop, closure_of, regression, twin_of, unchecked, weights
+from problems import (
+    assert_same,
+    by_closure,
+    by_loop,
+    closure_of,
+    past_the_first_step,
+    regression,
+    twin_of,
+    unchecked,
+    weights,
+)
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -293,3 +303,35 @@ def test_an_interrupt_at_any_place_leaves_theta(drive, settings, dtype):
             assert_same(end, start)
             tried += 1
     assert tried > 20
+
+
+def test_an_interrupt_at_any_place_leaves_the_sum_so_far():
+    """In the second of two micro-batches: θ and the gradient of the first one are whole, and it can be begun again."""
+
+    def second(number):
+        torch.manual_seed(0)
+        model, loss = regression(dtype=torch.float32)
+        optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.1), strength=0.1, eps=0.1)
+        past_the_first_step(optimizer)
+
+        def one():
+            for _ in optimizer.passes(micro_batches=2):
+                closure_of(optimizer, loss)()
+
+        one()
+        start, so_far, mode = weights(model), [p.grad.clone() for p in model.parameters()], Places(number)
+        try:
+            with mode:
+                one()
+        except Interrupt:
+            pass
+        assert_same(weights(model), start)
+        if optimizer.progress.outcomes:  # the second one was not over
+            assert_same([p.grad for p in model.parameters()], so_far)
+            one()
+        return mode, [p.grad for p in model.parameters()]
+
+    mode, whole = second(None)
+    assert len(mode.seen) > 60
+    for number in range(1, len(mode.seen) + 1):
+        torch.testing.assert_close(second(number)[1], whole, rtol=1e-6, atol=1e-7)

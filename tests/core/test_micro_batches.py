@@ -184,6 +184,23 @@ def test_a_step_needs_all_of_them():
             optimizer.passes(micro_batches=wrong)
 
 
+@pytest.mark.parametrize("change", ["cleared", "clipped"])
+def test_a_sum_that_is_touched_between_two_loops(change):
+    """It would be lost or wrong unseen."""
+    model, _ = regression()
+    losses = parts_of(model, 2)
+    optimizer = unchecked(torch.optim.SGD(model.parameters(), lr=0.1), strength=0.3)
+    for _ in optimizer.passes(micro_batches=2):
+        optimizer.zero_grad()
+        losses[0]().backward()
+    if change == "cleared":
+        model.zero_grad()
+    else:
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    with pytest.raises(RuntimeError, match=r"changed after 1 of 2 micro-batches.*inside the loop"):
+        optimizer.passes(micro_batches=2)
+
+
 def test_the_norm_of_the_step_refuses_them():
     """The two settings contradict each other."""
     model, _ = regression()

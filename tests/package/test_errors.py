@@ -19,7 +19,7 @@ from torch.distributed.fsdp._flat_param import FlatParamHandle
 import gradreg_optim
 from gradreg_optim import GradReg, GradRegConfig, GradRegOptimizer, reweighted
 from gradreg_optim.core.foreign import NoSecondGradient
-from gradreg_optim.core.local import device_mesh
+from gradreg_optim.core.tensors import device_mesh
 from gradreg_optim.wrapping.refusals import check_engines
 
 # Files that need torch alone; those for trainers and DeepSpeed have tests, and messages, of their own.

@@ -195,12 +195,15 @@ def engine_counters(trainer):
     } | timer
 
 
-def train(folder, name, kind="sft", how="optimizers", accumulation=1, dropout=0.0, checked=True, **arguments):
+def train(
+    folder, name, kind="sft", how="optimizers", accumulation=1, dropout=0.0, checked=True, norm_of="step", **arguments
+):
     """Two steps of plain descent at rate 1: inputs of both passes, weights over time, reductions, log, forwards."""
     with engine(name, folder) as settings, ExitStack() as patches:
         settings |= {"max_steps": 2, "learning_rate": 1.0, "optim": "sgd", "max_grad_norm": 1e9, **arguments}
         settings |= {"gradient_accumulation_steps": accumulation, "model": llama(attention_dropout=dropout)}
-        trainer = make(kind, folder, how, REAL, optimizer=lambda model: SGD(model.parameters(), lr=1.0), **settings)
+        wrapped = {**REAL, "norm_of": norm_of}
+        trainer = make(kind, folder, how, wrapped, optimizer=lambda model: SGD(model.parameters(), lr=1.0), **settings)
         weights, spy, forwards = Weights(trainer), Spy(trainer), []
         reductions, compute_loss = Reductions(trainer, spy), trainer.compute_loss
 

@@ -56,7 +56,8 @@ saw and leaves nothing behind.
 """
 at_theta = pytest.mark.filterwarnings("ignore:Gradient regularization. 0 of the step to")
 """Of modules with such steps, of which nothing arrives in the weights."""
-REAL = {"strength": 0.05, "eps": 0.01, **UNCLIPPED, **UNCHECKED}
+REAL = {"strength": 0.05, "eps": 0.01, "norm_of": "step", "resample": "reuse", **UNCLIPPED, **UNCHECKED}
+OF_MICRO_BATCHES = {**REAL, "norm_of": "micro_batch"}
 """A penalty that can be seen."""
 
 every_kind = pytest.mark.parametrize("kind", KINDS)

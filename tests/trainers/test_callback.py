@@ -226,7 +226,7 @@ def test_trackers_keep_the_settings(how, tmp_path, monkeypatch):
 
     WAYS[how](make).train()
     for tracker, flags in run.flags().items():
-        assert set(flags) == set(vars(GradRegConfig())) - {"grad_reg_published"}, tracker  # what it sets is there
+        assert set(flags) == set(vars(GradRegConfig())) - {"grad_reg_published"}, tracker
         assert flags["grad_reg_strength"] == REAL["strength"]
         assert flags["grad_reg_eps"] == REAL["eps"]
         assert flags["grad_reg_g1_clip"] is None

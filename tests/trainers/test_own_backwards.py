@@ -153,7 +153,7 @@ class Added(SFTTrainer):
 def test_losses_that_differentiate_train(trainer_class, tmp_path):
     """With the second pass at θ itself they end where plain training ends, dropout included: the check left no trace."""
     results = []
-    for wrapped in (None, AT_THETA, REAL):
+    for wrapped in (None, {**AT_THETA, "norm_of": "step"}, REAL):  # which adds gradients up in the plain order
         trainer = build(
             "sft",
             tmp_path,

@@ -57,13 +57,13 @@ class InOrder(Trainer):
         return SequentialSampler(self.train_dataset)
 
 
-def passes_of(model, shift, data):
-    """The gradient of the mean loss of the window, and the copy of the model it was taken on."""
+def passes_of(model, shift, data, window):
+    """The gradient of the mean loss of a window, and the copy of the model it was taken on."""
     other = copy.deepcopy(model)
     with torch.no_grad():
         for parameter, along in zip(other.parameters(), shift, strict=False):
             parameter += along
-    loss = sum(other(data[0][part], data[1][part])["loss"] for part in WINDOW) / len(WINDOW)
+    loss = sum(other(data[0][part], data[1][part])["loss"] for part in window) / len(window)
     return torch.autograd.grad(loss, list(other.parameters())), other
 
 
@@ -72,8 +72,9 @@ def passes_of(model, shift, data):
     [Running, lambda: nn.BatchNorm1d(6), lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)), Initialized],
     ids=["running", "BatchNorm", "spectral_norm", "weights set by the first forward"],
 )  # fmt: skip
-def test_both_passes_of_a_window_start_from_the_same_buffers(layer, tmp_path):
-    """Over two micro-batches a step."""
+@pytest.mark.parametrize("norm_of", ["step", "micro_batch"])
+def test_both_passes_of_a_window_start_from_the_same_buffers(layer, norm_of, tmp_path):
+    """Over two micro-batches a step, all in one norm or each in its own."""
     model = Model(layer)
     data = torch.randn(16, 4).double(), torch.randn(16, 2).double()
     twin = copy.deepcopy(model)
@@ -81,11 +82,15 @@ def test_both_passes_of_a_window_start_from_the_same_buffers(layer, tmp_path):
         twin(data[0][:4], data[1][:4])
     for step in range(2):
         window = [tensor[8 * step : 8 * step + 8] for tensor in data]
-        g1, after = passes_of(twin, [], window)
-        g2, _ = passes_of(twin, [1e-3 * g for g in g1], window)
+        after, combined = twin, []
+        for parts in [WINDOW] if norm_of == "step" else [[part] for part in WINDOW]:
+            before = after
+            g1, after = passes_of(before, [], window, parts)
+            g2, _ = passes_of(before, [1e-3 * g for g in g1], window, parts)
+            combined.append([a + 10 * (b - a) for a, b in zip(g1, g2, strict=True)])
         with torch.no_grad():
-            for parameter, a, b in zip(after.parameters(), g1, g2, strict=True):
-                parameter -= 0.1 * (a + 10 * (b - a))
+            for parameter, *gradients in zip(after.parameters(), *combined, strict=True):
+                parameter -= 0.1 * sum(gradients) / len(gradients)
         twin = after
 
     arguments = TrainingArguments(
@@ -93,7 +98,7 @@ def test_both_passes_of_a_window_start_from_the_same_buffers(layer, tmp_path):
         max_grad_norm=0, lr_scheduler_type="constant", report_to="none", save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     rows = [{"x": x, "labels": y} for x, y in zip(*data, strict=True)]
-    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **SETTINGS)
+    optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), norm_of=norm_of, **SETTINGS)
     InOrder(model=model, args=arguments, train_dataset=rows, optimizers=(optimizer, None)).train()
     # g2 − g1 rounds before it is divided by eps
     torch.testing.assert_close(list(model.parameters()), list(twin.parameters()), rtol=1e-9, atol=1e-10)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import trainer_engine_worker as worker
 from distributed import World
-from test_trainer_update import EXCLUDED, distance, formula, norm
+from test_trainer_update import EXCLUDED, distance, distinct, formula, norm
 from trainers import REAL, assert_same, first_passes, llama
 
 DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is an extra")
@@ -85,6 +85,24 @@ def test_updates_are_those_of_one_process(trained, engine, accumulation):
     ranks = trained(engine, accumulation=accumulation)
     assert [rank["engine"] for rank in ranks] == [ENGINES[engine]] * 2
     assert_updates_are_the_formula(ranks, accumulation, engine=engine)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@on(*ENGINES)
+def test_updates_of_micro_batches(trained, engine, accumulation):
+    """Under DistributedDataParallel a micro-batch is a rank's own, and there is one reduction; elsewhere that of both."""
+    ranks = trained(engine, accumulation=accumulation, norm_of="micro_batch")
+    weights = ranks[0]["weights"]
+    for step in (0, 1):
+        part = slice(step * accumulation, (step + 1) * accumulation)
+        window = [batch for rank in ranks for batch in distinct(rank["inputs"])[part]]
+        together = {"norm_of": "micro_batch", "ranks": 1 if engine == "ddp" else 2}
+        expected, g1 = formula("sft", llama(), weights[step], window, **{**REAL, **together})
+        assert distance(expected, g1) > 0.02 * norm(g1)
+        update = {name: weights[step][name] - value for name, value in weights[step + 1].items()}
+        assert distance(update, expected) < 2e-5 * norm(expected)  # as above
+    if engine == "ddp":  # elsewhere the first rank gathers
+        assert_same(ranks[0]["weights"][2], ranks[1]["weights"][2])
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

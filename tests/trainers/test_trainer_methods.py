@@ -12,7 +12,7 @@ def formula(kind, model, values, window, *, strength, eps, **_):
 
     def gradients(at):
         twin = double(model, at)
-        LOSSES[kind](twin, window).backward()
+        sum(LOSSES[kind](twin, window)).backward()
         return {name: parameter.grad for name, parameter in twin.named_parameters()}
 
     values = {name: value.double() for name, value in values.items()}

@@ -63,7 +63,7 @@ def test_scaled_gradients_combine_alike(by, accumulation, tmp_path):
 @both_accumulations
 def test_autocast_errs_by_its_digits_only(accumulation, tmp_path):
     """Under bf16 autocast, with a step long enough for eight bits, the update is the formula's to the precision of bf16."""
-    settings = {"strength": 0.5, "radius": 0.2, "g1_clip": None, "g2_clip": None, "check_every": 0}
+    settings = {"norm_of": "step", "strength": 0.5, "radius": 0.2, "g1_clip": None, "g2_clip": None, "check_every": 0}
     trainer, spy, steps = trained("sft", tmp_path, wrapped=settings, bf16=True, gradient_accumulation_steps=accumulation)
     window = spy.inputs[:accumulation]
     _, g1 = formula("sft", trainer.model, steps.weights[0], window, **REAL)
@@ -100,7 +100,7 @@ def test_adapters_alone_move(dtype, accumulation, tmp_path):
     lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     arguments = {**ONE_STEP, "gradient_accumulation_steps": accumulation, "optim": "sgd"}
     trainer = build("sft", tmp_path, model=llama().to(dtype), base=None, peft_config=lora, **arguments)
-    settings = {"strength": 1.0, "eps": 0.4, "g1_clip": None, "g2_clip": None}
+    settings = {"norm_of": "step", "strength": 1.0, "eps": 0.4, "g1_clip": None, "g2_clip": None}
     attach(trainer, **settings)
     spy, start = Spy(trainer), weights(trainer.model)
     trainer.train()
@@ -109,7 +109,7 @@ def test_adapters_alone_move(dtype, accumulation, tmp_path):
     if dtype == torch.float32:
         twin = peft.get_peft_model(llama().double(), lora).double()
         twin.load_state_dict({name: value.double() for name, value in start.items()}, strict=False)
-        expected, g1 = adapters(twin, lambda model: sft_loss(model, window), **settings)
+        expected, g1 = adapters(twin, lambda model: sum(sft_loss(model, window)), **settings)
     else:
         detach(trainer)
         trainer.model.load_state_dict(start, strict=False)

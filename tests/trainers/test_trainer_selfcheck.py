@@ -118,7 +118,7 @@ def test_a_loss_that_changes_later_is_told_once(tmp_path):
 def test_dropout_and_inputs_are_the_recorded_ones(tmp_path):
     """The repeated loss equals the recorded one bit for bit, under dropout; afterwards it has left no trace."""
     results = []
-    for wrapped in (None, AT_THETA):
+    for wrapped in (None, {**AT_THETA, "norm_of": "step"}):
         model, losses = llama(attention_dropout=0.3), []
         trainer = build("sft", tmp_path, model=model, wrapped=wrapped, loss_type="dft", gradient_accumulation_steps=2)
         compute_loss = trainer.compute_loss

@@ -7,7 +7,19 @@ import torch
 import transformers
 from torch.nn import functional as F
 from torch.optim import SGD
-from trainers import REAL, UNCHECKED, Spy, assert_same, build, every_kind, first_passes, llama, penalties, weights
+from trainers import (
+    OF_MICRO_BATCHES,
+    REAL,
+    UNCHECKED,
+    Spy,
+    assert_same,
+    build,
+    every_kind,
+    first_passes,
+    llama,
+    penalties,
+    weights,
+)
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from gradreg_optim import GradRegConfig, attach
@@ -39,7 +51,7 @@ def sft_loss(model, window):
     tokens = sum((inputs["labels"][:, FIRST_LABEL:] != -100).sum() for inputs in window)
     log_p = [log_probabilities(model, inputs["input_ids"], inputs["attention_mask"]) for inputs in window]
     sums = [(p * mask).sum() for p, mask in zip(log_p, masks, strict=True)]
-    return -sum(sums) / tokens
+    return [-part / tokens for part in sums]
 
 
 def pairs(inputs):
@@ -66,8 +78,8 @@ def dpo_loss(model, window):
         mask = completion_mask[:, 1:]
         ratios = [(log_probabilities(m, ids, attention_mask) * mask).sum(1) for m in (model, reference)]
         chosen, rejected = (ratios[0] - ratios[1]).chunk(2)
-        losses.append(-F.logsigmoid(0.1 * (chosen - rejected)).mean())
-    return sum(losses) / len(losses)
+        losses.append(-F.logsigmoid(0.1 * (chosen - rejected)).mean() / len(window))
+    return losses
 
 
 def completion_log_probabilities(model, inputs):
@@ -79,12 +91,12 @@ def completion_log_probabilities(model, inputs):
 
 def grpo_loss(model, window):
     """Score function over the tokens of the window: "old" is the policy that is differentiated, the ratio is 1."""
-    total, tokens = 0.0, 0
+    sums, tokens = [], 0
     for inputs in window:
         log_p, mask = completion_log_probabilities(model, inputs)
         tokens = tokens + mask.sum()
-        total = total - (log_p * mask * inputs["advantages"][:, None]).sum()
-    return total / tokens
+        sums.append(-(log_p * mask * inputs["advantages"][:, None]).sum())
+    return [part / tokens for part in sums]
 
 
 def rloo_loss(model, window):
@@ -93,26 +105,46 @@ def rloo_loss(model, window):
     for inputs in window:
         log_p, mask = completion_log_probabilities(model, inputs)
         ratio, advantages = ((log_p * mask).sum(1) - inputs["old_logps"]).exp(), inputs["advantages"]
-        losses.append(-torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean())
-    return sum(losses) / len(losses)
+        losses.append(-torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean() / len(window))
+    return losses
 
 
+# Each returns the losses of the micro-batches of a window, whose sum is the loss of the step.
 LOSSES = {"sft": sft_loss, "dpo": dpo_loss, "grpo": grpo_loss, "rloo": rloo_loss}
 
 
-def formula(kind, model, values, window, *, strength, eps, excluded=EXCLUDED, **_):
-    """g1 + (γ/ε)·(g2 − g1) at ``values``, and g1, in float64; g1 where a name contains an excluded part."""
+def formula(kind, model, values, inputs, *, strength, eps, norm_of="step", excluded=EXCLUDED, ranks=1, **_):
+    """g1 + (γ/ε)·(g2 − g1) at ``values``, and g1, in float64; g1 where a name contains an excluded part.
 
-    def gradients(at):
+    For the norm of micro-batches it is the mean over them, each with its own g1 and g2. ``inputs`` are those
+    of all passes; a micro-batch is that of so many ``ranks``, whose inputs follow one another.
+    """
+    window = distinct(inputs)
+    count = len(window) // ranks
+
+    def gradients(at, number=None):
         twin = double(model, at)
-        LOSSES[kind](twin, window).backward()
+        losses = LOSSES[kind](twin, window)
+        (sum(losses) if number is None else count * sum(losses[number::count])).backward()
         return {name: parameter.grad for name, parameter in twin.named_parameters()}
 
     values = {name: value.double() for name, value in values.items()}
     regularized = {name for name in values if not any(part in name for part in excluded)}
-    g1 = gradients(values)
-    g2 = gradients({name: value + eps * g1[name] * (name in regularized) for name, value in values.items()})
-    return {name: g1[name] + strength / eps * (g2[name] - g1[name]) * (name in regularized) for name in values}, g1
+    combined = []
+    for number in range(count) if norm_of == "micro_batch" else [None]:
+        g1 = gradients(values, number)
+        g2 = gradients({name: value + eps * g1[name] * (name in regularized) for name, value in values.items()}, number)
+        combined.append({name: g1[name] + strength / eps * (g2[name] - g1[name]) * (name in regularized) for name in values})
+    return {name: sum(of[name] for of in combined) / len(combined) for name in values}, gradients(values)
+
+
+def distinct(inputs):
+    """The inputs without those that repeat others."""
+    found = {}
+    for given in inputs:
+        tensors = [value for value in given.values() if isinstance(value, torch.Tensor)]
+        found.setdefault(str([value.tolist() for value in tensors]), given)
+    return [*found.values()]
 
 
 def norm(tensors):
@@ -151,13 +183,20 @@ def trained(kind, folder, wrapped=REAL, **arguments):
     return trainer, spy, steps
 
 
+of_each_norm = pytest.mark.parametrize("settings", [REAL, OF_MICRO_BATCHES], ids=["step", "micro_batch"])
+
+
 @every_kind
+@of_each_norm
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_first_update_is_the_formula(kind, accumulation, tmp_path):
+def test_first_update_is_the_formula(kind, accumulation, settings, tmp_path):
     """θ moves by −g1 − (γ/ε)·(g2 − g1), and by −g1 in the embeddings, at every scaling of the accumulated losses."""
-    trainer, spy, steps = trained(kind, tmp_path, gradient_accumulation_steps=accumulation)
-    assert len(spy.inputs) == first_passes(kind) * accumulation
-    expected, g1 = formula(kind, trainer.model, steps.weights[0], spy.inputs[:accumulation], **REAL)
+    trainer, spy, steps = trained(kind, tmp_path, settings, gradient_accumulation_steps=accumulation)
+    if settings["norm_of"] == "step":
+        assert len(spy.inputs) == first_passes(kind) * accumulation
+    else:  # of the first micro-batch alone a loss is repeated
+        assert len(spy.inputs) - 2 * accumulation in (0, 1)
+    expected, g1 = formula(kind, trainer.model, steps.weights[0], spy.inputs, **settings)
     assert distance(expected, g1) > 0.02 * norm(g1)
     # Float32 gradients err by some 1e-6 of their norm, which the difference multiplies by γ/ε = 5.
     assert distance(steps.update(0), expected) < 2e-5 * norm(expected)
@@ -166,23 +205,27 @@ def test_first_update_is_the_formula(kind, accumulation, tmp_path):
         torch.testing.assert_close(steps.update(0)[name].double(), g1[name], rtol=0, atol=1e-5)  # float32 against float64
 
 
-def test_each_second_step_is_regularized(tmp_path):
+@of_each_norm
+def test_each_second_step_is_regularized(settings, tmp_path):
     """Four micro-batches run again in every other step; the update between is plain descent."""
-    trainer, spy, steps = trained("sft", tmp_path, {**REAL, "every": 2}, gradient_accumulation_steps=4, max_steps=4)
+    settings = {**settings, "every": 2}
+    trainer, spy, steps = trained("sft", tmp_path, settings, gradient_accumulation_steps=4, max_steps=4)
     assert len(spy.inputs) == 2 * 8 + 2 * 4
-    expected, _ = formula("sft", trainer.model, steps.weights[2], spy.inputs[12:16], **REAL)
+    expected, _ = formula("sft", trainer.model, steps.weights[2], spy.inputs[12:20], **settings)
     assert distance(steps.update(2), expected) < 2e-5 * norm(expected)  # as for the first update
-    _, g1 = formula("sft", trainer.model, steps.weights[1], spy.inputs[8:12], **REAL)
+    _, g1 = formula("sft", trainer.model, steps.weights[1], spy.inputs[8:12], **settings)
     assert distance(steps.update(1), g1) < 2e-6 * norm(g1)
     assert penalties(trainer, "strength") == pytest.approx([0.05, 0.0, 0.05, 0.0])
 
 
+@of_each_norm
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
-def test_uneven_last_window_is_the_formula_too(kind, tmp_path):
-    """Five micro-batches in windows of four: the second update comes from one, and is scaled as one."""
-    trainer, spy, steps = trained(kind, tmp_path, count=10, gradient_accumulation_steps=4, max_steps=-1, num_train_epochs=1)
-    assert len(spy.inputs) == 2 * 4 + 2 * 1
-    expected, _ = formula(kind, trainer.model, steps.weights[1], spy.inputs[8:9], **REAL)
+def test_uneven_last_window_is_the_formula_too(kind, settings, tmp_path):
+    """Six micro-batches in windows of four: the second update comes from two, and is scaled so."""
+    length = {"gradient_accumulation_steps": 4, "max_steps": -1, "num_train_epochs": 1}
+    trainer, spy, steps = trained(kind, tmp_path, settings, count=12, **length)
+    assert len(spy.inputs) == 2 * 4 + 2 * 2
+    expected, _ = formula(kind, trainer.model, steps.weights[1], spy.inputs[8:], **settings)
     assert distance(steps.update(1), expected) < 2e-5 * norm(expected)  # as for the first update
 
 
@@ -217,7 +260,8 @@ def test_exclusion_can_be_chosen(exclude, excluded, tmp_path):
 def test_every_way_to_attach_trains_alike(tmp_path):
     """The wrapper as ``optimizers=``, settings by name, and settings in a config give the same weights, bit for bit."""
     results = []
-    config = GradRegConfig(grad_reg_strength=0.05, grad_reg_eps=0.01, grad_reg_g1_clip=0, grad_reg_g2_clip=0)
+    given = {"grad_reg_norm_of": "step", "grad_reg_resample": "reuse", "grad_reg_check_every": 0}
+    config = GradRegConfig(grad_reg_strength=0.05, grad_reg_eps=0.01, grad_reg_g1_clip=0, grad_reg_g2_clip=0, **given)
     for wrapped, given in ((REAL, None), (None, {}), (None, {"config": config}), (None, REAL)):
         trainer = build("sft", tmp_path, wrapped=wrapped, gradient_accumulation_steps=2)
         if given is not None:
@@ -230,29 +274,34 @@ def test_every_way_to_attach_trains_alike(tmp_path):
     assert distance(by_default, by_wrapper) > 0
 
 
-@pytest.mark.parametrize("settings", [{"use_reentrant": False}, {"use_reentrant": True}], ids=["", "reentrant"])
-def test_gradient_checkpointing_changes_nothing(settings, tmp_path):
+@of_each_norm
+@pytest.mark.parametrize("kwargs", [{"use_reentrant": False}, {"use_reentrant": True}], ids=["", "reentrant"])
+def test_gradient_checkpointing_changes_nothing(kwargs, settings, tmp_path):
     """With activations recomputed in both passes, under dropout, the weights are those without, bit for bit."""
     results = []
-    for arguments in ({}, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": settings}):
+    for arguments in ({}, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs}):
         model = llama(attention_dropout=0.1)
-        trainer = build("sft", tmp_path, model=model, wrapped=REAL, gradient_accumulation_steps=2, **arguments)
+        trainer = build("sft", tmp_path, model=model, wrapped=settings, gradient_accumulation_steps=2, **arguments)
         trainer.train()
         results.append(weights(model))
     assert_same(*results)
 
 
 @every_kind
-def test_both_passes_see_the_same_dropout_masks(kind, tmp_path):
+@pytest.mark.parametrize("norm_of", ["step", "micro_batch"])
+def test_both_passes_see_the_same_dropout_masks(kind, norm_of, tmp_path):
     """At θ itself the second pass repeats every micro-batch's loss, bit for bit; without dropout the losses are others."""
     losses = {}
     for dropout in (0.0, 0.3):
         model = llama(attention_dropout=dropout)
-        wrapped = {"strength": 1e-30, "eps": 1e-30, **UNCHECKED}
+        wrapped = {"strength": 1e-30, "eps": 1e-30, "norm_of": norm_of, **UNCHECKED}
         trainer = build(kind, tmp_path, model=model, wrapped=wrapped, gradient_accumulation_steps=4, max_steps=1)
         losses[dropout] = Spy(trainer).losses
         trainer.train()
-    assert losses[0.3][:4] == losses[0.3][4:]
+    found = losses[0.3]
+    firsts, repeated = (found[:4], found[4:]) if norm_of == "step" else (found[::2], found[1::2])
+    assert firsts == repeated
+    assert len(firsts) == 4
     assert losses[0.3] != losses[0.0]
 
 
@@ -265,12 +314,13 @@ def test_autocast_casts_the_moved_weights(tmp_path):
     assert all(0.5 < cosine < 0.9999 for cosine in penalties(trainer, "cosine"))
 
 
-def test_only_adapters_move_with_lora(tmp_path):
+@of_each_norm
+def test_only_adapters_move_with_lora(settings, tmp_path):
     """LoRA's adapters are perturbed and trained; frozen weights keep every bit, also while the second pass runs."""
     peft = pytest.importorskip("peft", reason="LoRA comes with peft")
     lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     trainer = build("sft", tmp_path, base=None, peft_config=lora)
-    attach(trainer, **REAL)
+    attach(trainer, **settings)
     frozen = {name: value for name, value in weights(trainer.model).items() if "lora" not in name}
     adapters = {name: value for name, value in weights(trainer.model).items() if "lora" in name}
     seen, compute_loss = [], trainer.compute_loss
