@@ -2,7 +2,7 @@
 
 import pytest
 
-from gradreg_optim import GradRegConfig
+from gradreg_optim import PUBLISHED, GradRegConfig
 from gradreg_optim.integrations.arguments import NAMES, parted
 
 
@@ -20,6 +20,8 @@ def test_arguments_are_parted():
     assert config == GradRegConfig(grad_reg_strength=5e-2, grad_reg_every=4, grad_reg_exclude=["norm"])
     assert list(rest.items()) == [("lr", 1), ("eps", 1e-8)]
     assert parted({}) == (GradRegConfig(), {})
+    published, _ = parted({"grad_reg_published": True})
+    assert published.kwargs().items() >= PUBLISHED.items()
     assert set(NAMES) == set(vars(GradRegConfig()))
 
 

@@ -115,6 +115,12 @@ def one_of_two():
     return optimizer
 
 
+def changed(optimizer):
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad.mul_(0.5)
+    return optimizer
+
+
 def in_shared_memory():
     model, loss = regression()
     model.share_memory()
@@ -449,6 +455,13 @@ CASES = {
         "micro_batches=3 after 1 of 2",
         "their number holds for a whole step",
         "zero_grad() to begin the step again",
+    ),
+    "a sum of micro-batches that was changed": Case(
+        lambda: changed(one_of_two()).passes(micro_batches=2),
+        RuntimeError,
+        "after 1 of 2 micro-batches",
+        ".grad held their sum",
+        "clip after the last loop",
     ),
     "a step before all micro-batches": Case(
         lambda: one_of_two().step(),
