@@ -146,6 +146,7 @@ class Attachment(TrainerCallback):
             self._generations.recorded = None if micro_batch is None else micro_batch.generations
         # Only as long as the step runs: a search for hyperparameters makes a new accelerator for each trial.
         with (
+            self.window.closed_by_errors(),
             self.window.refusing_other_backwards(),
             Patches().answer(trainer.accelerator, "backward", self._backward),
         ):

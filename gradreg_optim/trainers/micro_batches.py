@@ -99,6 +99,16 @@ class Window:
         self._expected = "loss" if self.regularizes else ""
 
     @contextmanager
+    def closed_by_errors(self) -> Iterator[None]:
+        """Around a training step: the sum so far comes back at once, not when the next training begins."""
+        try:
+            yield
+        except BaseException:
+            if self.is_apart:
+                self.passes.close()
+            raise
+
+    @contextmanager
     def reduced_by_engine(self) -> Iterator[None]:
         """Around a backward: DeepSpeed takes each micro-batch for the last one of a window."""
         state: Any = self._trainer.accelerator.gradient_state

@@ -9,7 +9,7 @@ import pytest
 import torch
 import trl
 from trainer_kinds import ELSEWHERE, KINDS, NOT_RUN, build_kind, find
-from trainers import AT_THETA, REAL, assert_same, own_figures, penalties, weights
+from trainers import AT_THETA, OF_MICRO_BATCHES, assert_same, own_figures, penalties, weights
 
 from gradreg_optim import attach
 
@@ -53,7 +53,7 @@ def test_trains(name, accumulation, tmp_path):
     assert len(penalties(at_theta, "second_pass_time")) == 2  # steps
     if accumulation == 1:  # a penalty takes the same way as the second pass at θ: once is enough
         return
-    real = trained(name, tmp_path, wrapped=REAL, gradient_accumulation_steps=accumulation)
+    real = trained(name, tmp_path, wrapped=OF_MICRO_BATCHES, gradient_accumulation_steps=accumulation)
     assert len(penalties(real, "penalty_ratio")) == 2
     assert min(penalties(real, "penalty_ratio")) > 0
     pairs = zip(real.model.parameters(), plain.model.parameters(), strict=True)
@@ -64,7 +64,7 @@ def test_trains(name, accumulation, tmp_path):
 @pytest.mark.parametrize("by", ["optimizers", "attach"])
 def test_refused(name, by, tmp_path):
     """A trainer that cannot be repeated raises at its first step, in one line, before a weight moves."""
-    trainer = build_kind(name, tmp_path, wrapped=REAL)
+    trainer = build_kind(name, tmp_path, wrapped=OF_MICRO_BATCHES)
     if by == "attach":
         attach(trainer)
     before = weights(trainer.model)
@@ -78,18 +78,18 @@ def test_refused(name, by, tmp_path):
 @installed(WHOLE)
 def test_whole_steps_need_no_attach(name, tmp_path):
     """Given as ``optimizers=`` alone, the wrapper regularizes from the first step."""
-    trainer = build_kind(name, tmp_path, wrapped=REAL)
+    trainer = build_kind(name, tmp_path, wrapped=OF_MICRO_BATCHES)
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert logged
-    assert all(entry["grad_reg/strength"] == REAL["strength"] for entry in logged)
+    assert all(entry["grad_reg/strength"] == OF_MICRO_BATCHES["strength"] for entry in logged)
 
 
 @installed(WHOLE)
 def test_whole_steps_generate_and_score_once(name, tmp_path):
     """The second pass asks neither for completions nor for the opinion of judge or reward function."""
     counts = []
-    for wrapped in (None, REAL):
+    for wrapped in (None, OF_MICRO_BATCHES):
         trainer = build_kind(name, tmp_path, wrapped=wrapped, gradient_accumulation_steps=2)
         if wrapped:
             attach(trainer)

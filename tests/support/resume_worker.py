@@ -6,13 +6,13 @@ import warnings
 
 import torch
 from trainer_engine_worker import engine, make, numbers, whole_weights
-from trainers import REAL, Spy, adamw, llama
+from trainers import OF_MICRO_BATCHES, Spy, adamw, llama
 
 from gradreg_optim.trainers.adoption import find_wrapper
 
 SCHEDULED = {
-    "optimizers": {**REAL, "warmup_steps": 1, "schedule": "linear"},
-    "attach": {**REAL, "schedule": "linear"},
+    "optimizers": {**OF_MICRO_BATCHES, "warmup_steps": 1, "schedule": "linear"},
+    "attach": {**OF_MICRO_BATCHES, "schedule": "linear"},
 }
 RUN = {"max_steps": 4, "learning_rate": 1e-2, "lr_scheduler_type": "linear", "gradient_accumulation_steps": 2}
 SAVING = {"save_strategy": "steps", "save_steps": 2}

@@ -18,7 +18,7 @@ import torch
 import transformers.trainer
 import trl
 from test_trainer_update import LOSSES, completion_log_probabilities, distance, formula, norm, trained
-from trainers import REAL, assert_same, build, penalties, weights
+from trainers import OF_MICRO_BATCHES, REAL, assert_same, build, penalties, weights
 
 OLD = trl.__version__ < "1"
 FUSED = {"grpo": "LigerFusedLinearGRPOLoss", "dpo": "LigerFusedLinearDPOLoss"}
@@ -76,7 +76,7 @@ def grpo_liger_loss(model, window):
     for inputs in window:
         log_p, mask = completion_log_probabilities(model, inputs)
         losses.append(-(log_p * mask * inputs["advantages"][:, None]).sum() / mask.sum())
-    return sum(losses) / len(losses)
+    return [loss / len(losses) for loss in losses]
 
 
 def regularized_by_the_formula(kind, folder, monkeypatch, accumulation):
@@ -171,9 +171,9 @@ any_device = pytest.mark.skipif(OLD, reason="trl 0.27 offloads activations of de
 def test_activations_are_offloaded_in_both_passes(kind, accumulation, tmp_path, offloading):
     """The weights are those without offloading, bit for bit, and the second pass offloads as much as the first."""
     settings = {"gradient_accumulation_steps": accumulation}
-    kept = offloading.train(kind, tmp_path, wrapped=REAL, **settings)
+    kept = offloading.train(kind, tmp_path, wrapped=OF_MICRO_BATCHES, **settings)
     assert offloading.contexts == []
-    offloaded = offloading.train(kind, tmp_path, wrapped=REAL, activation_offloading=True, **settings)
+    offloaded = offloading.train(kind, tmp_path, wrapped=OF_MICRO_BATCHES, activation_offloading=True, **settings)
     offloading.train(kind, tmp_path, activation_offloading=True, **settings)
     assert_same(weights(offloaded.model), weights(kept.model))
     assert penalties(offloaded, "penalty_ratio") == penalties(kept, "penalty_ratio")
@@ -189,7 +189,7 @@ def test_activations_that_come_back_are_freed_in_both_passes(accumulation, tmp_p
     offloading.streams = True
     settings = {"gradient_accumulation_steps": accumulation, "activation_offloading": True, "max_steps": 1}
     offloading.train("sft", tmp_path, **settings)
-    offloading.train("sft", tmp_path, wrapped=REAL, **settings)
+    offloading.train("sft", tmp_path, wrapped=OF_MICRO_BATCHES, **settings)
     plain, regularized = offloading.contexts
     assert len(regularized.stashed) == 2 * len(plain.stashed)
     assert max(regularized.stashed) == max(plain.stashed)

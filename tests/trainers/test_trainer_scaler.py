@@ -2,19 +2,19 @@
 
 import pytest
 import torch
-from trainers import REAL, Spy, assert_same, build, penalties, weights
+from trainers import OF_MICRO_BATCHES, Spy, assert_same, build, penalties, weights
 
 from gradreg_optim import attach, detach
 
 
 def scaled(folder, scale, *, by="optimizers", **arguments):
     """A trainer under a scaler that grows every second step; the penalty comes with the optimizer or by attach()."""
-    trainer = build("sft", folder, wrapped=REAL if by == "optimizers" else None, **arguments)
+    trainer = build("sft", folder, wrapped=OF_MICRO_BATCHES if by == "optimizers" else None, **arguments)
     scaler = trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2)
     # What Accelerate does before it clips, on devices that it lets compute in fp16.
     trainer.accelerator.unscale_gradients = lambda: scaler.unscale_(trainer.optimizer.optimizer)
     if by == "attach":
-        attach(trainer, **REAL)
+        attach(trainer, **OF_MICRO_BATCHES)
     return trainer
 
 
@@ -24,7 +24,7 @@ def test_scale_cancels(by, max_grad_norm, tmp_path):
     """A power of two that scales both gradients changes neither weights nor figures, clipped by the trainer or not."""
     results, figures = [], []
     for trainer in (
-        build("sft", tmp_path, wrapped=REAL, gradient_accumulation_steps=2, max_grad_norm=max_grad_norm),
+        build("sft", tmp_path, wrapped=OF_MICRO_BATCHES, gradient_accumulation_steps=2, max_grad_norm=max_grad_norm),
         scaled(tmp_path, 1024.0, by=by, gradient_accumulation_steps=2, max_grad_norm=max_grad_norm),
     ):
         trainer.train()
@@ -55,7 +55,7 @@ def test_attached_to_a_scaled_optimizer_that_exists(tmp_path):
     """Attached after a training, the wrapper's own step is what the scaler calls; detached, the base's is again."""
     trainer = scaled(tmp_path, 1024.0, by="nothing", max_steps=2)
     trainer.train()
-    attach(trainer, **REAL)
+    attach(trainer, **OF_MICRO_BATCHES)
     trainer.train()
     wrapper = trainer._gradreg_attachment.optimizer
     assert wrapper.step_count == 2
