@@ -82,6 +82,10 @@ def _settings(gradreg: Mapping[str, Any] | None) -> dict[str, Any]:
         )
     given = dict(gradreg or {})
     is_published = given.pop("published", False)
+    if not isinstance(is_published, bool):
+        raise ValueError(
+            f"gradreg has published={shown(is_published)}: it must be true or false. Write no text."
+        )
     check_names("gradreg", map(str, given))
     given = {name: from_text(value, _KINDS.get(name)) for name, value in given.items()}
     return {**(published(given) if is_published else {}), **given}

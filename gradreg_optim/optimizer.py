@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from gradreg_optim.core.local import LocalStorage
@@ -215,9 +215,9 @@ class GradRegOptimizer(OptimizerWrapper):
 
         In a pass over a micro-batch that is its gradient; between two of them the step begins again.
         """
-        if not self.progress.is_under_way:
+        if self.progress.outcomes and not self.progress.is_under_way:
             self.progress.outcomes.clear()
-        super().zero_grad(set_to_none)
+        self.optimizer.zero_grad(set_to_none)
 
     def passes(self, micro_batches: int = 1) -> Iterator[Point]:
         """The passes of one step, for loops that cannot hand over a closure.
@@ -256,7 +256,7 @@ class GradRegOptimizer(OptimizerWrapper):
         check_resample(self.resample)
         self.progress.abandon()
         done = len(self.progress.outcomes)
-        is_whole = marks_of_gradients(self.param_groups) == self.progress.marks
+        is_whole = not done or marks_of_gradients(self.param_groups) == self.progress.marks
         check_micro_batches(micro_batches, done, self.progress.micro_batches, self.norm_of, is_whole)
         if self.progress.is_complete and self._scaler is None:  # a scaler skips steps
             self.witnesses.tell(
@@ -265,9 +265,8 @@ class GradRegOptimizer(OptimizerWrapper):
                 "a step of the optimizer inside, or none, after the loop over passes()",
                 "call step() of the wrapper, once after each loop over passes()",
             )
-        self.progress.is_complete = False
         passes = self.begin(completes=True, micro_batches=micro_batches, is_apart=micro_batches > 1)
-        self.progress.passes = weakref.ref(passes)
+        self.progress.passes, self.progress.is_complete = weakref.ref(passes), False
         return passes
 
     def begin(
@@ -297,10 +296,9 @@ class GradRegOptimizer(OptimizerWrapper):
         storage, plan = self.storage(part), self.plan()
         self.progress.is_checked = plan.is_checked if part.number == 0 else self.progress.is_checked
         if part.number and plan.points:  # one check a step, and other rounding errors in each
-            points, seed = plan.scheme.points, (plan.step + part.number * SEEDS) % OF_SEEDS
-            plan = replace(plan, points=points, step=seed)
-        is_parallel = distributed.is_available() and distributed.is_initialized()
-        if is_parallel and plan.points and not self.progress.is_proven:
+            seed = (plan.step + part.number * SEEDS) % OF_SEEDS
+            plan = replace(plan, points=plan.scheme.points, step=seed)
+        if plan.points and not self.progress.is_proven:
             check_engines(self.param_groups)
         self._module_state.own(p for group in self._groups_with_names() for p in group["params"])
         losses = self._losses.begun(self._module_state.modules, self._replicas.waiting)
@@ -311,19 +309,21 @@ class GradRegOptimizer(OptimizerWrapper):
             self._remember(outcome)
             self.progress.is_proven = self.progress.is_proven or outcome.symptoms is not None
             outcomes.append(outcome)
-            self.progress.marks = [] if part.is_last else marks_of_gradients(self.param_groups)
-            if part.is_last:
-                if plan.points:
-                    is_read = plan.is_low is None or self.progress.is_checked
-                    agree(self.param_groups, self._replicas, is_read=is_read)
-                self._replicas.reduce()
-                self.note(averaged(outcomes))
-                outcomes.clear()
-                if plan.points and plan.settling is not None:
-                    settle_groups(self.param_groups)
+            if len(outcomes) < micro_batches:
+                self.progress.marks = marks_of_gradients(self.param_groups)
+                return
+            if self._replicas.waiting and plan.points:
+                is_read = plan.is_low is None or self.progress.is_checked
+                agree(self.param_groups, self._replicas, is_read=is_read)
+            self._replicas.reduce()
+            self.note(outcome if micro_batches == 1 else averaged(outcomes))
+            outcomes.clear()
+            if plan.points and plan.settling is not None:
+                settle_groups(self.param_groups)
+            if self._clips.pending:
                 self._clips.apply(self._clips.pending)
-                if completes:
-                    self._end_loop()
+            if completes:
+                self._end_loop()
 
         return Passes(plan, storage, losses, around, end, part)
 

@@ -21,15 +21,7 @@ from gradreg_optim.core.foreign import (
 )
 from gradreg_optim.core.replicas import WHOLE, Part
 from gradreg_optim.core.step import FirstGradient, Gradients, GroupGradients, Scalar
-from gradreg_optim.core.tensors import (
-    aligned,
-    detached_from_bucket,
-    device_mesh,
-    differ,
-    is_counted,
-    real,
-    require_dense,
-)
+from gradreg_optim.core.tensors import aligned, device_mesh, differ, is_counted, require_dense
 
 if TYPE_CHECKING:
     pass
@@ -350,3 +342,25 @@ class LocalStorage:
         for group in self._mesh.get_all_groups():
             torch.distributed.all_reduce(total, group=group)
         return total
+
+
+def detached_from_bucket(gradient: Tensor | None) -> Tensor | None:
+    """The gradient itself, or a copy if the second pass would overwrite it."""
+    if gradient is None or gradient.layout != torch.strided:
+        return gradient
+    local = local_shard(gradient)
+    # A view into a larger buffer, such as a bucket of DistributedDataParallel, which the next
+    # backward fills again.
+    shared = local.untyped_storage().nbytes() > local.numel() * local.element_size()
+    return gradient.clone() if shared else gradient
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def real(tensor: Tensor) -> Tensor:
+    """A view of ``tensor`` for the arithmetic: local, with one element for each real number."""
+    local = local_shard(tensor.detach())
+    return torch.view_as_real(local) if local.is_complex() else local

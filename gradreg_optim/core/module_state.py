@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from gradreg_optim.core.local import detached_from_bucket, local_shard
 from gradreg_optim.core.multi_tensor import sampled
-from gradreg_optim.core.tensors import detached_from_bucket, differ, local_shard
+from gradreg_optim.core.tensors import differ
 
 SMALL = 2**20
 """Bytes up to which a frozen parameter is copied before it is known to move; of larger ones a sample is."""

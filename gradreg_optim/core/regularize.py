@@ -80,7 +80,9 @@ def regularized(storage: Storage, plan: Plan, losses: Losses) -> Generator[Point
         storage.take_sum()  # and drop it: it is taken once more, at the weights as they are now
         yield Point.THETA
     first = storage.take(plan.strengths, plan.excluded)
-    first.figures["strength"] = first_strength(plan.strengths, plan.settling)
+    first.figures["strength"] = next(filter(None, plan.strengths))
+    if plan.settling is not None:
+        first.figures["strength"] = first_strength(plan.strengths, plan.settling)
     try:
         if not storage.has_gradient(first):
             storage.put_back(first)

@@ -104,11 +104,6 @@ class Part:
     may_be_empty: bool = False
     replicas: Replicas = field(default_factory=Replicas)
 
-    @property
-    def is_last(self) -> bool:
-        """Whether the step ends with it."""
-        return self.number == self.of - 1
-
 
 WHOLE = Part()
 """All of a step."""

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad
 
+from gradreg_optim.core.local import local_shard
 from gradreg_optim.core.module_state import ModuleState, OfOneOptimizer
 from gradreg_optim.core.step import Point
-from gradreg_optim.core.tensors import local_shard
 
 
 def same_start(

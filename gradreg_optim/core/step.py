@@ -152,8 +152,6 @@ class Outcome:
 
 def averaged(outcomes: Sequence[Outcome]) -> Outcome:
     """The outcome of a step whose micro-batches had these ``outcomes``: figures and symptoms are means."""
-    if len(outcomes) == 1:
-        return outcomes[0]
     names = {name: None for outcome in outcomes for name in outcome.figures}
     symptoms = [outcome.symptoms for outcome in outcomes if outcome.symptoms is not None]
     return Outcome(

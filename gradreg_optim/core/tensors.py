@@ -1,4 +1,4 @@
-"""Tensors as the arithmetic wants them: dense, local, real, and out of reach of the next backward."""
+"""Tensors that are compared bit by bit, refused for their layout, or spread over a device mesh (DTensor)."""
 
 from __future__ import annotations
 
@@ -34,28 +34,6 @@ def require_dense(gradient: Tensor, parameter: Tensor) -> Tensor:
     return gradient.resolve_conj()
 
 
-def detached_from_bucket(gradient: Tensor | None) -> Tensor | None:
-    """The gradient itself, or a copy if the second pass would overwrite it."""
-    if gradient is None or gradient.layout != torch.strided:
-        return gradient
-    local = local_shard(gradient)
-    # A view into a larger buffer, such as a bucket of DistributedDataParallel, which the next
-    # backward fills again.
-    shared = local.untyped_storage().nbytes() > local.numel() * local.element_size()
-    return gradient.clone() if shared else gradient
-
-
-def local_shard(tensor: Tensor) -> Tensor:
-    """This rank's shard of a DTensor; any other tensor as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def real(tensor: Tensor) -> Tensor:
-    """A view of ``tensor`` for the arithmetic: local, with one element for each real number."""
-    local = local_shard(tensor.detach())
-    return torch.view_as_real(local) if local.is_complex() else local
-
-
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -69,9 +47,6 @@ def differ(tensor: Tensor, before: Tensor) -> bool:
     )
     integer = _INTEGERS[now.element_size()]
     return bool((now.view(integer) != then.view(integer)).any())
-
-
-# Parameters that are spread over a device mesh (DTensor).
 
 
 def is_counted(parameter: Tensor, mesh: DeviceMesh) -> bool:

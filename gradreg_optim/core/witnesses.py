@@ -29,13 +29,13 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from gradreg_optim.core.local import local_shard
 from gradreg_optim.core.multi_tensor import inner
 from gradreg_optim.core.same_start import as_tuple, backward_replaced
 from gradreg_optim.core.schemes import ratio, stack_scalars
 from gradreg_optim.core.step import Figure, FirstGradient, Outcome, Scalar, computed
 from gradreg_optim.core.storage import Storage
 from gradreg_optim.core.strength import AIM
-from gradreg_optim.core.tensors import local_shard
 
 FAR, FAR_IF_LOW = 0.25, 1.0
 """Alarming distance of ``loss_check`` from 1, beyond 8 spacings of the loss; low precision is noisier."""

@@ -173,7 +173,7 @@ def agree(groups: list[Group], replicas: Replicas, *, is_read: bool) -> None:
     """
     keys = FOUND_KEYS[:3]
     found = [groups[0][key] for key in keys]
-    if not replicas.waiting or not (is_read or found[2] is not None):
+    if not (is_read or found[2] is not None):
         return
     numbers = [*(value or 0.0 for value in found), *(float(value is not None) for value in found)]
     sums, counts = replicas.sum(stack_scalars(numbers)).view(2, -1)

@@ -135,10 +135,6 @@ class OptimizerWrapper(Optimizer):
                 return value
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients of all parameters, as the wrapped optimizer does."""
-        self.optimizer.zero_grad(set_to_none)
-
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute, which a setting is not."""
         if name in PLACES:

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gradreg_optim.core.local import detached_from_bucket
 from gradreg_optim.core.step import FirstGradient
-from gradreg_optim.core.tensors import detached_from_bucket
 from gradreg_optim.zero.storage import Fragment, Partitions
 
 PRIVATE = (

@@ -22,7 +22,7 @@ from gradreg_optim.core.step import Point
 from gradreg_optim.core.storage import Storage
 from gradreg_optim.optimizer import GradRegOptimizer
 from gradreg_optim.wrapping.groups import KEYS
-from gradreg_optim.wrapping.settings import Settings, check_names, settings_among
+from gradreg_optim.wrapping.settings import PUBLISHED, Settings, check_names, settings_among
 from gradreg_optim.wrapping.wrapper import OptimizerWrapper
 from gradreg_optim.zero.engines import HeldStep, accumulation_windows, check_engine
 from gradreg_optim.zero.gathered import BF16Partitions, Stage12Partitions
@@ -88,6 +88,8 @@ class ZeroGradRegOptimizer(GradRegOptimizer):
     def __init__(self, engine: DeepSpeedEngine, **settings: Unpack[Settings]) -> None:
         check_names(type(self).__name__, settings)
         for name in OF_ENGINE.intersection(settings):
+            if settings.get(name) == PUBLISHED.get(name, ()):  # which is what the engine does
+                continue
             raise TypeError(
                 f"{type(self).__name__} got {name!r}, which the engine decides: it has the model, the loss "
                 "scale and fp32 masters. Leave it out."

@@ -13,6 +13,11 @@ LENGTH = {"max_steps": STEPS + 2, "gradient_accumulation_steps": 2}
 LOSSES = ["grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo"]
 
 
+@pytest.fixture(autouse=True)
+def _heard(caplog):
+    caplog.set_level(logging.WARNING)
+
+
 def trained(kind, folder, **arguments):
     """A trainer that was attached with nothing chosen."""
     trainer = build(kind, folder, **{**LENGTH, **arguments})
@@ -37,7 +42,6 @@ def assert_settled(trainer, caplog):
 @every_kind
 def test_the_strength_settles(kind, tmp_path, caplog):
     """To the same number, bit for bit, in each run."""
-    caplog.set_level(logging.WARNING)
     trainer = trained(kind, tmp_path, learning_rate=1e-3)
     strength = assert_settled(trainer, caplog)
     again = trained(kind, tmp_path, learning_rate=1e-3)

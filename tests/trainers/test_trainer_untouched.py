@@ -7,7 +7,7 @@ import pytest
 import torch
 from trainers import (
     AT_THETA,
-    OF_MICRO_BATCHES,
+    REAL,
     Reward,
     Spy,
     assert_same,
@@ -90,7 +90,7 @@ def test_run_is_the_plain_one_bit_for_bit(case, settings):
 @every_case
 def test_first_step_does_not_know_the_penalty(case):
     """At a real strength the first step's own figures are the plain trainer's, but for the gradient norm."""
-    plain, regularized = plainly_trained(case), trained(case, wrapped=OF_MICRO_BATCHES)
+    plain, regularized = plainly_trained(case), trained(case, wrapped=REAL)
     first, expected = dict(regularized["figures"][0]), dict(plain["figures"][0])
     assert first.pop("grad_norm") != expected.pop("grad_norm")
     assert first == expected
@@ -101,7 +101,7 @@ def test_first_step_does_not_know_the_penalty(case):
 @needs_adaptive_entropy
 def test_adaptive_entropy_coefficient_moves_once_a_step():
     """Three steps move GRPO's coefficient by three times its delta, although the loss that moves it runs six times."""
-    figures = trained("grpo-entropy", wrapped=OF_MICRO_BATCHES)["figures"]
+    figures = trained("grpo-entropy", wrapped=REAL)["figures"]
     assert [entry["entropy_coef"] for entry in figures if "entropy_coef" in entry] == pytest.approx(
         [0.01, 0.02, 0.03]
     )  # sums
@@ -136,7 +136,7 @@ def test_state_of_a_loss_moves_once(tmp_path):
 def test_completions_are_generated_and_rewarded_once(kind, tmp_path):
     """The second pass asks neither the model for completions nor the reward function for rewards."""
     reward, model = Reward(), llama()
-    trainer = build(kind, tmp_path, model=model, wrapped=OF_MICRO_BATCHES, reward=reward, gradient_accumulation_steps=2)
+    trainer = build(kind, tmp_path, model=model, wrapped=REAL, reward=reward, gradient_accumulation_steps=2)
     generations, generate = [], model.generate
     model.generate = lambda *args, **kwargs: generations.append(1) or generate(*args, **kwargs)
     spy = Spy(trainer)
@@ -155,7 +155,7 @@ def test_recorded_inputs_are_references(kind, tmp_path):
         def on_pre_optimizer_step(self, *_, **__):
             recorded.append((len(trainer._gradreg_attachment.window.micro_batches), trainer.accelerator.sync_gradients))
 
-    trainer = build(kind, tmp_path, wrapped=OF_MICRO_BATCHES, gradient_accumulation_steps=2, max_steps=1, callbacks=[Look()])
+    trainer = build(kind, tmp_path, wrapped=REAL, gradient_accumulation_steps=2, max_steps=1, callbacks=[Look()])
     spy = Spy(trainer)
     trainer.train()
     assert spy.addresses == spy.addresses[:2] * first_passes(kind)
