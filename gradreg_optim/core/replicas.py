@@ -24,10 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class Replicas:
-    """The modules whose reduction waits; none until one has run in a pass."""
+    """The modules that have run in a pass without a reduction, and whether they would have made one."""
 
     def __init__(self) -> None:
-        self.waiting: dict[DistributedDataParallel, None] = {}
+        self.waiting: dict[DistributedDataParallel, bool] = {}
 
     def __reduce__(self) -> Any:
         """A copy of the optimizer has replicas of its own."""
@@ -35,7 +35,7 @@ class Replicas:
 
     @contextmanager
     def unreduced(self) -> Iterator[None]:
-        """Around a pass: DistributedDataParallel does not reduce, FSDP2 does."""
+        """Around a pass: FSDP2 reduces, and DistributedDataParallel only where it has to."""
         if not distributed.is_available() or not distributed.is_initialized():
             yield
             return
@@ -44,9 +44,13 @@ class Replicas:
             def hold(module: nn.Module, _inputs: object) -> None:
                 if isinstance(module, FSDPModule):
                     module.set_requires_gradient_sync(True)
-                elif isinstance(module, DistributedDataParallel) and can_wait(module):
-                    stack.enter_context(module.no_sync())
-                    self.waiting[module] = None
+                elif isinstance(module, DistributedDataParallel):
+                    # A loop or a trainer may have switched the reduction off, but for the last micro-batch.
+                    reduces, waits = module.require_backward_grad_sync, can_wait(module)
+                    stack.callback(setattr, module, "require_backward_grad_sync", reduces)
+                    module.require_backward_grad_sync = not waits
+                    if waits:
+                        self.waiting[module] = reduces or self.waiting.get(module, False)
 
             stack.callback(register_module_forward_pre_hook(hold).remove)
             yield
@@ -64,7 +68,7 @@ class Replicas:
         A parameter that no rank has reached keeps no gradient; if DistributedDataParallel looks for such
         (``find_unused_parameters``), it costs one all_reduce of a byte a parameter, as in a plain step.
         """
-        for module in self.waiting:
+        for module in (module for module, would_reduce in self.waiting.items() if would_reduce):
             names = module.module.named_parameters()
             parameters = [
                 p for name, p in names if p.requires_grad and name not in module.parameters_to_ignore
@@ -110,10 +114,10 @@ WHOLE = Part()
 
 
 def can_wait(module: DistributedDataParallel) -> bool:
-    """Whether ``module`` would reduce, and need not.
+    """Whether ``module`` need not reduce in each pass.
 
     With SyncBatchNorm a pass needs all ranks, so that all have to take the same ones. A static graph is
     recorded in a first iteration that reduces.
     """
     has_common_batches = any(isinstance(part, nn.SyncBatchNorm) for part in module.modules())
-    return module.require_backward_grad_sync and not module.static_graph and not has_common_batches
+    return not module.static_graph and not has_common_batches

@@ -47,7 +47,7 @@ def gradients(model):
     return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
 
 
-def ddp_case(kwargs, kind=network, by_closure=False):
+def ddp_case(kwargs, kind=network, by_closure=False, by_hand=False):
     """The combined gradient, what the reducer sent in it and in a plain step, and how often ranks met otherwise."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
     from torch.nn.parallel import DistributedDataParallel
@@ -71,7 +71,10 @@ def ddp_case(kwargs, kind=network, by_closure=False):
                 lambda: (optimizer.zero_grad(), (model(inputs).squeeze(1) - targets).square().mean().backward())[1]
             )
         else:
-            accumulate(model, optimizer, inputs, targets)
+            # With no_sync() for all but the last micro-batch, as loops have it, or without.
+            around = lambda number: by_hand and setattr(model, "require_backward_grad_sync", number == COUNT - 1)  # noqa: E731
+            accumulate(model, optimizer, inputs, targets, around)
+            assert abs(float(optimizer.metrics["loss_check"]) - 1) < 0.01
             optimizer.step()
         found.append(gradients(model))
     regularized = sum(sent)
@@ -99,11 +102,12 @@ def own_norms(model, count):
     return [sum(tensors) / len(found) for tensors in zip(*found, strict=True)]
 
 
+@pytest.mark.parametrize("by_hand", [False, True], ids=["", "no_sync"])
 @pytest.mark.parametrize("kwargs", [{}, {"gradient_as_bucket_view": True}, {"find_unused_parameters": True}], ids=str)
-def test_ddp_takes_the_norm_of_a_rank(pair, kwargs):
+def test_ddp_takes_the_norm_of_a_rank(pair, kwargs, by_hand):
     """And sends what a plain step sends, once, through the model's own hook; nothing else in full precision."""
     expected = own_norms(network(), COUNT)
-    for found, (regularized, plain), met in pair.run(ddp_case, kwargs):
+    for found, (regularized, plain), met in pair.run(ddp_case, kwargs, by_hand=by_hand):
         for step in found:
             torch.testing.assert_close(step, expected, rtol=1e-10, atol=1e-13)
         assert regularized == plain > 0
@@ -146,6 +150,7 @@ def settling_case():
     for step in range(STEPS + 1):
         scale = float("inf") if step == 3 and dist.get_rank() == 1 else 1.0
         for number, (x, y) in enumerate(parts(inputs, targets)):
+            model.require_backward_grad_sync = number == COUNT - 1
             for _ in optimizer.passes(micro_batches=COUNT):
                 optimizer.zero_grad()
                 loss = (model(x).squeeze(1) - y).square().mean() / COUNT
@@ -211,6 +216,8 @@ def all_ranks_case(kind):
     def around(number):
         if kind == "fsdp2":  # as loops do that accumulate; it does not count here
             model.set_requires_gradient_sync(number == COUNT - 1)
+        elif number:  # a static graph needs its first reduction
+            model.require_backward_grad_sync = number == COUNT - 1
 
     for _ in range(2):
         accumulate(model, optimizer, inputs, targets, around)
