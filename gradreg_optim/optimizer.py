@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from gradreg_optim.core.local import LocalStorage
 from gradreg_optim.core.module_state import ModuleState
 from gradreg_optim.core.plan import Plan
-from gradreg_optim.core.replicas import Part, Replicas
+from gradreg_optim.core.replicas import Part, Replicas, has_ranks
 from gradreg_optim.core.same_start import Clearing, HeldClips, same_start
 from gradreg_optim.core.step import Figure, Outcome, Point, Scalar, averaged, computed
 from gradreg_optim.core.storage import Storage
@@ -298,7 +298,7 @@ class GradRegOptimizer(OptimizerWrapper):
         if part.number and plan.points:  # one check a step, and other rounding errors in each
             seed = (plan.step + part.number * SEEDS) % OF_SEEDS
             plan = replace(plan, points=plan.scheme.points, step=seed)
-        if plan.points and not self.progress.is_proven:
+        if plan.points and not self.progress.is_proven and has_ranks():
             check_engines(self.param_groups)
         self._module_state.own(p for group in self._groups_with_names() for p in group["params"])
         losses = self._losses.begun(self._module_state.modules, self._replicas.waiting)

@@ -36,7 +36,7 @@ class Replicas:
     @contextmanager
     def unreduced(self) -> Iterator[None]:
         """Around a pass: FSDP2 reduces, and DistributedDataParallel only where it has to."""
-        if not distributed.is_available() or not distributed.is_initialized():
+        if not has_ranks():
             yield
             return
         with ExitStack() as stack:
@@ -111,6 +111,11 @@ class Part:
 
 WHOLE = Part()
 """All of a step."""
+
+
+def has_ranks() -> bool:
+    """Whether processes work together."""
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def can_wait(module: DistributedDataParallel) -> bool:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -155,8 +155,6 @@ def _needs_closure(optimizer: Optimizer) -> bool:
 
 def check_engines(groups: list[dict[str, Any]]) -> None:
     """Refuse engines that hold the parameters of ``groups`` and would make a step wrong without an error."""
-    if not distributed.is_available() or not distributed.is_initialized():
-        return
     parameters = {id(parameter): parameter for group in groups for parameter in group["params"]}
     if any(getattr(parameter, "_fsdp_flattened", False) for parameter in parameters.values()):
         # Private, and imported already by whoever flattened the parameters: nothing on them says
