@@ -13,9 +13,9 @@ The arms are those of :mod:`benchmarks.hacking.arms`. In the full study each fam
 settings, which run on seeds that are not reported. The setting with the highest final gold is run again with
 factors on the learning rate, and the best of those runs on the reported seeds.
 
-The small study is one case, :data:`CASE`: a verifier with a loophole and 256 answers a step. It compares the
-plain run with the KL penalty that was tuned for it, and with GR of the whole step and of micro-batches of 64,
-where nothing else is chosen: ``attach(trainer)``.
+The small study is one case: a verifier with a loophole and 256 answers a step. It compares the plain run
+with the KL penalty that was tuned for it; with GR of the whole step and of micro-batches of 64, both at the
+strength that was best with 64 answers; and with what ``attach(trainer)`` does where nothing is chosen.
 
 Two other rewards can be hacked (:mod:`benchmarks.hacking.rewards`). ``--reward judge`` adds a format and a
 grade, as LLM judges give them. ``--reward loophole`` is a verifier that is right, except for answers that

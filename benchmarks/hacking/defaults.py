@@ -4,7 +4,7 @@
     python -m benchmarks.hacking.defaults --aim 0.7   # as if strength="auto" aimed at another ratio
     python -m benchmarks.hacking.defaults --report    # runs nothing: writes the tables of what is there
 
-Behind the loophole GR stands alone. With the learned reward it stands on a KL penalty, as tuned for
+Behind the loophole GR stands alone. With the learned reward it stands on a KL penalty, β 0.2 as tuned for
 :mod:`benchmarks.hacking.kl_and_gr`, and is compared with that penalty alone. Both have 64 or 256 answers a
 step, in micro-batches of 64. Each run is a line of ``--output``/result.jsonl, and a run that is there is not
 repeated. Tables replace the part of result.md between its marks.
@@ -21,7 +21,7 @@ from statistics import fmean
 
 from benchmarks.common.results import RESULTS
 from benchmarks.common.tables import markdown_table
-from benchmarks.hacking.arms import CASE, MICRO_BATCH, Arm, Run, nothing_chosen
+from benchmarks.hacking.arms import MICRO_BATCH, WHOLE, Arm, Run, nothing_chosen
 from benchmarks.hacking.kl_and_gr import Laboratory
 from benchmarks.hacking.kl_and_gr_tables import TITLES, grouped, name, spread
 from benchmarks.hacking.report import rewrite
@@ -47,7 +47,8 @@ CELLS: Cells = (
     ("learned", 64, [nothing_chosen(beta=0.2), kl_alone(0.2)]),
     ("learned", 256, [nothing_chosen(beta=0.2), kl_alone(0.2)]),
     ("learned", 64, [nothing_chosen(beta=0.3), kl_alone(0.3)]),
-    ("loophole", 256, list(CASE.values())),
+    ("learned", 64, [nothing_chosen()]),
+    ("loophole", 256, [WHOLE]),
 )
 """What matters most first."""
 
