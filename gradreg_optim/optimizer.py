@@ -288,7 +288,7 @@ class GradRegOptimizer(OptimizerWrapper):
         part = Part(
             len(outcomes),
             micro_batches,
-            is_apart or self.norm_of == "micro_batch",
+            is_apart or (self.norm_of == "micro_batch" and self._attachment is None),
             may_be_empty=len(outcomes) < micro_batches - 1 or not all(o.is_empty for o in outcomes),
             replicas=self._replicas,
         )

@@ -1,7 +1,7 @@
 """Does GR hold with nothing chosen, as ``attach(trainer)`` has it, where its settings were tuned before?
 
     python -m benchmarks.hacking.defaults             # an hour on one core; what was stopped continues
-    python -m benchmarks.hacking.defaults --aim 0.7   # as if strength="auto" aimed at another ratio
+    python -m benchmarks.hacking.defaults --aim 1     # as if strength="auto" aimed at another ratio
     python -m benchmarks.hacking.defaults --report    # runs nothing: writes the tables of what is there
 
 Behind the loophole GR stands alone. With the learned reward it stands on a KL penalty, β 0.2 as tuned for

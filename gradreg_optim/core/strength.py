@@ -1,15 +1,17 @@
-"""``strength="auto"``: the γ at which the penalty is as long as the gradient, on average over ten steps.
+"""``strength="auto"``: the γ at which the penalty has a given length beside the gradient, over ten steps.
 
 In each of the first ``STEPS`` regularized steps
 
     γ = AIM / mean of u        u = ‖Δ‖/(ε·‖g1‖)
 
 where u is the length of the penalty, relative to g1, for each unit of γ. The mean is over the gradients so
-far, the present one included. Then γ stays: a penalty that is as long as g1 in *every* step protects from
+far, the present one included. Then γ stays: a penalty of the same ratio in *every* step protects from
 nothing, because the steps that matter are those in which it is large.
 
 Nine settings of γ that were tuned by hand had mean ratios of 0.33 to 0.67 in the first steps, and of 1 to 2
-without a KL penalty against a learned reward. Three times more did little harm.
+without a KL penalty against a learned reward. Three times more did little harm. With 0.7 the laboratory of
+reward hacking met all its bars, with 1 all but one
+(benchmarks/results/2026-12-01-defaults-in-the-laboratory).
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from gradreg_optim.core.step import Difference, FirstGradient, Scalar
 from gradreg_optim.core.storage import Storage
 
 STEPS = 10
-AIM = 1.0
+AIM = 0.7
 SIGNAL = 0.5
 """Share of signal below which a difference is rounding noise, which says nothing about γ."""
 

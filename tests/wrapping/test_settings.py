@@ -269,7 +269,7 @@ def ratios(steps, strength, **settings):
 @pytest.mark.parametrize(
     ("strength", "words"),
     [
-        (5.0, r"over 20 steps the penalty was 30.1 times as long as the gradient.*multiply strength by 0.03"),
+        (5.0, r"over 20 steps the penalty was 30.1 times as long as the gradient.*multiply strength by 0.02"),
         (1e-3, "it changes next to nothing.*raise strength"),
     ],
 )
