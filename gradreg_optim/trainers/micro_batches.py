@@ -209,7 +209,7 @@ class Window:
                         yield micro_batch
             if is_first:
                 state.end()
-        self.is_regularized = self.is_complete
+        self.is_regularized = self.is_complete and not self._optimizer.progress.outcomes
 
     @contextmanager
     def _prepared(self, modules: AbstractContextManager[None]) -> Iterator[Patches]:

@@ -80,22 +80,25 @@ def wrapper_of(engine, device):
 
 
 def torch_engine(device, engine, drive):
-    """On the rank: three steps in float64, by a closure or by ``passes()``."""
+    """On the rank: three steps in float64, by a closure or by ``passes()``, perhaps in two equal micro-batches."""
     prepare(device)
     layer, inputs, targets = problem(device)
     model = wrapper_of(engine, device)(layer.double())
     optimizer = GradRegOptimizer(torch.optim.SGD(model.parameters(), lr=RATE), **SETTINGS)
 
+    count = 2 if drive == "micro-batches" else 1
+
     def closure():
         optimizer.zero_grad()
-        loss = (model(inputs.double()) - targets.double()).square().mean()
+        loss = (model(inputs.double()) - targets.double()).square().mean() / count
         loss.backward()
         return loss
 
     for _ in range(STEPS):
-        if drive == "passes":
-            for _ in optimizer.passes():
-                closure()
+        if drive != "closure":
+            for _ in range(count):
+                for _ in optimizer.passes(micro_batches=count):
+                    closure()
             optimizer.step()
         else:
             optimizer.step(closure)
@@ -104,8 +107,8 @@ def torch_engine(device, engine, drive):
     assert_close(whole, 1e-12)
 
 
-def zero_engine(device, stage, precision, offload):
-    """On the rank: three steps of a DeepSpeed engine; its masters are compared."""
+def zero_engine(device, stage, precision, offload, count=1):
+    """On the rank: three steps of a DeepSpeed engine, in equal micro-batches; its masters are compared."""
     prepare(device)
     import deepspeed
     from deepspeed.utils import logger, safe_get_full_fp32_param
@@ -132,22 +135,28 @@ def zero_engine(device, stage, precision, offload):
     dtype = next(engine.module.parameters()).dtype
 
     def closure():
-        loss = (engine(inputs.to(dtype)).float() - targets).square().mean()
+        loss = (engine(inputs.to(dtype)).float() - targets).square().mean() / count
         engine.backward(loss)
         engine.step()
         return loss
 
     for _ in range(STEPS):
-        optimizer.step(closure)
+        if count == 1:
+            optimizer.step(closure)
+            continue
+        for _ in range(count):
+            for _ in optimizer.passes(micro_batches=count):
+                closure()
+        optimizer.step()
     masters = [safe_get_full_fp32_param(parameter).detach().clone() for parameter in engine.module.parameters()]
     engine.destroy()
     assert_close(masters, TOLERANCES[precision])
 
 
-DRIVEN = [*itertools.product(("DDP", "FSDP2"), ("closure", "passes"))]
+DRIVEN = [*itertools.product(("DDP", "FSDP2"), ("closure", "passes", "micro-batches"))]
 
 
-@on_devices("engine", "drive", cpu=[("DDP", "passes"), ("FSDP2", "closure")], cuda=DRIVEN)
+@on_devices("engine", "drive", cpu=[("DDP", "micro-batches"), ("FSDP2", "closure")], cuda=DRIVEN)
 def test_torch_engines(rank, device, engine, drive):
     """The weights are those of the closed form, in float64."""
     rank.run(torch_engine, device, engine, drive)
@@ -157,10 +166,11 @@ def test_torch_engines(rank, device, engine, drive):
     "stage",
     "precision",
     "offload",
-    cpu=[(2, "fp32", False)],
-    cuda=itertools.product((1, 2, 3), TOLERANCES, (False, True)),
+    "count",
+    cpu=[(2, "fp32", False, 2)],
+    cuda=itertools.product((1, 2, 3), TOLERANCES, (False, True), (1, 2)),
 )
-def test_zero(rank, device, stage, precision, offload):
+def test_zero(rank, device, stage, precision, offload, count):
     """The masters are those of the closed form, within what the precision rounds."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
-    rank.run(zero_engine, device, stage, precision, offload)
+    rank.run(zero_engine, device, stage, precision, offload, count)
