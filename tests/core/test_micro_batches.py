@@ -1,5 +1,6 @@
 """The penalty of micro-batches, (γ/2)·(1/n)·Σ‖n·∇ℓ_i‖²: loops over ``passes(micro_batches=n)``."""
 
+import logging
 import math
 import warnings
 from contextlib import suppress
@@ -282,6 +283,7 @@ def ratio_of(parameters, loss, eps):
 @pytest.mark.parametrize("count", [1, 3])
 def test_the_strength_settles(count, read, monkeypatch, caplog):
     """γ is AIM over the mean ratio so far, the present one included; after ten steps it is a number that stays."""
+    caplog.set_level(logging.WARNING)
     if not read:
         leave_unread(monkeypatch)
     model, _ = regression()

@@ -612,6 +612,13 @@ CASES = {
         "must be a mapping",
         "gradreg={'strength': 0.3}",
     ),
+    "a text for a switch in gradreg": Case(
+        lambda: GradReg([], gradreg={"published": "false"}),
+        ValueError,
+        "published='false'",
+        "must be true or false",
+        "Write no text",
+    ),
     "a misspelt name in gradreg": Case(
         lambda: GradReg([], gradreg={"strenght": 0.1}),
         TypeError,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_trainer_scaler import scaled
 from test_trainer_update import FIRST_LABEL, Steps, distance, formula, norm, sft_loss, sgd, trained
-from trainers import REAL, Spy, assert_same, build, llama, penalties, weights
+from trainers import OF_MICRO_BATCHES, REAL, Spy, assert_same, build, llama, penalties, weights
 
 from gradreg_optim import attach, detach
 
@@ -56,7 +56,7 @@ def test_scaled_gradients_combine_alike(by, accumulation, tmp_path):
     spy = Spy(trainer)
     trainer.train()
     assert trainer.accelerator.scaler.get_scale() == 1024.0
-    expected, g1 = formula("sft", model, steps.weights[0], spy.inputs[:accumulation], **REAL)
+    expected, g1 = formula("sft", model, steps.weights[0], spy.inputs, **OF_MICRO_BATCHES)
     assert_update(steps.update(0), expected, g1, 2e-5)  # float32, as above
 
 
