@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +22,6 @@ from gradreg_optim.core.foreign import (
 from gradreg_optim.core.replicas import WHOLE, Part
 from gradreg_optim.core.step import FirstGradient, Gradients, GroupGradients, Scalar
 from gradreg_optim.core.tensors import aligned, device_mesh, differ, is_counted, require_dense
-
-if TYPE_CHECKING:
-    pass
-
 
 _Sum = dict[int, Tensor]
 """Gradients by the ``id`` of their parameter."""

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradreg_optim.core.local import detached_from_bucket, local_shard
 from gradreg_optim.core.multi_tensor import sampled
+from gradreg_optim.core.step import OfOneOptimizer
 from gradreg_optim.core.tensors import differ
 
 SMALL = 2**20
@@ -51,13 +52,6 @@ class _Value:
             return True
         now = sampled(self.tensor.detach()) if self.is_sample else self.tensor
         return is_new and self.before is not None and differ(now, self.before)
-
-
-class OfOneOptimizer:
-    """A copy of the optimizer begins with a new one."""
-
-    def __reduce__(self) -> Any:
-        return type(self), ()
 
 
 class ModuleState(OfOneOptimizer):

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -22,16 +21,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from gradreg_optim.core.step import OfOneOptimizer
 
-class Replicas:
+
+class Replicas(OfOneOptimizer):
     """The modules that have run in a pass without a reduction, and whether they would have made one."""
 
     def __init__(self) -> None:
         self.waiting: dict[DistributedDataParallel, bool] = {}
-
-    def __reduce__(self) -> Any:
-        """A copy of the optimizer has replicas of its own."""
-        return Replicas, ()
 
     @contextmanager
     def unreduced(self) -> Iterator[None]:

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad
 
 from gradreg_optim.core.local import local_shard
-from gradreg_optim.core.module_state import ModuleState, OfOneOptimizer
-from gradreg_optim.core.step import Point
+from gradreg_optim.core.module_state import ModuleState
+from gradreg_optim.core.step import OfOneOptimizer, Point
 
 
 def same_start(

@@ -39,6 +39,13 @@ class Point(Enum):
     """θ + ε·d̃, where d̃ is d with its elements in other places: as much rounding, and little curvature."""
 
 
+class OfOneOptimizer:
+    """A copy of the optimizer begins with a new one."""
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
+
+
 @dataclass
 class GroupGradients:
     """One parameter group's regularized tensors, and what is known about them so far.

@@ -33,7 +33,7 @@ from gradreg_optim.core.local import local_shard
 from gradreg_optim.core.multi_tensor import inner
 from gradreg_optim.core.same_start import as_tuple, backward_replaced
 from gradreg_optim.core.schemes import ratio, stack_scalars
-from gradreg_optim.core.step import Figure, FirstGradient, Outcome, Scalar, computed
+from gradreg_optim.core.step import Figure, FirstGradient, OfOneOptimizer, Outcome, Scalar, computed
 from gradreg_optim.core.storage import Storage
 from gradreg_optim.core.strength import AIM
 
@@ -50,7 +50,7 @@ UNREAD = 10
 """Steps after which symptoms are read at the latest."""
 
 
-class Losses:
+class Losses(OfOneOptimizer):
     """Records what the passes of a step differentiate: the arguments of ``backward``, or a closure's result.
 
     ``passes`` holds the losses of each pass of the step so far. ``is_integral``: whether the loss is the
@@ -65,10 +65,6 @@ class Losses:
         self._modules: Iterable[nn.Module] = ()
         self._waiting: Collection[nn.Module] = ()
         self.passes: list[list[Tensor]] = []
-
-    def __reduce__(self) -> Any:
-        """A copy of the optimizer has losses of its own."""
-        return Losses, ()
 
     def begun(self, modules: Iterable[nn.Module], waiting: Collection[nn.Module]) -> Losses:
         """Forget the last step; ``modules`` is the collection of those that will have run in this one.

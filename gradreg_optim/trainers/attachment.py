@@ -2,9 +2,9 @@
 
 A trainer calls ``optimizer.step()`` without a closure, after several micro-batches and its own gradient
 clipping. So an attachment replaces methods of the trainer. ``training_step`` begins a micro-batch,
-``compute_loss`` gets its *prepared* inputs, and ``accelerator.backward`` completes its gradient. After the
-last backward of the window of gradient accumulation, before the trainer clips, the recorded micro-batches run
-once more at θ'.
+``compute_loss`` gets its *prepared* inputs, and ``accelerator.backward`` completes its gradient. Then the
+micro-batch runs once more at θ'; for the norm of the whole step, all recorded ones do after the last backward
+of the window of gradient accumulation. Either is before the trainer clips.
 
 Relied upon (transformers 4.57 to 5.23): ``Trainer.training_step`` calls ``_prepare_inputs``, ``compute_loss``
 and ``accelerator.backward`` in this order; ``accelerator.sync_gradients`` marks the last micro-batch of a
@@ -46,9 +46,9 @@ REPEATED_IN = (1, 2, 10, 100)
 class Attachment(TrainerCallback):
     """Regularizes one trainer: records its micro-batches, repeats them at θ', and logs ``grad_reg/*``.
 
-    Memory: the inputs of the window. Time, besides the further passes: one forward of one micro-batch in the
-    steps of :data:`REPEATED_IN` and of checks, to see whether the loss is still the same one when it is
-    repeated.
+    Memory: the inputs of a micro-batch, or of the window. Time, besides the further passes: one forward of
+    one micro-batch in the steps of :data:`REPEATED_IN` and of checks, to see whether the loss is still the
+    same one when it is repeated.
     """
 
     def __init__(

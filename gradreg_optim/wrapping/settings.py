@@ -17,6 +17,7 @@ import torch
 from torch import distributed, nn
 
 from gradreg_optim.core.precision import AUTO
+from gradreg_optim.core.replicas import has_ranks
 from gradreg_optim.wrapping.schedule import NAMES, Schedule, ScheduleName
 
 Method = Literal["forward", "central"]
@@ -283,7 +284,7 @@ def check_names(where: str, names: Iterable[str]) -> None:
 
 def say(message: str) -> None:
     """Tell the user something that is no fault, in the log of the first rank."""
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank()):
+    if not (has_ranks() and distributed.get_rank()):
         logging.getLogger("gradreg_optim").warning(message)
 
 

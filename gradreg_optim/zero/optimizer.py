@@ -1,7 +1,7 @@
 """ZeroGradRegOptimizer: the regularized step on a DeepSpeed engine with ZeRO.
 
 It differs from :class:`~gradreg_optim.GradRegOptimizer` in its storage, which is the engine's partitions
-(:mod:`gradreg_optim.zero.storage`), in the context of each pass (:mod:`gradreg_optim.zero.window`), and in
+(:mod:`gradreg_optim.zero.storage`), in the context of each pass (:mod:`gradreg_optim.zero.engines`), and in
 the optimizer step, which is the engine's.
 """
 

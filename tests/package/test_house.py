@@ -99,14 +99,14 @@ def test_a_stack_has_one_file(stack):
 
 
 def test_files_are_short():
-    """No file is longer than 400 lines, and no line wider than 110 columns; it has at most 4670 statements (aim: 4000)."""
+    """No file is longer than 400 lines, and no line wider than 110 columns; it has at most 4664 statements (aim: 4000)."""
     lines = {module: path.read_text(encoding="utf-8").splitlines() for module, path in FILES.items()}
     assert {module: len(found) for module, found in lines.items() if len(found) > 400} == {}
     wide = {
         f"{module}:{number}" for module, found in lines.items() for number, line in enumerate(found, 1) if len(line) > 110
     }
     assert sorted(wide) == []
-    assert sum(isinstance(node, ast.stmt) for tree in TREES.values() for node in ast.walk(tree)) <= 4670
+    assert sum(isinstance(node, ast.stmt) for tree in TREES.values() for node in ast.walk(tree)) <= 4664
 
 
 def test_classes_are_shallow():
